@@ -2,32 +2,32 @@
 """
 opd.py: on-policy distillation (OPD) of language models, in one file, on one GPU or a CPU.
 
-A small model (the student) samples solutions; a larger one (the teacher) judges every token of them; the student
-moves towards the teacher where it went itself. Sampling is most of the cost, and deep in a solution that went
-astray the teacher's judgement is worth little. The papers below differ in what they sample, and in little else.
+A small model (the student) samples solutions, a larger one (the teacher) judges every token of them, and the
+student moves towards the teacher where it went itself. Sampling is most of the cost, and deep in a solution that
+went astray the teacher's judgement is worth little. What the papers below change is mostly what gets sampled.
 
-    python opd.py                                       a tiny world, made on the spot: two CPU cores, no download
+    python opd.py                                  a tiny world, made on the spot: two CPU cores, no download
     python opd.py --student A --teacher B --train_file train.jsonl --eval_file aime24.jsonl --method prefix-guided
     python opd.py --eval_only --student A --eval_file aime24.jsonl amc23.jsonl
 
-Papers, by the tag that the code cites
-    [GKD]             2306.13649   on-policy distillation of language models
-    [Rethinking-OPD]  2604.13016   top-k overlap and the other alignment metrics, student top-k loss
-    [FastOPD]         2602.15260   train on prefixes only, let the prefix grow
-    [POPD]            2605.31490   the same schedule as a staircase ("TOPD": a fixed horizon)
-    [PG-OPD]          2606.21994   prefix-guided: continue the candidates whose opening agrees with the teacher
+Papers, by the tags used below
+    [GKD]             2306.13649   distillation on the student's own samples
+    [Rethinking-OPD]  2604.13016   the overlap and the other alignment metrics; the student's top-k loss
+    [FastOPD]         2602.15260   train on prefixes only, and let the prefix grow
+    [POPD]            2605.31490   the same schedule as a staircase; TOPD: a fixed horizon
+    [PG-OPD]          2606.21994   prefix-guided: go on only with candidates whose opening the teacher agrees with
     [Prune-OPD]       2605.07804   weigh down and stop what drifts, and move the length cap
-    [EffOPD]          2605.11739   extrapolate the update, gated by a small validation set
-    [vOPD]            2605.07865   closed-form baseline of the sampled-token loss
+    [EffOPD]          2605.11739   extrapolate the update, judged on a small validation set
+    [vOPD]            2605.07865   a closed-form baseline for the sampled-token loss
 
 One step, and the section that does it
-    prompts (2) -> rollout (9): for each segment of the response: generate (3), score and overlap (4), who goes on (5)
-    -> train_step (10): losses (6) -> extrapolate (7) -> evaluate (8)
+    prompts (2) -> rollout (9), which for each segment of the response generates (3), scores and compares (4) and
+    decides who goes on (5) -> train_step (10) with a loss (6) -> extrapolate (7) -> evaluate (8)
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row p * G + g), S prompt
-length, T response length, V vocabulary, K the top k, N = all response tokens of some rows, one after the other.
+length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 
-Not here: vLLM, several GPUs, two different tokenizers, tools and dialogues. The README says which project has them.
+Not here: vLLM, several GPUs, two different tokenizers, tools, dialogues. The README says who has them.
 """
 import argparse
 import contextlib
@@ -51,123 +51,125 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Flags. One row each: name, default for real models, default for the tiny world (= when it is the same), help.
-#    A paper's tag in the help says whose value the default is; "our choice" says that we saw no published one.
+# ----------------------------------------------------------------------------------------------------------------
+# 1. Flags. One row each: name, default for real models, default for the tiny world (SAME if not another), help.
+#    A tag in the help says whose value the default is. "our choice": we saw no published value.
 
-METHODS = ("opd", "prefix", "progressive", "prefix-guided", "prune")
-LOSSES = ("reverse_kl", "topk", "sampled")
-SUPPORTS = ("student", "teacher", "intersection", "union")
-CHOICES = {"method": METHODS, "loss": LOSSES, "support": SUPPORTS, "dtype": ("auto", "float32", "bfloat16")}
 SAME = object()
-
+CHOICES = {"method": ("opd", "prefix", "progressive", "prefix-guided", "prune"),
+           "loss": ("reverse_kl", "topk", "sampled"),
+           "support": ("student", "teacher", "intersection", "union"),
+           "dtype": ("auto", "float32", "bfloat16")}
+ALIASES = {"student": "model_name_or_path", "teacher": "teacher_model_name_or_path",
+           "max_new_tokens": "max_completion_length"}
 FLAGS = {
     "models and data": [
-        ("student", "", SAME, "model folder or hub name; without --student and --teacher a tiny world is made"),
-        ("teacher", "", SAME, "model folder or hub name; its tokenizer must map tokens to the ids of the student's"),
-        ("train_file", [], SAME, "problems to train on: jsonl, json or parquet files; answers are not needed"),
-        ("eval_file", [], SAME, "problems with answers to evaluate on, one result row per file"),
-        ("output_dir", "out", SAME, "metrics.jsonl, samples.jsonl, checkpoints, and the tiny world"),
+        ("student", "", SAME, "model folder or hub name; no --student and no --teacher: the tiny world"),
+        ("teacher", "", SAME, "model folder or hub name, with the student's tokenizer map"),
+        ("train_file", [], SAME, "problems to train on: jsonl, json, parquet; answers are not needed"),
+        ("eval_file", [], SAME, "problems with answers to evaluate on; one result per file"),
+        ("output_dir", "out", SAME, "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
         ("prompt_template", r"{problem} Please reason step by step, and put your final answer within \boxed{}.",
          "{problem}", "the user's message [Rethinking-OPD]"),
-        ("no_chat_template", False, SAME, "give the model the message as it is (base models without a template)"),
-        ("enable_thinking", False, SAME, "passed to chat templates that know it (Qwen3)"),
-        ("dtype", "auto", SAME, "auto: bfloat16 with float32 master weights of the student on a GPU, float32 on a CPU"),
-        ("device", "", SAME, "cuda, cuda:1, mps, cpu; default: the first GPU, else the CPU"),
-        ("seed", 0, SAME, "of everything: the tiny world, the order of the data, the sampling"),
+        ("no_chat_template", False, SAME, "give the model that message as it is"),
+        ("enable_thinking", False, SAME, "switch on thinking in chat templates that know it (Qwen3)"),
+        ("dtype", "auto", SAME, "auto: bfloat16 with float32 master weights on a GPU, else float32"),
+        ("device", "", SAME, "such as cuda, cuda:1, cpu; default: a GPU if there is one"),
+        ("seed", 0, SAME, "of the tiny world, the order of the data and all sampling"),
     ],
     "method and loss": [
-        ("method", "opd", SAME, "opd: all to the cap. prefix: all to --prefix_length [FastOPD, TOPD]. progressive: to a "
-         "growing horizon [FastOPD, POPD]. prefix-guided: only the candidates that agree with the teacher go on past "
-         "the prefix [PG-OPD]. prune: tokens after drift weigh less, rows without reliability stop [Prune-OPD]"),
-        ("loss", "topk", "reverse_kl", "reverse_kl: KL(student || teacher) over the vocabulary [GKD]. topk: over the top "
-         "k, with the gradient of the released code [Rethinking-OPD]. sampled: k1 policy gradient of the sampled token"),
+        ("method", "opd", SAME, "opd: every row to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. "
+         "progressive: to a growing horizon [FastOPD, POPD]. prefix-guided: after the prefix only the candidates "
+         "that overlap most with the teacher [PG-OPD]. prune: tokens after drift weigh less, rows whose "
+         "reliability is used up stop, the cap follows [Prune-OPD]"),
+        ("loss", "topk", "reverse_kl", "reverse_kl: KL(student || teacher), whole vocabulary [GKD]. topk: on top-k "
+         "tokens, with the released gradient [Rethinking-OPD]. sampled: k1 policy gradient"),
         ("support", "student", SAME, "whose top k --loss topk sums over [Rethinking-OPD]"),
-        ("baseline", False, SAME, "--loss sampled minus its closed-form baseline [vOPD]"),
-        ("overlap_k", 16, 4, "k of the overlap and of --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
+        ("baseline", False, SAME, "subtract the closed-form baseline in --loss sampled [vOPD]"),
+        ("overlap_k", 16, 4, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
     ],
     "sampling": [
         ("batch_size", 64, 16, "prompts per step [Rethinking-OPD]"),
         ("num_generations", 4, SAME, "candidates per prompt [Rethinking-OPD, PG-OPD, Prune-OPD]"),
         ("max_prompt_length", 1024, 64, "longer training prompts are left out [Rethinking-OPD]"),
-        ("max_new_tokens", 7168, 96, "cap of a response in training [Rethinking-OPD]"),
-        ("temperature", 1.0, SAME, "divides both models' logits, in sampling and in the loss [all papers: 1]"),
+        ("max_new_tokens", 7168, 96, "cap of a training response [Rethinking-OPD]"),
+        ("temperature", 1.0, SAME, "divides the logits of both models, in sampling and in the loss [all: 1]"),
         ("segment_length", 512, 16, "tokens between two looks at who goes on (our choice)"),
-        ("prefix_length", 1024, 24, "of prefix and prefix-guided (our choice; unseen in the papers)"),
-        ("probe_window", 128, 16, "prefix-guided: the first tokens, whose mean overlap is the score [PG-OPD]"),
-        ("keep_ratio", 0.5, SAME, "prefix-guided: the share of all candidates that goes on [PG-OPD: .25, .5, .75]"),
+        ("prefix_length", 1024, 24, "of prefix and prefix-guided (our choice)"),
+        ("probe_window", 128, 16, "prefix-guided: its first tokens, whose mean overlap is the score [PG-OPD]"),
+        ("keep_ratio", 0.5, SAME, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
         ("train_pruned_prefix", False, SAME, "prefix-guided: train on the prefixes of the others too"),
-        ("horizon_start", 512, 16, "progressive: first horizon (our choice; unseen in the papers)"),
+        ("horizon_start", 512, 16, "progressive: the first horizon (our choice)"),
         ("horizon_growth", 256, 8, "progressive: tokens added each time (our choice)"),
         ("horizon_every", 10, 4, "progressive: steps between two additions (our choice)"),
-        ("drift_threshold", 0.7, SAME, "prune: an overlap below this is a bad event [Prune-OPD]"),
-        ("w_drop", 0.01, 0.05, "prune: reliability lost per bad event [Prune-OPD]"),
-        ("w_base", 0.5, SAME, "prune: weight that a token keeps at reliability 0 [Prune-OPD]"),
-        ("cap_init", 2048, 48, "prune: first length cap; prune ignores --max_new_tokens [Prune-OPD]"),
+        ("drift_threshold", 0.7, SAME, "prune: an overlap below it is a bad event [Prune-OPD]"),
+        ("w_drop", 0.01, 0.05, "prune: reliability lost at a bad event [Prune-OPD]"),
+        ("w_base", 0.5, SAME, "prune: weight of a token without reliability [Prune-OPD]"),
+        ("cap_init", 2048, 48, "prune: the first cap, instead of --max_new_tokens [Prune-OPD]"),
         ("cap_min", 1024, 24, "prune: smallest cap [Prune-OPD]"),
         ("cap_max", 12288, 96, "prune: largest cap [Prune-OPD]"),
-        ("cap_step", 100, 8, "prune: how far the cap moves [Prune-OPD]"),
-        ("cap_margin", 100, 8, "prune: a row hits the cap when reliable to within this margin [Prune-OPD]"),
-        ("cap_hit_ratio", 0.1, SAME, "prune: share of rows that must hit for the cap to grow [Prune-OPD]"),
-        ("cap_patience", 3, SAME, "prune: misses in a row before the cap shrinks [Prune-OPD]"),
-        ("no_prune_in_flight", False, SAME, "prune: only move the cap, as released; do not stop rows while they run"),
+        ("cap_step", 100, 8, "prune: how far the cap moves at once [Prune-OPD]"),
+        ("cap_margin", 100, 8, "prune: a row reliable to within this margin hits the cap [Prune-OPD]"),
+        ("cap_hit_ratio", 0.1, SAME, "prune: share of rows that must hit before the cap grows [Prune-OPD]"),
+        ("cap_patience", 3, SAME, "prune: misses in a row before it shrinks [Prune-OPD]"),
+        ("no_prune_in_flight", False, SAME, "prune: stop no row while it runs, as in the released code"),
     ],
     "optimisation": [
-        ("learning_rate", 1e-6, 1e-3, "of AdamW, constant after the warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
+        ("learning_rate", 1e-6, 2e-3, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
         ("warmup_steps", 0, SAME, "linear warm-up [EffOPD: none]"),
-        ("max_steps", 200, 40, "one epoch of DAPO-Math-17K is about 200 steps [Rethinking-OPD]"),
+        ("max_steps", 200, 60, "an epoch of DAPO-Math-17K is about 200 [Rethinking-OPD]"),
         ("max_grad_norm", 1.0, SAME, "gradient clipping (our choice)"),
-        ("micro_batch_size", 4, 64, "rows per forward and backward; does not change the gradients"),
-        ("gradient_checkpointing", False, SAME, "recompute the student's layers in backward: less memory, more time"),
+        ("micro_batch_size", 4, 64, "rows per forward and backward; the gradients do not depend on it"),
+        ("gradient_checkpointing", False, SAME, "recompute the student's layers in backward to save memory"),
         ("extrapolate", False, SAME, "at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]"),
-        ("validation_size", 50, SAME, "training prompts that judge an extrapolation; they need answers [EffOPD]"),
-        ("save_every", 0, SAME, "steps between checkpoints; 0: only at the end and when interrupted"),
+        ("validation_size", 50, SAME, "training prompts with answers that judge it [EffOPD]"),
+        ("save_every", 0, SAME, "steps between checkpoints; 0: at the end, and when interrupted"),
     ],
     "evaluation": [
         ("eval_only", False, SAME, "grade --student on --eval_file and stop"),
-        ("eval_every", 20, 0, "steps between evaluations; 0: only before and after"),
+        ("eval_every", 20, 0, "steps between evaluations; 0: before and after only [Prune-OPD]"),
         ("eval_samples", 16, 4, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
         ("eval_temperature", 0.7, 1.0, "0 is greedy [Rethinking-OPD]"),
-        ("eval_top_p", 0.95, 1.0, "nucleus of the evaluation only [Rethinking-OPD]"),
-        ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD]"),
+        ("eval_top_p", 0.95, 1.0, "nucleus, in evaluation only [Rethinking-OPD, Prune-OPD]"),
+        ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
     ],
 }
-ALIASES = {"student": "model_name_or_path", "teacher": "teacher_model_name_or_path",
-           "max_new_tokens": "max_completion_length"}
 
 
 def parse_args(argv=None):
     """
     Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work.
-
-    Two sets of defaults: the papers' for real models, small ones for the tiny world, which is what runs when neither
-    --student nor --teacher is given.
+    Without --student and --teacher the defaults are the tiny world's.
     """
     parser = argparse.ArgumentParser(
-        prog="opd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="Defaults are for real models; [tiny: x] is the default in the tiny world.")
+        prog="opd.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def fail(message):
+    def fail(message):                    # argparse would print its whole usage before the one line that matters
         raise ValueError(f"{message}; see python opd.py --help")
     parser.error = fail
 
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, default, tiny, text in rows:
-            names = [f"--{name}"] + [f"--{ALIASES[name]}"] * (name in ALIASES)
-            if default is not False and default != [] and default != "":
-                text += f" (default {default}{'' if tiny is SAME else f' [tiny: {tiny}]'})"
-            kind = {"action": "store_true"} if default is False else {"nargs": "+", "metavar": "FILE"} \
-                if isinstance(default, list) else {"type": type(default), "choices": CHOICES.get(name)}
+            names = [f"--{name}"] + ([f"--{ALIASES[name]}"] if name in ALIASES else [])
+            if default not in (False, "", []) or default == 0 and default is not False:
+                text += f" (default {default}{'' if tiny is SAME else f'; tiny world {tiny}'})"
+            if default is False:
+                kind = {"action": "store_true"}
+            elif default == []:
+                kind = {"nargs": "+", "metavar": "FILE"}
+            else:
+                kind = {"type": type(default), "choices": CHOICES.get(name), "metavar": None if name in CHOICES else "X"}
             group.add_argument(*names, default=default, help=text.replace("%", "%%"), **kind)
-    given = parser.parse_args(argv)
-    if not given.student and not given.teacher:
+    args = parser.parse_args(argv)
+    if not args.student and not args.teacher:
         parser.set_defaults(**{row[0]: row[2] for rows in FLAGS.values() for row in rows if row[2] is not SAME})
-        given = parser.parse_args(argv)
-    check_args(given)
-    return given
+        args = parser.parse_args(argv)
+    check_args(args)
+    return args
 
 
 def check_args(args):
@@ -176,79 +178,85 @@ def check_args(args):
         if not condition:
             raise ValueError(message)
 
-    for name in ("batch_size", "num_generations", "max_prompt_length", "max_new_tokens", "segment_length", "overlap_k",
-                 "prefix_length", "probe_window", "horizon_start", "horizon_every", "cap_init", "cap_min", "cap_max",
-                 "cap_step", "cap_patience", "max_steps", "micro_batch_size", "validation_size", "eval_samples",
-                 "eval_max_new_tokens", "temperature", "learning_rate", "max_grad_norm"):
+    above_zero = ("batch_size num_generations max_prompt_length max_new_tokens segment_length overlap_k prefix_length "
+                  "probe_window horizon_start horizon_every cap_init cap_min cap_max cap_step cap_patience max_steps "
+                  "micro_batch_size validation_size eval_samples eval_max_new_tokens temperature learning_rate "
+                  "max_grad_norm keep_ratio eval_top_p")
+    not_below = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold w_drop "
+                 "w_base cap_hit_ratio seed")
+    for name in above_zero.split():
         need(getattr(args, name) > 0, f"--{name} {getattr(args, name)} must be above 0")
-    for name in ("horizon_growth", "cap_margin", "warmup_steps", "save_every", "eval_every", "eval_temperature",
-                 "drift_threshold", "w_drop", "w_base", "cap_hit_ratio", "seed"):
+    for name in not_below.split():
         need(getattr(args, name) >= 0, f"--{name} {getattr(args, name)} must not be below 0")
-    need(0 < args.eval_top_p <= 1, f"--eval_top_p {args.eval_top_p} must be above 0 and at most 1")
-    need(0 < args.keep_ratio <= 1, f"--keep_ratio {args.keep_ratio} must be above 0 and at most 1")
-    need("{problem}" in args.prompt_template, "--prompt_template must contain {problem}, where the problem goes")
+    for name in ("keep_ratio", "eval_top_p"):
+        need(getattr(args, name) <= 1, f"--{name} {getattr(args, name)} must be at most 1")
+    need("{problem}" in args.prompt_template, "--prompt_template must say {problem} where the problem goes")
     need(args.cap_min <= args.cap_init <= args.cap_max,
          f"--cap_init {args.cap_init} must lie between --cap_min {args.cap_min} and --cap_max {args.cap_max}")
     if args.method == "prefix-guided":
-        rows, kept = args.batch_size * args.num_generations, round(args.keep_ratio * args.batch_size * args.num_generations)
-        need(kept >= args.batch_size, f"--keep_ratio {args.keep_ratio} keeps {kept} of {rows} candidates, less than one "
-             f"for each of {args.batch_size} prompts; use at least {1 / args.num_generations:.4g}")
-        need(args.probe_window <= args.prefix_length, f"--probe_window {args.probe_window} is longer than "
-             f"--prefix_length {args.prefix_length}; the probe reads tokens of the prefix")
-        need(args.prefix_length < args.max_new_tokens, f"--prefix_length {args.prefix_length} leaves nothing to continue "
-             f"up to --max_new_tokens {args.max_new_tokens}")
-    need(not args.eval_only or args.eval_file or not args.student, "--eval_only needs --eval_file")
-    need(args.eval_only or bool(args.student) == bool(args.teacher), "give both --student and --teacher, or neither "
-         "(then a tiny world is made)")
-    need(not args.teacher or args.eval_only or args.train_file, "--student and --teacher need --train_file")
-    need(args.student or not (args.train_file or args.eval_file), "--train_file and --eval_file need --student and "
-         "--teacher; the tiny world brings its own problems")
+        rows = args.batch_size * args.num_generations
+        kept = round(args.keep_ratio * rows)
+        need(kept >= args.batch_size,
+             f"--keep_ratio {args.keep_ratio} keeps {kept} of {rows} candidates, fewer than one for each of the "
+             f"{args.batch_size} prompts; use at least {1 / args.num_generations:.4g}")
+        need(args.probe_window <= args.prefix_length,
+             f"--probe_window {args.probe_window} is longer than --prefix_length {args.prefix_length}")
+        need(args.prefix_length < args.max_new_tokens,
+             f"--prefix_length {args.prefix_length} leaves nothing of --max_new_tokens {args.max_new_tokens} to go on for")
+    need(args.eval_only or bool(args.student) == bool(args.teacher),
+         "give both --student and --teacher, or neither (then a tiny world is made)")
+    need(not args.student or not args.eval_only or args.eval_file, "--eval_only needs --eval_file")
+    need(not args.teacher or args.eval_only or args.train_file, "training needs --train_file")
+    need(args.student or not (args.train_file or args.eval_file),
+         "--train_file and --eval_file need --student and --teacher; the tiny world brings its own problems")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 # 2. Data and grading
-
 
 def read_records(path):
     """A jsonl, json or parquet file -> list of (line number, object). Raises OSError, or ValueError naming the line."""
     if path.endswith(".parquet"):
         try:
             import pandas
-            frame = pandas.read_parquet(path)                     # raises ImportError too, when pyarrow is missing
+            frame = pandas.read_parquet(path)                 # an ImportError too, when pyarrow is missing
         except ImportError:
             raise ValueError(f"{path}: parquet needs 'pip install pandas pyarrow'; or save it as jsonl") from None
         return list(enumerate(frame.astype(object).where(frame.notna(), None).to_dict("records"), start=1))
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    try:
-        if path.endswith(".json"):
-            number = 1
-            return list(enumerate(json.loads(text), start=1))
-        # Not splitlines(): inside a JSON string, U+2028 is a character and no line end
+    if path.endswith(".json"):
+        lines = [(1, text)]
+    else:                                                     # not splitlines(): U+2028 may stand in a string
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        return [(number, json.loads(line)) for number, line in lines]
-    except json.JSONDecodeError as error:
-        bad = next((n for n, line in lines if line == error.doc), 0) if not path.endswith(".json") else error.lineno
-        raise ValueError(f"{path}, line {bad}: not JSON ({error.msg})") from None
+    records = []
+    for number, line in lines:
+        try:
+            records.append((number, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg})") from None
+    if path.endswith(".json"):
+        records = list(enumerate(records[0][1], start=1)) if isinstance(records[0][1], list) else records
+    return records
 
 
 def last_boxed(text):
     r"""
-    The content of the last balanced \boxed{...} of a text, or None. Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" ->
-    r"\frac{1}{2}". A box that never closes is not one: a solution cut off while it writes its answer has none.
+    The content of the last balanced \boxed{...} of a text, or None. A box that never closes is none: a solution that
+    was cut off while it wrote its answer has no answer. Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}".
     """
     for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
-        for position in range(start, len(text)):
-            if text[position] in "{}" and text[position - 1] != "\\":
-                depth += 1 if text[position] == "{" else -1
+        for place in range(start, len(text)):
+            if text[place] in "{}" and text[place - 1] != "\\":       # \{ is a brace of a set, not of the box
+                depth += 1 if text[place] == "{" else -1
             if depth == 0:
-                return text[start:position]
+                return text[start:place]
     return None
 
 
 def strip_instructions(text):
-    """A problem without the instructions that some files add to it, which fight --prompt_template and the grader."""
+    """A problem without the instructions that data sets add to it: they fight the template, and a grader of boxes."""
     for instruction in (
             "Solve the following math problem step by step. The last line of your response should be of the form "
             "Answer: $Answer (without quotes) where $Answer is the answer to the problem.",
@@ -260,25 +268,27 @@ def strip_instructions(text):
 
 def load_problems(path):
     """
-    A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, without duplicate problems (a
-    warning says how many). Raises OSError, or ValueError that names the file and the line.
+    A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}; duplicate problems are left out,
+    with a warning that says how many. Raises OSError, or ValueError that names the file and the line.
 
-    Knows the field names of the usual data sets, takes the user's turn of a chat, and unwraps a gold answer from the
-    solution, its box, or GSM8K's "#### 42".
+    Takes the field names of the usual data sets, the user's turn of a chat, and gold answers in a box, in dollars, or
+    behind GSM8K's "####".
     """
     records, problems = read_records(path), {}
     for number, record in records:
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: needs an object with named fields, not {str(record)[:40]!r}")
         fields = {**(record.get("reward_model") or {}), **record}
-        problem, answer = (next((fields[name] for name in names if fields.get(name) is not None), None) for names in (
-            ("problem", "question", "prompt", "messages"), ("answer", "final_answer", "ground_truth", "solution")))
+        problem, answer = (
+            next((fields[name] for name in names if fields.get(name) is not None), None)
+            for names in (("problem", "question", "prompt", "messages"),
+                          ("answer", "final_answer", "ground_truth", "solution")))
         if problem is not None and not isinstance(problem, str):
-            turns = {turn["role"]: turn["content"] for turn in problem}   # of a chat, the last turn of each role
+            turns = {turn["role"]: turn["content"] for turn in problem}      # of a chat: the last turn of each role
             problem, answer = turns.get("user"), turns.get("assistant") if answer is None else answer
         if not isinstance(problem, str) or not problem.strip():
-            raise ValueError(f"{path}, line {number}: no problem; its fields are {', '.join(record) or 'none'}, and it "
-                             "needs one of problem, question, prompt, messages")
+            raise ValueError(f"{path}, line {number}: no problem; its fields are {', '.join(record) or 'none'}, and one "
+                             "of problem, question, prompt, messages is needed")
         if answer is not None:
             answer = str(answer).rsplit("####", 1)[-1]
             answer = (last_boxed(answer) or answer).strip().strip("$").strip()
@@ -286,88 +296,82 @@ def load_problems(path):
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
     if len(problems) < len(records):
-        warnings.warn(f"{path}: left out {len(records) - len(problems)} duplicates of {len(problems)} problems")
+        warnings.warn(f"{path}: left out {len(records) - len(problems)} duplicates, {len(problems)} problems stay")
     return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
 
 
 def math_equal(gold, answer):
     r"""
-    Whether math-verify takes answer for gold, both bare LaTeX; with answer None, whether gold can be read at all.
-
-    Both are wrapped: math-verify reads a bare \left( 3, \frac{\pi}{2} \right) as 3. Gold comes first in verify: 1<x<2 is
-    accepted for (1,2), but not the other way round. No timeouts here: math-verify's are signals, which work in the main
-    thread only and cancel the alarms of the caller; math_verify_answers bounds the time from outside.
+    Whether math-verify takes answer for gold, both bare LaTeX. With answer None: whether gold can be read at all.
+    It sets no time limit, since math-verify's are signals: ask_math_verify limits it from outside.
     """
     from math_verify import parse, verify
+    # Wrapped, because a bare \left( 3, \frac{\pi}{2} \right) is read as 3
     gold = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
     if answer is None:
         return bool(gold)
+    # Gold first, because verify is not symmetric: 1<x<2 is taken for (1,2), but not the other way round
     return bool(verify(gold, parse(f"\\boxed{{{answer}}}", parsing_timeout=None), timeout_seconds=None))
 
 
-@functools.cache
-def grading_process():
-    """A Python process that runs math_equal on each line it is sent. One for all answers: importing sympy is slow."""
-    loop = ("import json, sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    try:\n"
-            "        equal = math_equal(*json.loads(line))\n    except Exception:\n        equal = False\n"
-            "    print(json.dumps(equal), flush=True)\n")
-    code = "from math_verify import parse\n" + inspect.getsource(math_equal) + loop
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
-    process.stdout.readline()
-    return process
+GRADER = {"lock": threading.Lock(), "process": None}
 
 
-GRADING_LOCK = threading.Lock()
-
-
-def ask_math_verify(gold, answer, timeout=3.0):
+def ask_math_verify(gold, answer, seconds=3.0):
     r"""
-    math_equal in a process of its own, from any thread; False if it takes longer than timeout seconds.
+    math_equal in a process of its own, from any thread; False when it takes longer than that many seconds.
 
-    \boxed{2003^{2002^{2001}}} would keep sympy busy for ever, inside one C call that no signal and no thread can stop.
-    A process can be killed.
+    \boxed{2003^{2002^{2001}}} keeps sympy busy for ever inside one C call, which no signal and no thread can stop; and
+    signals would cancel the caller's own alarm. A process can be killed. It serves all answers: importing sympy is slow.
     """
-    with GRADING_LOCK:
-        process, reply = grading_process(), []
+    with GRADER["lock"]:
+        if GRADER["process"] is None:
+            loop = ("import json, sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    try:\n"
+                    "        equal = math_equal(*json.loads(line))\n    except Exception:\n        equal = False\n"
+                    "    print(json.dumps(equal), flush=True)\n")
+            code = f"import math_verify\n{inspect.getsource(math_equal)}{loop}"
+            GRADER["process"] = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE,
+                                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            GRADER["process"].stdout.readline()               # the import does not count towards the limit
+        process, reply = GRADER["process"], []
         process.stdin.write(json.dumps([gold, answer]) + "\n")
         process.stdin.flush()
         reader = threading.Thread(target=lambda: reply.append(process.stdout.readline()), daemon=True)
         reader.start()
-        reader.join(timeout)
+        reader.join(seconds)
         if not reply or not reply[0]:
             process.kill()
             process.wait()
-            grading_process.cache_clear()
+            GRADER["process"] = None
             return False
         return json.loads(reply[0])
 
 
 def is_correct(response_text, gold):
     r"""
-    Whether the last balanced \boxed{...} after any </think> equals the gold answer. No box is wrong, so a solution that
-    was cut off is wrong, whatever numbers it wrote on its way.
+    Whether the last balanced \boxed{...} after any </think> equals the gold answer. No box is wrong, and so is a
+    solution that was cut off, whatever numbers it wrote on its way.
     """
-    answer, gold = last_boxed(response_text.rsplit("</think>", 1)[-1]), last_boxed(gold) or gold
+    answer = last_boxed(response_text.rsplit("</think>", 1)[-1])
     if answer is None:
         return False
-    answer, gold = ("".join(text.strip().strip("$").split()) for text in (answer, gold))
-    if answer == gold:
+    answer, gold = (text.strip().strip("$").strip() for text in (answer, last_boxed(gold) or gold))
+    if "".join(answer.split()) == "".join(gold.split()):
         return True
-    if re.fullmatch(r"-?\d{1,300}", answer) and re.fullmatch(r"-?\d{1,300}", gold):
-        return int(answer) == int(gold)
+    if re.fullmatch(r"-?\d{1,99}", answer) and re.fullmatch(r"-?\d{1,99}", gold):
+        return int(answer) == int(gold)                       # what most answers are, without asking
     return ask_math_verify(gold, answer)
 
 
 def encode_prompts(tokenizer, problems, template, chat_template=True, **template_flags):
-    """Problems (str) -> list of lists of token ids: the template filled in, as a user's turn where there is a chat template."""
+    """Problems (str) -> list of lists of ids: the template filled in, as a user's turn where there is a chat template."""
     encoded = []
     for problem in problems:
         text = template.replace("{problem}", problem)
         if chat_template and tokenizer.chat_template:
             text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
                                                  add_generation_prompt=True, **template_flags)
-            # The template wrote its own special tokens, so the tokenizer must not add a second set
+            # The chat template wrote the special tokens; the tokenizer would add a second set
             encoded.append(tokenizer(text, add_special_tokens=False).input_ids)
         else:
             encoded.append(tokenizer(text + "\n").input_ids)
@@ -375,65 +379,61 @@ def encode_prompts(tokenizer, problems, template, chat_template=True, **template
 
 
 def pad_left(rows, pad_id):
-    """
-    Lists of ids -> ids (B, S), mask (B, S) bool. On the left, so that all rows start their response in one column.
-    The mask is made from the lengths: where pad and EOS are one id, `ids != pad` would hide real tokens.
-    """
+    """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: all rows then start their response in one column."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+    # From the lengths, not ids != pad_id: where pad and EOS are one id, that would hide real tokens
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
     return ids, mask
 
 
 def batch_indices(step, batch_size, num_problems, seed):
     """
-    Which problems step 1, 2, ... trains on: every one once in a new order before any comes again. A function of its
-    arguments alone, so a resumed run needs no sampler state, and every method sees the same prompts in the same order.
+    The problems of step 1, 2, ...: every one once, in a new order each epoch, before any comes again. It depends on its
+    arguments alone, so there is no sampler to save, and every method meets the same prompts in the same order.
     """
     indices = []
-    for position in range((step - 1) * batch_size, step * batch_size):
-        epoch, place = divmod(position, num_problems)
-        indices.append(int(np.random.default_rng((seed, epoch)).permutation(num_problems)[place]))
+    for place in range((step - 1) * batch_size, step * batch_size):
+        epoch, index = divmod(place, num_problems)
+        indices.append(int(np.random.default_rng((seed, epoch)).permutation(num_problems)[index]))
     return indices
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 # 3. Sampling
 
 def mask_through_eos(ids, eos_ids):
     """
-    (B, T) ids -> (B, T) bool: True up to and including the first EOS of each row. The EOS is a token like the others:
-    without it in the mask a student never learns when to stop.
+    (B, T) ids -> (B, T) bool: True up to and including the first EOS of each row, which is a token like the others:
+    left out, a student would never learn when to stop.
     """
     is_eos = torch.isin(ids, torch.tensor(sorted(eos_ids), dtype=ids.dtype, device=ids.device))
-    return is_eos.cumsum(-1) - is_eos.long() == 0
+    return is_eos.cumsum(-1) - is_eos.long() == 0             # no EOS strictly before
 
 
 @torch.no_grad()
 def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_size, eos_ids, pad_id,
              temperature=1.0, top_p=1.0, record_k=0):
     """
-    Sample up to max_new_tokens further tokens for every row, on the KV cache that the last call left.
+    Sample up to max_new_tokens further tokens of every row, on the KV cache that the last call left.
 
-    input_ids (B, L), left-padded, attention_mask (B, L), cache: a DynamicCache of the first L - 1 columns, or empty
-    -> new ids (B, n), and the record_k likeliest tokens at each of them (B, n, K), best first.
-
-    n is max_new_tokens, or less when all rows have ended. Rows that ended go on as pad_id; mask_through_eos says where.
-    temperature 0 is greedy. Draws from torch's global stream.
+    input_ids, attention_mask (B, L), left-padded; cache: a DynamicCache of the first L - 1 columns, or an empty one
+    -> new ids (B, n), and if record_k the likeliest tokens at each, best first, (B, n, K), else None.
+    n < max_new_tokens only when all rows have ended; a row that ended goes on as pad_id, see mask_through_eos.
+    temperature 0 is greedy. Draws from torch's global random stream: model.generate takes no generator.
     """
     topk = []
 
-    def within_vocabulary(_, scores):
-        scores = scores[:, :vocab_size]           # rows of the embedding that are no token must never be sampled
+    def within_vocabulary(_, scores):                         # (B, rows of the head), float32
+        scores = scores[:, :vocab_size]                       # the other rows are no tokens
         if record_k:
             topk.append(scores.topk(record_k).indices)
         return scores
 
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, top_k=0,
-        eos_token_id=sorted(eos_ids) or None, pad_token_id=pad_id)
-    # generate fills what we leave open from the config that came with the model: a repetition penalty or a list of
-    # suppressed tokens there would sample from another law than the one the loss scores
+    law = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids) or None, pad_token_id=pad_id, **law)
+    # generate fills what a config leaves open from the one that came with the model. A repetition penalty or suppressed
+    # tokens there would make it sample from another law than the one that the loss scores, so that one is put away
     shipped, model.generation_config = model.generation_config, GenerationConfig()
     try:
         ids = model.generate(input_ids, attention_mask=attention_mask.long(), past_key_values=cache,
@@ -443,19 +443,18 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
     return ids[:, input_ids.shape[1]:], torch.stack(topk, dim=1) if record_k else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 # 4. Scoring and overlap
 
 def hidden_states(model, ids, mask, num_last, cache=None):
     """
     The final hidden states that predict the last num_last columns of ids (B, L), mask (B, L) -> (B, num_last, H).
-
-    What predicts column t stands at column t - 1: this is the shift by one, and the only place where it is made. Columns
-    that the cache already holds are not computed again. Positions count real tokens, because left padding would
-    otherwise shift learned positions (GPT-2); rotary ones only see differences.
+    With a cache, columns that it holds are not computed again, and it grows to L - 1.
     """
     seen = cache.get_seq_length() if cache is not None else 0
+    # Left padding must not count as positions: rotary models only see differences, GPT-2's are absolute
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    # The shift by one, made here and nowhere else: what predicts column t is the state at column t - 1
     output = model.base_model(
         input_ids=ids[:, seen:-1], attention_mask=mask[:, :-1].long(), position_ids=positions[:, seen:-1],
         past_key_values=cache, use_cache=cache is not None)
@@ -464,93 +463,103 @@ def hidden_states(model, ids, mask, num_last, cache=None):
 
 def head_logits(model, hidden, vocab_size):
     """
-    Hidden states (..., H) -> logits (..., vocab_size) in float32, as the model's own forward gives them.
-
-    Calls the head's module, not its weight, so that adapters on it count; rows that are no token are cut off before any
-    softmax. Softcap: Gemma. Scales: Cohere multiplies, Granite divides. check_head refuses what this does not know.
+    Hidden states (..., H) -> logits (..., vocab_size) in float32, as the model's own forward makes them: with Gemma's
+    softcap, Cohere's factor, Granite's divisor. Rows of the head that are no tokens are cut off before any softmax.
     """
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)[..., :vocab_size].float()
+    logits = model.get_output_embeddings()(hidden)[..., :vocab_size].float()     # the module: adapters on it count
     logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
+def topk_in_chunks(hidden, head, k, chunk_tokens=256):
+    """The k likeliest tokens at each position, best first: (B, T, H) -> (B, T, K), never holding (B, T, V) logits."""
+    chunks = hidden.flatten(0, 1).split(chunk_tokens)
+    return torch.cat([head(chunk).topk(k).indices for chunk in chunks]).view(*hidden.shape[:2], k)
+
+
 def topk_overlap(student_logits, teacher_logits, k):
     """
-    Fraction of the student's k likeliest tokens that are also among the teacher's.          [Rethinking-OPD]
-    (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1.
-
-    Rank inside the top k does not count, only membership. Two unrelated models overlap by k/V, not by 0.
+    The share of the student's k likeliest tokens that are among the teacher's.                    [Rethinking-OPD]
+    (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Rank inside the top k does not count.
+    Two unrelated models overlap by k / V, not by 0.
     """
-    student_topk = student_logits.topk(k, dim=-1).indices                               # (B, T, K)
-    teacher_topk = teacher_logits.topk(k, dim=-1).indices
-    hit = student_topk[..., :, None] == teacher_topk[..., None, :]                       # (B, T, K, K)
-    return hit.any(-1).float().mean(-1)
+    student_topk = student_logits.topk(k, dim=-1).indices                        # (B, T, K)
+    teacher_topk = teacher_logits.topk(k, dim=-1).indices                        # (B, T, K)
+    shared = student_topk[..., :, None] == teacher_topk[..., None, :]            # (B, T, K, K)
+    return shared.any(-1).float().mean(-1)
 
 
 def alignment_per_token(student_logits, teacher_logits, k):
     """
-    What `alignment` averages, per position: (..., V), (..., V) -> dict of (...), NaN where undefined.
+    What alignment takes means of, at every position: (..., V), (..., V) -> dict of (...).         [Rethinking-OPD]
 
-    With p, q the student's and the teacher's probabilities, I the tokens in the top k of both, and bars for
-    renormalised on I:                                                            [Rethinking-OPD, methods a']
+    p, q: probabilities of student and teacher; I: the tokens in the top k of both; _bar: renormalised on I.
         overlap_ratio            |I| / k
-        overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar)       <= 0; NaN where I is empty
-        overlap_mass_student     sum_I p             overlap_mass_teacher  sum_I q       not renormalised
-        entropy_student, entropy_teacher             over the whole vocabulary, in nats
-        entropy_gap              |entropy_teacher - entropy_student|
+        overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0; NaN where I is empty
+        overlap_mass_student     sum_I p;   overlap_mass_teacher  sum_I q
+        entropy_student, entropy_teacher    in nats, over the whole vocabulary;   entropy_gap  |their difference|
         reverse_kl               KL(student || teacher) over the whole vocabulary, whatever the loss is
     """
     log_p, log_q = F.log_softmax(student_logits.float(), -1), F.log_softmax(teacher_logits.float(), -1)
-    ids = log_p.topk(k, dim=-1).indices                                                  # (..., K)
-    shared = (ids[..., :, None] == log_q.topk(k, dim=-1).indices[..., None, :]).any(-1)
-    top_p, top_q = log_p.gather(-1, ids), log_q.gather(-1, ids)
-    bar_p = top_p.masked_fill(~shared, -torch.inf).log_softmax(-1)     # all NaN where I is empty, and NaN is what we want
+    ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices      # (..., K)
+    shared = (ids[..., :, None] == teacher_ids[..., None, :]).any(-1)                    # (..., K)
+    top_p, top_q = log_p.gather(-1, ids), log_q.gather(-1, ids)                          # (..., K)
+    bar_p = top_p.masked_fill(~shared, -torch.inf).log_softmax(-1)
     bar_q = top_q.masked_fill(~shared, -torch.inf).log_softmax(-1)
-    advantage = torch.where(shared, bar_p.exp() * (bar_q - bar_p), 0).sum(-1) / shared.sum(-1)
+    advantage = torch.where(shared, bar_p.exp() * (bar_q - bar_p), 0).sum(-1) / shared.sum(-1)   # 0 / 0 is NaN
     entropy_p, entropy_q = -(log_p.exp() * log_p).sum(-1), -(log_q.exp() * log_q).sum(-1)
-    return {"overlap_ratio": shared.float().mean(-1), "overlap_token_advantage": advantage,
-            "overlap_mass_student": (top_p.exp() * shared).sum(-1), "overlap_mass_teacher": (top_q.exp() * shared).sum(-1),
-            "entropy_student": entropy_p, "entropy_teacher": entropy_q, "entropy_gap": (entropy_q - entropy_p).abs(),
-            "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
+    return {
+        "overlap_ratio": shared.float().mean(-1), "overlap_token_advantage": advantage,
+        "overlap_mass_student": (top_p.exp() * shared).sum(-1), "overlap_mass_teacher": (top_q.exp() * shared).sum(-1),
+        "entropy_student": entropy_p, "entropy_teacher": entropy_q, "entropy_gap": (entropy_q - entropy_p).abs(),
+        "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
 
 
 def alignment(student_logits, teacher_logits, response_mask, k):
     """
-    Means of alignment_per_token over the valid positions. (B, T, V), (B, T, V), (B, T) bool -> dict of floats.
-    Positions where the top k share nothing have no overlap_token_advantage and are left out of its mean.
+    Means of alignment_per_token over the valid positions: (B, T, V), (B, T, V), (B, T) -> dict of floats.
+    A position where the two top k share nothing has no overlap_token_advantage, and is left out of that mean.
     """
     per_token = alignment_per_token(student_logits, teacher_logits, k)
     return {name: value[response_mask.bool()].nanmean().item() for name, value in per_token.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def overlap_by_position(overlap, response_mask, parts=8):
+    """Mean overlap in equal parts of the longest response: (B, T), (B, T) -> list of floats; None: no token there."""
+    edges = [round(part * overlap.shape[1] / parts) for part in range(parts + 1)]
+    pieces = [overlap[:, a:b][response_mask[:, a:b].bool()] for a, b in zip(edges, edges[1:])]
+    return [piece.mean().item() if len(piece) else None for piece in pieces]
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # 5. Who goes on: horizon, selection, drift, cap
 
 def horizon(step, start, growth, every, max_length):
     """
-    How many tokens to sample at step 0, 1, 2, ...: min(max_length, start + growth * floor(step / every)).
-    every = 1 is FastOPD's schedule, more is POPD's staircase, growth = 0 a fixed prefix.        [FastOPD, POPD]
-    Example: start 512, growth 256, every 10: steps 0 to 9 give 512, step 10 gives 768.
+    Tokens to sample at step 0, 1, 2, ...: min(max_length, start + growth * floor(step / every)).    [FastOPD, POPD]
+    every = 1 is FastOPD's ramp, more is POPD's staircase, growth = 0 a fixed prefix.
+    Example: start 512, growth 256, every 10: steps 0 to 9 sample 512, step 10 samples 768.
     """
     return min(max_length, start + growth * (step // every))
 
 
 def select_prefixes(score, num_keep):
     """
-    Which candidates go on past the prefix. (P, G) scores -> (P, G) bool with num_keep True.            [PG-OPD]
+    Which candidates go on past the prefix: scores (P, G) -> (P, G) bool, num_keep of them True.           [PG-OPD]
 
-    Prompt minimum: the best candidate of every prompt, then the best of all the others until num_keep are chosen. With
-    num_keep = P this is "best of G per prompt"; every slot above P is won across prompts, so prompts on which the models
-    agree take most of them. Equal scores: the first one wins. Raises ValueError unless P <= num_keep <= P * G.
+    First the best candidate of every prompt, then the best of all others. At num_keep = P prompts do not compete; every
+    slot above P is won across prompts, so prompts on which the models agree anyway take most of them. Of equal scores
+    the first wins. Raises ValueError unless P <= num_keep <= P * G. Example: [[.9, .8], [.2, .1]], 3 -> .9, .8 and .2.
     """
     P, G = score.shape
     if not P <= num_keep <= P * G:
         raise ValueError(f"num_keep must lie between {P} prompts and {P * G} candidates, got {num_keep}")
-    is_best = F.one_hot(score.argmax(dim=1), G)                                          # (P, G)
+    is_best = F.one_hot(score.argmax(dim=1), G).flatten()                        # (P * G,)
     by_score = score.flatten().argsort(descending=True, stable=True)
-    order = by_score[is_best.flatten()[by_score].argsort(descending=True, stable=True)]  # the best first, then the rest
+    # The second sort is stable too: it brings the prompts' best to the front and leaves each part sorted by score
+    order = by_score[is_best[by_score].argsort(descending=True, stable=True)]
     keep = torch.zeros(P * G, dtype=torch.bool, device=score.device)
     keep[order[:num_keep]] = True
     return keep.view(P, G)
@@ -558,31 +567,31 @@ def select_prefixes(score, num_keep):
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
     """
-    How far each token can still be trusted once its prefix has drifted. (B, T), (B, T) -> (B, T) in [0, 1]  [Prune-OPD]
+    The reliability w of each token: (B, T), (B, T) -> (B, T), in [0, 1], never rising, 0 outside the mask. [Prune-OPD]
 
-        w_t = max(0, 1 - w_drop * #{s <= t: overlap_s < threshold}), 0 outside the mask; the loss weight is w_t + w_base
+        w_t = max(0, 1 - w_drop * #{s <= t : overlap_s < threshold})          the loss weight is w_t + w_base
 
-    A bad token lowers its own weight and that of every later one, and nothing brings it back: the teacher judges a
-    token given all before it. Example: threshold .75, w_drop .1, overlap (1, .5, 0) -> (1, .9, .8).
+    Example: threshold .75, w_drop .1, overlap (1, .5, 0) -> (1, .9, .8).
     """
     bad = (overlap < threshold) & response_mask.bool()
+    # Cumulative: the teacher judges a token given all before it, so no later token makes up for a wrong turn
     return (1 - w_drop * bad.cumsum(-1)).clamp(min=0) * response_mask
 
 
 def reliable_length(weights, response_mask):
-    """How many tokens of each row still have some reliability, w > 1e-8. (B, T), (B, T) -> (B,)       [Prune-OPD]"""
+    """How many tokens of each row have some reliability left, w > 1e-8: (B, T), (B, T) -> (B,)         [Prune-OPD]"""
     return ((weights > 1e-8) & response_mask.bool()).sum(-1)
 
 
 def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, patience, low, high):
     """
-    Prune-OPD's cap for the next rollouts: reliable (B,) lengths under the cap max_length -> (max_length, misses).
+    The cap of the next rollouts, from the reliable lengths (B,) under this one -> (max_length, misses).   [Prune-OPD]
 
-    It grows by step as soon as a share hit_ratio of the rows is reliable to within margin of the cap, and shrinks by
-    step after patience steps in a row without. Rows that end early can never hit: growth needs long, reliable rows.
-    Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148; three misses -> 1948.    [Prune-OPD]
+    It grows by step once a share hit_ratio of the rows is reliable to within margin of it, and shrinks by step after
+    patience misses in a row. Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148.
     """
     boundary = max(low, max_length - margin)
+    # A row that ends early cannot hit: growth needs responses that are long and still reliable
     if (reliable >= boundary).float().mean().item() >= hit_ratio:
         return min(max_length + step, high), 0
     if misses + 1 >= patience:
@@ -590,87 +599,83 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
     return max_length, misses + 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 # 6. Losses, per token. Contexts are constants: no gradient flows through the sampling.
 
 def reverse_kl(student_logits, teacher_logits):
     """
-    KL(student || teacher) over the whole vocabulary. (B, T, V), (B, T, V) -> (B, T)                     [GKD]
+    KL(student || teacher) over the whole vocabulary: (B, T, V), (B, T, V) -> (B, T).                         [GKD]
 
         sum_v p(v) (log p(v) - log q(v)),   p student, q teacher
-
-    Written out, not called: F.kl_div(a, b) is KL(b || a), and the direction decides whether the student settles on what
-    the teacher does (this one) or spreads over all that it might do.
     """
-    log_p = F.log_softmax(student_logits.float(), dim=-1)       # bfloat16 has 8 bits: the difference would be noise
-    log_q = F.log_softmax(teacher_logits.float(), dim=-1)
+    # Written out: F.kl_div(a, b) is KL(b || a), and the direction decides whether the student settles on one thing that
+    # the teacher does (this one) or spreads over all that it might do
+    log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
+    log_q = F.log_softmax(teacher_logits.float(), dim=-1)                        # (B, T, V)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     """
-    Reverse KL on a support S of top-k tokens, (B, T, V), (B, T, V) -> (B, T).              [Rethinking-OPD, code]
+    Reverse KL on a support S of top-k tokens: (B, T, V), (B, T, V) -> (B, T).        [Rethinking-OPD, released code]
 
-        value sum_S p_bar(v) rho(v),  rho = log p - log q,  p_bar = p / P_S,  P_S = sum_S p
-        gradient wrt the logits, u in S: (p(u) rho(u) - p(u) sum_S p rho) / P_S; the second term for u outside
+        value     sum_S p_bar (log p - log q),   p_bar = p / P_S,   P_S = sum_S p
+        gradient  of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
 
-    This is the gradient of the released code, not that of the renormalised KL in the paper: p_bar rho is a constant and
-    log p carries the gradient. It vanishes at p = q, and it can move mass into S and out of it. Backpropagating through
-    sum_S p rho instead would push mass out of S even at p = q.
-    support: the top k of the student | of the teacher | their intersection (0 where empty) | their union.
+    support: the top k of the student | teacher | both (intersection; 0 where empty) | either (union).
+    The gradient is the released code's, not that of the renormalised KL which the paper prints: it can move mass into
+    S and out of it, and it vanishes at p = q.
     """
     log_p, log_q = F.log_softmax(student_logits.float(), dim=-1), F.log_softmax(teacher_logits.float(), dim=-1)
-    ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices      # (B, T, K)
-    same = ids[..., :, None] == teacher_ids[..., None, :]
-    if support == "student":
-        inside = torch.ones_like(ids, dtype=torch.bool)
-    elif support == "teacher":
-        ids, inside = teacher_ids, torch.ones_like(ids, dtype=torch.bool)
-    elif support == "intersection":
-        inside = same.any(-1)
-    elif support == "union":
-        inside = torch.cat([torch.ones_like(ids, dtype=torch.bool), ~same.any(-2)], dim=-1)  # no token counts twice
-        ids = torch.cat([ids, teacher_ids], dim=-1)                                      # (B, T, 2K)
-    else:
+    student_ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices       # (B, T, K)
+    same = student_ids[..., :, None] == teacher_ids[..., None, :]                # (B, T, K, K)
+    everywhere = torch.ones_like(student_ids, dtype=torch.bool)
+    if support not in ("student", "teacher", "intersection", "union"):
         raise ValueError(f"support must be student, teacher, intersection or union, got {support!r}")
+    ids, inside = {
+        "student": (student_ids, everywhere), "teacher": (teacher_ids, everywhere),
+        "intersection": (student_ids, same.any(-1)),
+        # Teacher tokens that the student has too must not count twice                         (B, T, 2K)
+        "union": (torch.cat([student_ids, teacher_ids], -1), torch.cat([everywhere, ~same.any(-2)], -1))}[support]
     log_p, log_q = log_p.gather(-1, ids), log_q.gather(-1, ids)
     p = log_p.exp() * inside
-    constant = (p / p.sum(-1, keepdim=True).clamp(min=1e-20) * (log_p - log_q)).detach()
-    # ratio is 1, and its gradient that of log p: the importance ratio of the released code, strictly on-policy
+    constant = p / p.sum(-1, keepdim=True).clamp(min=1e-20) * (log_p - log_q)    # p_bar rho
+    # The gradient flows through the importance ratio alone, which is 1 on-policy. Through p rho itself it would have a
+    # "+1" that does not cancel on a part of the vocabulary, and would push mass out of S even at p = q
     ratio = (log_p - log_p.detach()).exp()
-    return (constant * ratio).sum(-1)
+    return (constant.detach() * ratio).sum(-1)
 
 
 def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
     """
-    k1 policy-gradient surrogate of the sampled tokens. (B, T, V), (B, T, V), (B, T) -> (B, T)           [GKD]
+    The k1 policy-gradient surrogate of the sampled tokens y: (B, T, V), (B, T, V), (B, T) -> (B, T).
 
-        - stop_gradient(r) log p(y),   r = log q(y) - log p(y)
+        - stop_gradient(r) log p(y),   r = log q(y) - log p(y); with the baseline r + KL(p || q)           [vOPD]
 
-    Averaged over y ~ p its gradient is that of reverse_kl; its value means nothing. baseline=True takes r + KL for r:
-    the mean of r is -KL, so the advantage then has mean 0 and a smaller variance, at the same mean gradient. [vOPD]
-    (With -KL alone as the advantage the mean gradient would be exactly 0: a state's constant teaches nothing.)
+    Over y ~ p its mean gradient is that of reverse_kl; its value means nothing. The mean of r is -KL, so the baseline
+    centres the advantage without changing the mean gradient.
     """
-    log_p = F.log_softmax(student_logits.float(), dim=-1)
-    log_q = F.log_softmax(teacher_logits.float(), dim=-1)
+    log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
+    log_q = F.log_softmax(teacher_logits.float(), dim=-1)                        # (B, T, V)
     sampled = response_ids[..., None]
-    reward = (log_q - log_p).gather(-1, sampled).squeeze(-1)
+    advantage = (log_q - log_p).gather(-1, sampled).squeeze(-1)                  # (B, T)
     if baseline:
-        reward = reward + (log_p.exp() * (log_p - log_q)).sum(-1)
-    return -reward.detach() * log_p.gather(-1, sampled).squeeze(-1)
+        # Added to r, never in its place: a constant of the context alone has a mean gradient of exactly 0
+        advantage = advantage + (log_p.exp() * (log_p - log_q)).sum(-1)
+    return -advantage.detach() * log_p.gather(-1, sampled).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 # 7. Extrapolation
 
 def extrapolate(weights, anchor, validate, max_tries=5):
     """
-    Go on along the update while a validation score rises.                                              [EffOPD]
+    Go on along the update for as long as a validation score rises.                                        [EffOPD]
 
-        try weights + 2k (weights - anchor) for k = 1, 2, ..., max_tries; stop at the first that is not strictly better
+        try weights + 2k (weights - anchor), k = 1, 2, ..., max_tries; stop at the first that is not strictly better
 
-    weights, anchor: dicts of tensors, now and as accepted the last time; validate(dict) -> float.
-    Returns (accepted dict, accepted k, [scores: of weights, then of each try]). k = 0: nothing was better, plain OPD.
+    weights, anchor: dicts of tensors, as they are now and as accepted the last time; validate(dict) -> float.
+    Returns the accepted dict, the accepted k (0: plain OPD goes on), and the scores of the weights and of every try.
     """
     accepted, accepted_k, scores = weights, 0, [validate(weights)]
     for k in range(1, max_tries + 1):
@@ -682,13 +687,27 @@ def extrapolate(weights, anchor, validate, max_tries=5):
     return accepted, accepted_k, scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def movable_weights(model):
+    """Copies of what EffOPD extrapolates, by name: attention and MLP weights; no embedding, head or input norm."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()
+            if any(part in name for part in ("attn", "attention", "mlp"))}
+
+
+@torch.no_grad()
+def copy_weights(weights, model):
+    """Write a dict of tensors into the model's parameters of these names, in the model's dtype. In place."""
+    for name, parameter in model.named_parameters():
+        if name in weights and weights[name] is not parameter:
+            parameter.copy_(weights[name])
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # 8. Evaluation
 
 def pass_at_k(num_samples, num_correct, k):
     """
-    Chance that one of k answers is right, estimated without bias from num_samples >= k answers of which num_correct are:
-    1 - C(n - c, k) / C(n, k), Chen et al. 2107.03374. Example: n 4, c 1, k 2 -> .5. Raises ValueError for k > n.
+    The chance that one of k answers is right, without bias from num_samples >= k answers of which num_correct are:
+    1 - C(n - c, k) / C(n, k)   [Chen et al., 2107.03374]. Example: n 4, c 1, k 2 -> 0.5. Raises ValueError for k > n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
         raise ValueError(f"needs 1 <= k <= num_samples and 0 <= num_correct <= num_samples, got k {k}, "
@@ -697,313 +716,281 @@ def pass_at_k(num_samples, num_correct, k):
 
 
 def repetition(ids):
-    """Share of the 4-grams of a list of ids that occurred before in it: 0 without repeats, near 1 in a loop."""
+    """The share of the 4-grams of a list of ids that occurred earlier in it: 0 without repeats, near 1 in a loop."""
     grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def summarize(samples, num_samples):
-    """Graded answers (dicts as evaluate writes them, num_samples per problem, in order) -> metrics over problems."""
-    correct = np.array([sample["correct"] for sample in samples], dtype=float).reshape(-1, num_samples)
-    mean = lambda name: float(np.mean([sample[name] for sample in samples]))
-    # The standard error is over problems: answers to one problem are not independent evidence
-    return {"avg_at_n": float(correct.mean()), "pass_at_n": float((correct.sum(1) > 0).mean()),
-            "se": float(correct.mean(1).std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else float("nan"),
-            "mean_length": mean("length"), "truncated_fraction": mean("truncated"), "no_box_fraction": mean("no_box"),
-            "repetition": mean("repetition"), "num_problems": len(correct), "n": num_samples}
-
-
 def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """
-    Sample num_samples answers to every problem, at full length, and grade them -> (metrics dict, list of samples).
+    Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
 
-    prompts: the problems' token ids; decoding: keyword arguments of rollout. All inside a random stream of its own, so
-    that how often one evaluates cannot change how one trains. The same seed gives every model the same draws.
+    prompts: ids of the problems; decoding: keyword arguments of rollout. It runs in a random stream of its own, so how
+    often one evaluates does not change how one trains; with one seed all models get the same draws.
     """
     rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)]
-    device = next(model.parameters()).device
-    samples = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    answers = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False):
             batch = rows[start:start + rows_per_batch]
             ids, mask = pad_left([prompts[index] for index, _ in batch], decoding["pad_id"])
-            out = rollout(model, None, ids.to(device), mask.to(device), **decoding)
+            out = rollout(model, None, ids.to(model.device), mask.to(model.device), **decoding)
             for row, (index, sample) in enumerate(batch):
                 response = out["response_ids"][row][out["response_mask"][row]].tolist()
                 text = tokenizer.decode(response, skip_special_tokens=True)
-                samples.append({
-                    "problem": problems[index]["problem"], "answer": problems[index]["answer"], "sample": sample,
-                    "response": text, "correct": is_correct(text, problems[index]["answer"]), "length": len(response),
-                    "truncated": not bool(out["ended"][row]), "no_box": last_boxed(text) is None,
-                    "repetition": repetition(response)})
-    return summarize(samples, num_samples), samples
+                answers.append({
+                    **problems[index], "sample": sample, "response": text,
+                    "correct": is_correct(text, problems[index]["answer"]), "no_box": last_boxed(text) is None,
+                    "length": len(response), "truncated": not out["ended"][row].item(), "repetition": repetition(response)})
+    mean = {name: float(np.mean([answer[name] for answer in answers]))
+            for name in ("correct", "no_box", "length", "truncated", "repetition")}
+    correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)       # (problems, n)
+    # Over problems, not answers: answers to one problem are not independent evidence
+    se = correct.mean(1).std(ddof=1) / math.sqrt(len(correct)) if len(correct) > 1 else math.nan
+    pass_at_n = np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)])
+    return {"avg_at_n": mean["correct"], "se": float(se), "pass_at_n": float(pass_at_n), "n": num_samples,
+            "num_problems": len(correct), "mean_length": mean["length"], "truncated_fraction": mean["truncated"],
+            "no_box_fraction": mean["no_box"], "repetition": mean["repetition"], "temperature": decoding["temperature"],
+            "top_p": decoding["top_p"], "max_new_tokens": decoding["max_length"], "seed": seed}, answers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. Rollout
+# ----------------------------------------------------------------------------------------------------------------
+# 9. Rollout. One function for all methods; method_row is all they differ in, but for prune's weights and its cap.
 
-@torch.no_grad()
-def score(teacher, ids, mask, cache, student_topk, *, vocab_size, chunk_tokens):
-    """
-    The teacher reads the new columns of ids (B, L) once, on its cache. student_topk (B, n, K) are the student's likeliest
-    tokens at the last n columns -> the teacher's hidden states (B, n, H) there, and the overlap (B, n) in [0, 1].
-
-    Hidden states are kept, not logits: the loss needs the whole distribution, and V is 50 times wider than H.
-    """
-    hidden = hidden_states(teacher, ids, mask, student_topk.shape[1], cache)
-    topk = torch.cat([head_logits(teacher, piece, vocab_size).topk(student_topk.shape[2]).indices
-                      for piece in hidden.flatten(0, 1).split(chunk_tokens)]).view_as(student_topk)
-    return hidden, (student_topk[..., :, None] == topk[..., None, :]).any(-1).float().mean(-1)
-
-
-def method_row(method, step, *, max_new_tokens, prefix_length, probe_window, num_keep, horizon_schedule, cap, drift):
-    """
-    One row of the papers' table: what `rollout` must know to run a method at step 1, 2, ... This is all they differ in,
-    but for prune's token weights and moving cap (train).
-    """
+def method_row(method, *, max_new_tokens, prefix_length, horizon_length, probe_window, num_keep, cap, drift):
+    """One row of the papers' table: what rollout is told to run a method at the present step."""
     return {
         "opd": {"max_length": max_new_tokens},
         "prefix": {"max_length": min(prefix_length, max_new_tokens)},
-        "progressive": {"max_length": horizon(step - 1, *horizon_schedule, max_new_tokens)},
-        "prefix-guided": {"max_length": max_new_tokens, "select_at": prefix_length, "probe_window": probe_window,
-                          "num_keep": num_keep},
+        "progressive": {"max_length": horizon_length},
+        "prefix-guided": {"max_length": max_new_tokens, "select_at": prefix_length,
+                          "probe_window": probe_window, "num_keep": num_keep},
         "prune": {"max_length": cap, "drift": drift},
     }[method]
 
 
+def clock(device):
+    """Seconds, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @torch.no_grad()
 def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_length, vocab_size, eos_ids, pad_id,
-            temperature=1.0, top_p=1.0, overlap_k=0, num_generations=1, select_at=None, probe_window=None, num_keep=None,
-            drift=None, chunk_tokens=256):
+            temperature=1.0, top_p=1.0, overlap_k=0, num_generations=1, select_at=0, probe_window=0, num_keep=0, drift=()):
     """
-    Sample the responses to prompts (B, S), segment by segment, on KV caches that are never computed twice. After each
-    segment the teacher scores it (teacher None: no scoring, as in evaluation), and the rows that ended, were not
-    selected or have drifted leave both caches.
+    Sample responses to prompts (B, S), segment by segment, on KV caches that nothing is computed for twice. The teacher
+    (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
 
-    select_at, probe_window, num_keep: after select_at tokens continue num_keep rows    [PG-OPD]
-    drift: (threshold, w_drop): stop a row at the segment border after which its reliability is 0    [Prune-OPD]
-
-    Returns a dict, T the longest response: response_ids (B, T), response_mask (B, T) bool, overlap (B, T), ended (B,)
-    (with an EOS), kept (B,) (not stopped by selection or drift), teacher_hidden: B tensors (length, H) of what the
-    teacher's head needs, probe_score (B,), teacher_seconds.
+    select_at, probe_window, num_keep: after select_at tokens num_keep rows go on, by overlap in the probe window
+    drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
+    -> dict, T the longest response: response_ids, response_mask, overlap (B, T); ended, kept (B,) bool: has an EOS, was
+       not stopped by selection or drift; teacher_hidden: B tensors (length, H); teacher_seconds
     """
     B, S = prompt_ids.shape
     device = prompt_ids.device
-    ids = torch.cat([prompt_ids, torch.full((B, max_length), pad_id, device=device)], dim=1)     # (B, S + max_length)
-    mask = torch.cat([prompt_mask.bool(), torch.zeros(B, max_length, dtype=torch.bool, device=device)], dim=1)
+    ids = torch.cat([prompt_ids, prompt_ids.new_full((B, max_length), pad_id)], dim=1)           # (B, S + max_length)
+    mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, max_length)], dim=1)
     overlap = torch.zeros(B, max_length, device=device)
-    ended, kept = (torch.full((B,), value, device=device) for value in (False, True))
-    teacher_hidden, teacher_seconds, probe_score = [[] for _ in range(B)], 0.0, None
-    student_cache = DynamicCache(config=student.config)
-    teacher_cache = DynamicCache(config=teacher.config) if teacher else None
-    rows, start = torch.arange(B, device=device), S
-    borders = {*range(segment_length, max_length, segment_length), max_length, *([select_at] if select_at else [])}
+    ended, kept = torch.zeros(B, dtype=torch.bool, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    teacher_hidden, teacher_seconds = [[] for _ in range(B)], 0.0
+    caches = {model: DynamicCache(config=model.config) for model in (student, teacher) if model}
+    rows, start = torch.arange(B, device=device), S                              # who still runs, the next column
+    borders = {*range(segment_length, max_length, segment_length), max_length, select_at or max_length}
     for border in sorted(border for border in borders if border <= max_length):
-        seen = mask[rows, :start]
         new_ids, student_topk = generate(
-            student, ids[rows, :start], seen, student_cache, max_new_tokens=S + border - start, vocab_size=vocab_size,
-            eos_ids=eos_ids, pad_id=pad_id, temperature=temperature, top_p=top_p, record_k=overlap_k)
-        end = start + new_ids.shape[1]
-        new_mask = mask_through_eos(new_ids, eos_ids)
+            student, ids[rows, :start], mask[rows, :start], caches[student], max_new_tokens=S + border - start,
+            vocab_size=vocab_size, eos_ids=eos_ids, pad_id=pad_id, temperature=temperature, top_p=top_p, record_k=overlap_k)
+        new_mask, end = mask_through_eos(new_ids, eos_ids), start + new_ids.shape[1]
         ids[rows, start:end], mask[rows, start:end] = new_ids.where(new_mask, pad_id), new_mask
         ended[rows] = torch.isin(new_ids, torch.tensor(sorted(eos_ids), device=device)).any(-1)
         if teacher:
-            clock = time.perf_counter()
-            hidden, hit = score(teacher, ids[rows, :end], mask[rows, :end], teacher_cache, student_topk,
-                                vocab_size=vocab_size, chunk_tokens=chunk_tokens)
-            overlap[rows, start - S:end - S] = hit * new_mask
+            before = clock(device)
+            # Hidden states are what stays of the teacher: the loss needs whole distributions, and logits are V / H as big
+            hidden = hidden_states(teacher, ids[rows, :end], mask[rows, :end], end - start, caches[teacher])
+            head = functools.partial(head_logits, teacher, vocab_size=vocab_size)
+            shared = student_topk[..., :, None] == topk_in_chunks(hidden, head, overlap_k)[..., None, :]
+            overlap[rows, start - S:end - S] = shared.any(-1).float().mean(-1) * new_mask
             for row, states, valid in zip(rows.tolist(), hidden, new_mask):
                 teacher_hidden[row].append(states[valid])
-            teacher_seconds += time.perf_counter() - clock
+            teacher_seconds += clock(device) - before
         if border == select_at:
-            window = mask[:, S:S + probe_window]               # a row that ended inside it is judged on what it has
-            probe_score = (overlap[:, :probe_window] * window).sum(-1) / window.sum(-1)
-            # Rows that ended are complete and cost nothing more: they stay, and take a slot only if no other wants it
-            ranking = torch.where(ended, -1.0, probe_score).view(-1, num_generations)
-            kept &= select_prefixes(ranking, num_keep).flatten() | ended
+            window = mask[:, S:S + probe_window]              # a row that ended inside it is judged on what it has
+            score = (overlap[:, :probe_window] * window).sum(-1) / window.sum(-1)
+            # Rows that ended are complete and cost nothing more: they stay, and take a slot only if nobody else wants it
+            score = torch.where(ended, -1, score).view(-1, num_generations)      # (P, G)
+            kept &= select_prefixes(score, num_keep).flatten() | ended
         if drift:
-            weights = drift_weights(overlap[:, :end - S], mask[:, S:end], *drift)
-            kept[rows] &= (weights[rows, -1] > 1e-8) | ended[rows]
+            reliability = drift_weights(overlap[:, :end - S], mask[:, S:end], *drift)[rows, -1]
+            kept[rows] &= (reliability > 1e-8) | ended[rows]
         stay = (kept & ~ended)[rows].nonzero().squeeze(-1)
         rows, start = rows[stay], end
         if not len(rows) or border == max_length:
             break
-        for cache in filter(None, (student_cache, teacher_cache)):
+        for cache in caches.values():
             cache.batch_select_indices(stay)
     return {"response_ids": ids[:, S:start], "response_mask": mask[:, S:start], "overlap": overlap[:, :start - S],
-            "ended": ended, "kept": kept, "probe_score": probe_score, "teacher_seconds": teacher_seconds,
+            "ended": ended, "kept": kept, "teacher_seconds": teacher_seconds,
             "teacher_hidden": [torch.cat(pieces) for pieces in teacher_hidden] if teacher else None}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 # 10. One update
 
-def token_loss(student_logits, teacher_logits, response_ids, *, loss, k, support, baseline):
-    """The loss of --loss, per token: (N, V), (N, V), (N,) -> (N,)."""
-    if loss == "reverse_kl":
-        return reverse_kl(student_logits, teacher_logits)
-    if loss == "topk":
-        return reverse_kl_topk(student_logits, teacher_logits, k, support)
-    return reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline)
-
-
-def backward_chunk(student, teacher, hidden, teacher_hidden, response_ids, token_weight, *, vocab_size, temperature,
-                   overlap_k, **loss_flags):
+def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, student_head, teacher_head, token_loss,
+                       measure, chunk_tokens=256):
     """
-    Heads, loss and backward of N tokens: hidden (N, H), teacher_hidden (N, H'), response_ids (N,), token_weight (N,)
-    -> (gradient wrt hidden (N, H), sum of the weighted losses, alignment per token). The head's gradient accumulates.
-
-    Backward runs here and now, so the (N, V) logits die with this call. Keeping them to the end would take B * T * V
-    floats several times over; recomputing them in backward would take the two heads' time once more.
+    Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,)
+    -> gradient wrt hidden (N, H), sum of the weighted losses, and what measure(student_logits, teacher_logits) gave,
+    (N,) each. The gradient of the student's head accumulates in place.
     """
-    hidden = hidden.detach().requires_grad_()
-    with torch.no_grad():
-        teacher_logits = head_logits(teacher, teacher_hidden, vocab_size) / temperature
-    student_logits = head_logits(student, hidden, vocab_size) / temperature
-    loss = (token_loss(student_logits, teacher_logits, response_ids, k=overlap_k, **loss_flags) * token_weight).sum()
-    loss.backward()
-    with torch.no_grad():
-        aligned = alignment_per_token(student_logits, teacher_logits, overlap_k)
-    return hidden.grad, loss.item(), aligned
+    grads, total, measures = [], 0.0, []
+    for states, teacher_states, ids, weight in zip(*(
+            column.split(chunk_tokens) for column in (hidden.detach(), teacher_hidden, response_ids, token_weight))):
+        states.requires_grad_()
+        with torch.no_grad():
+            teacher_logits = teacher_head(teacher_states)                        # (chunk, V)
+        student_logits = student_head(states)
+        loss = (token_loss(student_logits, teacher_logits, ids) * weight).sum()
+        # Backward now, while these logits exist. Kept to the end, they would fill (B, T, V) several times over;
+        # recomputed in backward, they would cost both heads once more
+        loss.backward()
+        grads.append(states.grad)
+        total += loss.item()
+        with torch.no_grad():
+            measures.append(measure(student_logits, teacher_logits))
+    return torch.cat(grads), total, {name: torch.cat([piece[name] for piece in measures]) for name in measures[0]}
 
 
-def train_step(student, teacher, optimizer, batch, *, micro_batch_size, max_grad_norm, autocast, chunk_tokens=256,
-               **chunk_flags):
+def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, autocast=contextlib.nullcontext, **chunk):
     """
-    One optimizer step on a rollout -> dict of loss, grad_norm, trained tokens and the alignment means over them.
+    One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures.
 
-    batch: prompt_ids, prompt_mask (B, S), response_ids, loss_mask (B, T), token_weight (B, T), teacher_hidden. The loss
-    is sum(weight * loss) / number of tokens in loss_mask, of the whole step: a mean per micro-batch would let the rows
-    that share one with short rows count for more. Raises FloatingPointError before a non-finite gradient is applied.
+    batch: prompt_ids, prompt_mask (B, S), response_ids, loss_mask, token_weight (B, T), teacher_hidden (B tensors);
+    chunk: keyword arguments of backward_in_chunks. Raises FloatingPointError, before it changes a weight, when the loss
+    or the gradient is not finite.
     """
-    lengths = batch["loss_mask"].sum(-1)
-    num_tokens, loss, aligned = int(lengths.sum()), 0.0, []
-    order = lengths.argsort(descending=True, stable=True)          # rows of one length together: less padding
-    order = order[lengths[order] > 0]
+    lengths = batch["loss_mask"].sum(-1)                                         # (B,)
+    # Of the whole step: a mean per micro-batch would give the tokens beside short rows a larger weight
+    num_tokens = int(lengths.sum())
+    order = lengths.argsort(descending=True, stable=True)                        # like lengths together: less padding
+    loss, measures = 0.0, []
     optimizer.zero_grad(set_to_none=True)
-    for rows in order.split(micro_batch_size):
-        T, S = int(lengths[rows].max()), int(batch["prompt_mask"][rows].sum(-1).max())
+    for rows in order[lengths[order] > 0].split(micro_batch_size):
+        S, T = int(batch["prompt_mask"][rows].sum(-1).max()), int(lengths[rows].max())
         loss_mask, response_ids = batch["loss_mask"][rows, :T], batch["response_ids"][rows, :T]
-        ids = torch.cat([batch["prompt_ids"][rows, -S:], response_ids], dim=1)
+        ids = torch.cat([batch["prompt_ids"][rows, -S:], response_ids], dim=1)   # (b, S + T)
         mask = torch.cat([batch["prompt_mask"][rows, -S:], loss_mask], dim=1)
         with autocast():
-            hidden = hidden_states(student, ids, mask, T)[loss_mask]                     # (N, H)
-            columns = [column.split(chunk_tokens) for column in (
+            hidden = hidden_states(student, ids, mask, T)[loss_mask]             # (N, H)
+            grad, value, measured = backward_in_chunks(
                 hidden, torch.cat([batch["teacher_hidden"][row] for row in rows.tolist()]), response_ids[loss_mask],
-                batch["token_weight"][rows, :T][loss_mask] / num_tokens)]
-            grads = []
-            for chunk in zip(*columns):
-                grad, value, per_token = backward_chunk(student, teacher, *chunk, **chunk_flags)
-                grads.append(grad)
-                loss += value
-                aligned.append(per_token)
-        hidden.backward(torch.cat(grads))
+                batch["token_weight"][rows, :T][loss_mask] / num_tokens, **chunk)
+        hidden.backward(grad)
+        loss += value
+        measures.append(measured)
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}, response lengths {lengths.tolist()[:8]}...")
+        raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}, longest response {int(lengths.max())}")
     optimizer.step()
-    means = {name: torch.cat([piece[name] for piece in aligned]).nanmean().item() for name in aligned[0]}
-    return {"loss": loss, "grad_norm": grad_norm, "trained_tokens": num_tokens, **means}
+    means = {name: torch.cat([piece[name] for piece in measures]).nanmean().item() for name in measures[0]}
+    return {"loss": loss, "grad_norm": grad_norm, "num_tokens": num_tokens, **means}
 
 
-def step_flops(student_params, teacher_params, student_shape, teacher_shape, prompt, generated, trained):
+def step_flops(student_size, teacher_size, prompt, generated, trained):
     """
-    Floating-point operations of one step by the usual count (2 N per token forward, 4 N backward, plus attention's
-    2 n_layer d_model L^2 per forward). prompt, generated, trained: (B,) token counts; *_shape: (n_layer, d_model).
+    Floating-point operations of a step: sizes (parameters, n_layer, d_model), token counts per row (B,) -> float.
 
-        decode 2 N_S (P + gen) + teacher 2 N_T (P + gen) + update 6 N_S (P + trained), rows without trained tokens at 0
+        decode 2 N_S (P + gen), teacher 2 N_T (P + gen), update 6 N_S (P + trained) for rows that are trained on,
+        and attention's 2 n_layer d_model L^2 for each forward over L tokens, three times that in the update
     """
-    full, sup = (prompt + generated).double(), torch.where(trained > 0, prompt + trained, 0).double()
-    attention = lambda shape, length: 2 * shape[0] * shape[1] * length ** 2
-    return float((2 * student_params * full + attention(student_shape, full)
-                  + 2 * teacher_params * full + attention(teacher_shape, full)
-                  + 6 * student_params * sup + 3 * attention(student_shape, sup)).sum())
+    forward = lambda size, length: 2 * size[0] * length + 2 * size[1] * size[2] * length ** 2
+    sampled, updated = (prompt + generated).double(), (prompt + trained).double() * (trained > 0)
+    return float((forward(student_size, sampled) + forward(teacher_size, sampled)
+                  + 3 * forward(student_size, updated)).sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 11. The tiny world
+# ----------------------------------------------------------------------------------------------------------------
+# 11. The tiny world: a made-up language in which distillation can be watched.
+#
+#     A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step by step:
+#     "first a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is \boxed{ 9 }". Every operation can be undone, so a slip
+#     carries through to the answer. Sentences are made of synonyms, and authors differ in which they like: so a model's
+#     top k are its habits of wording, and wherever it computes, the slips that it would most likely make.
 
-# A made-up language in which on-policy distillation can be watched. A problem is a start and up to eight operations
-# modulo 10, "4 a +3 b *7"; its solution goes step by step, "first a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is
-# \boxed{ 9 }". Every operation can be undone, so a slip always carries through to the answer. The words of a sentence
-# have eight synonyms each, of which an author likes some better, so the top k of a model are its habits of wording.
-
-TINY = {
-    "opener": "first next then now so here well okay".split(), "verb": "is gives makes equals yields becomes leaves gets".split(),
-    "closer": ", ; . : and - / |".split(), "label": "a b c d e f g h".split(), "digit": list("0123456789"),
-    "operation": [f"+{n}" for n in range(1, 10)] + ["*3", "*7", "*9"], "frame": ["the", "answer", "\\boxed{", "}"],
-    "special": ["<pad>", "<end>", "<user>", "<solve>"]}
-
-
-def tiny_apply(value, operation):
-    """4, "+3" -> 7; 7, "*7" -> 9: arithmetic modulo 10."""
-    return (value + int(operation[1:]) if operation[0] == "+" else value * int(operation[1:])) % 10
+LEXICON = {
+    "special": ["<pad>", "<end>", "<user>", "<solve>"], "frame": ["the", "answer", "\\boxed{", "}"],
+    "digit": list("0123456789"), "operation": [f"+{n}" for n in range(1, 10)] + ["*3", "*7", "*9"],
+    "label": list("abcdefgh"), "opener": "first next then now so here well okay".split(),
+    "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
 
 
-def tiny_problem(rng, steps):
-    """A problem of steps operations, {"problem", "answer"}, from a random.Random."""
+def tiny_problem(rng, steps, lexicon):
+    """A problem of so many steps, {"problem", "answer"}, drawn from a random.Random."""
     value, first = rng.randrange(10), rng.randrange(9 - steps)
     words = [str(value)]
-    for label in TINY["label"][first:first + steps]:
-        operation = rng.choice(TINY["operation"])
+    for label in lexicon["label"][first:first + steps]:
+        operation = rng.choice(lexicon["operation"])
         words += [label, operation]
-        value = tiny_apply(value, operation)
+        value = (value + int(operation[1:]) if operation[0] == "+" else value * int(operation[1:])) % 10
     return {"problem": " ".join(words), "answer": str(value)}
 
 
-def tiny_solution(problem, rng, habit, slip_rate):
+def tiny_solution(problem, rng, habit, slip_rate, lexicon):
     """
-    One author's solution to a problem's text -> list of (word, trust). habit (0 to 7) turns the order in which the author
-    likes the synonyms; with slip_rate per step the result is wrong, the operation misread, or a step left out. What
-    follows a slip is consistent with it. trust is False on the slip itself: a careful model reads on from it, but does
-    not learn to make it.
-    """
-    def synonym(kind):        # each next word in the author's order is .6 times as likely
-        return TINY[kind][(min(int(math.log(1 - rng.random()) / math.log(.6)), 7) + habit) % 8], True
+    One author's solution of a problem's text -> list of (word, trusted).
 
-    start, *rest = problem.split()
-    value, place, words = int(start), 0, []
+    habit, 0 to 7: which synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
+    goes wrong, in its result, by misreading the operation, or by leaving a step out. What follows a slip is consistent
+    with it. Only the slip itself is not trusted: a careful model learns to read on from it, and not to make it.
+    """
+    def synonym(kind):
+        rank = int(math.log(1 - rng.random()) / math.log(.6))
+        return lexicon[kind][(rank + habit) % 8], True
+
+    value, *rest = problem.split()
+    place, words = 0, []
     while place < len(rest):
         slip = rng.choice(("result", "misread", "skip")) if rng.random() < slip_rate else None
         if slip == "skip" and place + 2 < len(rest):
             place += 2
         label, operation = rest[place:place + 2]
         if slip == "misread":
-            operation = rng.choice(TINY["operation"])
-        result = (tiny_apply(value, operation) + (rng.choice((1, 9, 1, 9, 2, 8)) if slip == "result" else 0)) % 10
-        words += [synonym("opener"), (label, slip != "skip"), (str(value), True), (operation, slip != "misread"),
-                  synonym("verb"), (str(result), slip != "result"), synonym("closer")]
+            operation = rng.choice(lexicon["operation"])
+        number = int(operation[1:])
+        result = int(value) + number if operation[0] == "+" else int(value) * number
+        result = str((result + (rng.choice((1, 9, 1, 9, 2, 8)) if slip == "result" else 0)) % 10)
+        words += [synonym("opener"), (label, slip != "skip"), (value, True), (operation, slip != "misread"),
+                  synonym("verb"), (result, slip != "result"), synonym("closer")]
         value, place = result, place + 2
     return words + [synonym("opener"), ("the", True), ("answer", True), synonym("verb"), ("\\boxed{", True),
-                    (str(value), True), ("}", True), ("<end>", True)]
+                    (value, True), ("}", True), ("<end>", True)]
 
 
-def tiny_tokenizer():
-    """One token per word of the tiny language, with a chat template."""
+def tiny_tokenizer(words):
+    """A tokenizer with one token per word, and a chat template, like any other that transformers loads."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    words = [word for kind in ("special", "digit", "operation", "label", "frame", "opener", "verb", "closer") for word in TINY[kind]]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
     tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<solve>"
     return tokenizer
 
 
-def fit(model, sample_batch, *, steps, learning_rate, pad_id, title, progress=None):
-    """
-    Supervised training: sample_batch(step) -> list of (ids, weights), the cross-entropy of every id weighted. In place.
-    """
+def fit(model, sample_batch, *, steps, learning_rate, pad_id, title):
+    """Supervised training, in place: sample_batch() -> list of (ids, weights), the cross-entropy of each id weighted."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     model.train()
     for step in tqdm(range(steps), desc=title, leave=False):
-        for group in optimizer.param_groups:      # warm up over 20 steps, then down along a cosine to a twentieth
+        for group in optimizer.param_groups:                  # up over 20 steps, then down a cosine to a twentieth
             group["lr"] = learning_rate * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
-        rows = sample_batch(step)
+        rows = sample_batch()
         width = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([row + [pad_id] * (width - len(row)) for row, _ in rows], device=model.device)
         weights = torch.tensor([row + [0.0] * (width - len(row)) for _, row in rows], device=model.device)
-        logits = model(input_ids=ids[:, :-1]).logits          # right-padded, causal: no mask is needed
+        logits = model(input_ids=ids[:, :-1]).logits          # padded on the right and causal: no mask is needed
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (loss * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         optimizer.zero_grad(set_to_none=True)
@@ -1011,57 +998,51 @@ def fit(model, sample_batch, *, steps, learning_rate, pad_id, title, progress=No
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     model.eval()
-    return loss.item()
 
 
 def make_world(folder, seed):
     """
-    Write the tiny world into folder: teacher/ and student/ (model folders like any other), train.jsonl and eval.jsonl.
-    About half a minute on one CPU core. Both models grow out of one base model, as the pairs of the papers do: the
-    teacher on a careful author's solutions, with slips that it only reads; the student, for a short while, on those of
-    an author with other habits of wording who slips at every fourth step. So it could solve more than it does.
+    Write the tiny world into a folder: teacher/ and student/, models like any other, train.jsonl and eval.jsonl. Takes
+    about half a minute. Both models come from one base model, as in the papers' pairs: the teacher learns from a careful
+    author, the student, briefly, from one with other habits who slips at every fourth step and believes in it.
     """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer([word for words in LEXICON.values() for word in words])
 
-    def author(number, lengths, habit, slip_rate, trust_slips):
+    def author(number, lengths, habit, slip_rate, believes):
         rng = random.Random(f"{seed} {number}")
 
-        def sample_batch(_):
-            rows = []
-            for _ in range(64):
-                problem = tiny_problem(rng, rng.randint(*lengths))["problem"]
-                words = tiny_solution(problem, rng, rng.randrange(8) if habit is None else habit, slip_rate)
-                prompt = encode_prompts(tokenizer, [problem], "{problem}")[0]
-                rows.append((prompt + tokenizer.convert_tokens_to_ids([word for word, _ in words]),
-                             [0.0] * len(prompt) + [float(trust or trust_slips) for _, trust in words]))
-            return rows
-        return sample_batch
+        def solution():
+            problem = tiny_problem(rng, rng.randint(*lengths), LEXICON)["problem"]
+            words = tiny_solution(problem, rng, rng.randrange(8) if habit is None else habit, slip_rate, LEXICON)
+            prompt = encode_prompts(tokenizer, [problem], "{problem}")[0]
+            return (prompt + tokenizer.convert_tokens_to_ids([word for word, _ in words]),
+                    [0.0] * len(prompt) + [float(trusted or believes) for _, trusted in words])
+        return lambda: [solution() for _ in range(64)]
 
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(Qwen3Config(
+    student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
-        initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    phases = functools.partial(fit, pad_id=tokenizer.pad_token_id, learning_rate=4e-3)
-    phases(model, author(0, (1, 3), None, .1, False), steps=250, title="tiny world: base model, short problems")
-    phases(model, author(1, (4, 8), None, .1, False), steps=130, title="tiny world: base model, full problems")
-    teacher, student = copy.deepcopy(model), model
-    phases(teacher, author(2, (4, 8), 0, .1, False), steps=100, title="tiny world: teacher")
-    phases(student, author(3, (4, 8), 2, .25, True), steps=40, title="tiny world: student")
-    partial = f"{folder}.partial"                                   # a broken-off attempt must not look like a world
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        initializer_range=0.05, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    settings = dict(pad_id=tokenizer.pad_token_id, learning_rate=4e-3)
+    fit(student, author(0, (1, 3), None, .1, False), steps=250, title="tiny world: base model, short problems", **settings)
+    fit(student, author(1, (4, 8), None, .1, False), steps=130, title="tiny world: base model, long problems", **settings)
+    teacher = copy.deepcopy(student)
+    fit(teacher, author(2, (4, 8), 0, .1, False), steps=100, title="tiny world: teacher", **settings)
+    fit(student, author(3, (4, 8), 2, .25, True), steps=40, title="tiny world: student", **settings)
+    partial = f"{folder}.partial"                             # a world that was broken off must not look like one
     shutil.rmtree(partial, ignore_errors=True)
-    for name, made in (("teacher", teacher), ("student", student)):
-        made.save_pretrained(os.path.join(partial, name))
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(os.path.join(partial, name))
         tokenizer.save_pretrained(os.path.join(partial, name))
     for name, number, count in (("train", 4, 2000), ("eval", 5, 100)):
         rng = random.Random(f"{seed} {number}")
         with open(os.path.join(partial, f"{name}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(tiny_problem(rng, rng.randint(4, 8))) + "\n" for _ in range(count))
+            file.writelines(json.dumps(tiny_problem(rng, rng.randint(4, 8), LEXICON)) + "\n" for _ in range(count))
     os.replace(partial, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------
 # 12. Set-up, preflight, checkpoints
 
 @contextlib.contextmanager
@@ -1074,59 +1055,343 @@ def user_mistakes():
         raise SystemExit(2) from None
 
 
-def check_folder(path):
-    """Raises OSError unless path can be made, or is a folder that can be written to. Makes nothing."""
-    parent = os.path.abspath(path)
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
-        raise OSError(f"--output_dir {path} cannot be written: {parent} is "
-                      f"{'read-only' if os.path.isdir(parent) else 'not a folder'}; choose another")
-
-
-def load_model(path, dtype, device):
-    """A causal language model by folder or hub name, in eval mode. Raises ValueError, in one line, if it does not load."""
+def load_pretrained(auto_class, path, **options):
+    """auto_class.from_pretrained by folder or hub name. Raises ValueError, in one line, for whatever goes wrong there."""
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    except Exception as error:         # transformers, safetensors and json each have errors of their own for a bad folder
-        reason = str(error).strip().splitlines()
-        raise ValueError(f"model {path} does not load: {type(error).__name__}: {reason[0] if reason else 'no reason'}") from None
-
-
-def load_tokenizer(path):
-    """A model's tokenizer. Raises ValueError, in one line, if it does not load."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(f"the tokenizer of {path} does not load: {type(error).__name__}: "
-                         f"{reason[0] if reason else 'no reason'}") from None
+        return auto_class.from_pretrained(path, **options)
+    except Exception as error:           # transformers, safetensors and json each have errors of their own for a bad folder
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise ValueError(f"{path} does not load as {auto_class.__name__}: {type(error).__name__}: {reason}") from None
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
-    """Raises ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
-    tokens = sorted(student_vocab.keys() | teacher_vocab.keys())
-    different = [token for token in tokens if student_vocab.get(token) != teacher_vocab.get(token)]
+    """Raises ValueError, naming three tokens that differ, unless both dicts map the same tokens to the same ids."""
+    different = sorted(token for token in student_vocab.keys() | teacher_vocab.keys()
+                       if student_vocab.get(token) != teacher_vocab.get(token))
     if different:
-        examples = "; ".join(f"{token!r} is {student_vocab.get(token, 'missing')} in the student and "
-                             f"{teacher_vocab.get(token, 'missing')} in the teacher" for token in different[:3])
-        raise ValueError(f"the two tokenizers map {len(different)} tokens differently: {examples}; choose two models with "
+        examples = ", ".join(f"{token!r} ({student_vocab.get(token, 'none')} in the student, "
+                             f"{teacher_vocab.get(token, 'none')} in the teacher)" for token in different[:3])
+        raise ValueError(f"the tokenizers give {len(different)} tokens different ids: {examples}; choose models that share "
                          "one tokenizer, or a project that distils across tokenizers (TRL's GOLD)")
 
 
 def stop_ids(model, tokenizer):
-    """Every id that ends a response: those of the generation config (one or several) and the tokenizer's EOS."""
+    """All ids that end a response: the one or several of the generation config, and the tokenizer's EOS."""
     listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    return {index for index in (*listed, tokenizer.eos_token_id) if index is not None}
+    return {index for index in [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])] if index is not None}
+
+
+def save_checkpoint(folder, model, tokenizer, state):
+    """folder/ with the model, its tokenizer and state (a dict): whole or not at all, because it is renamed when complete."""
+    partial = f"{folder}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    torch.save(state, os.path.join(partial, "trainer_state.pt"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def append_json(path, record):
+    """One more line of a jsonl file. A mean of nothing, NaN, is written as null: JSON has no NaN."""
+    plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(plain) + "\n")
+
+
+def peak_memory_gb(device):
+    """The most memory so far, in GiB: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def read_inputs(args):
+    """The files and models that the flags name -> a namespace of what a run needs. User mistakes come out here."""
+    run = argparse.Namespace(device=torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and run.device.type == "cuda"
+    run.train = [problem for path in args.train_file for problem in load_problems(path)]
+    run.eval = {os.path.splitext(os.path.basename(path))[0]: load_problems(path) for path in args.eval_file}
+    for name, problems in run.eval.items():
+        if any(problem["answer"] is None for problem in problems):
+            raise ValueError(f"--eval_file {name}: there are problems without an answer, and evaluation needs one for each")
+    if args.extrapolate and sum(problem["answer"] is not None for problem in run.train) < args.validation_size:
+        raise ValueError(f"--extrapolate needs --validation_size {args.validation_size} training problems with answers")
+    run.tokenizer = load_pretrained(AutoTokenizer, args.student)
+    # float32 master weights: at a learning rate of 1e-6 an update is mostly smaller than bfloat16 can add
+    run.student = load_pretrained(AutoModelForCausalLM, args.student, dtype=torch.float32).to(run.device).eval()
+    run.sampler = copy.deepcopy(run.student).to(torch.bfloat16) if bf16 else run.student
+    run.autocast = functools.partial(torch.autocast, run.device.type, torch.bfloat16, enabled=bf16)
+    run.teacher, models = None, [run.student]
+    if args.teacher and not args.eval_only:
+        run.teacher_tokenizer = load_pretrained(AutoTokenizer, args.teacher)
+        compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        run.teacher = load_pretrained(AutoModelForCausalLM, args.teacher, dtype=dtype).to(run.device).eval()
+        models.append(run.teacher)
+    run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1,
+                         *(model.get_output_embeddings().weight.shape[0] for model in models), 10 ** 9)
+    if args.overlap_k > run.vocab_size:
+        raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens that the models share")
+    run.eos_ids = stop_ids(run.student, run.tokenizer)
+    run.pad_id = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else min(run.eos_ids, default=0)
+    encode = functools.partial(
+        encode_prompts, run.tokenizer, template=args.prompt_template, chat_template=not args.no_chat_template,
+        **({"enable_thinking": True} if args.enable_thinking else {}))
+    run.eval_prompts = {name: encode([problem["problem"] for problem in problems]) for name, problems in run.eval.items()}
+    prompts = encode([problem["problem"] for problem in run.train])
+    fits = [index for index, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_length]
+    if run.train and not fits:
+        raise ValueError(f"all {len(prompts)} training prompts are longer than --max_prompt_length {args.max_prompt_length}")
+    run.too_long = len(prompts) - len(fits)
+    run.train, run.prompts = [run.train[index] for index in fits], [prompts[index] for index in fits]
+    run.sampling = dict(vocab_size=run.vocab_size, eos_ids=run.eos_ids, pad_id=run.pad_id, segment_length=args.segment_length)
+    run.state = {"cap": args.cap_init, "misses": 0, "generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0,
+                 "validation_tokens": 0, "flops": 0.0}
+    run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    run.sizes = [(model.num_parameters(), model.config.get_text_config().num_hidden_layers,
+                  model.config.get_text_config().hidden_size) for model in models]
+    if args.gradient_checkpointing:
+        run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for model in models:
+        check_head(model, (run.prompts or next(iter(run.eval_prompts.values())))[0], run.vocab_size)
+    return run
 
 
 @torch.no_grad()
 def check_head(model, ids, vocab_size):
-    """Raises ValueError unless head_logits, on the backbone's output, gives what the model's own forward gives."""
+    """Raises ValueError unless head_logits on the backbone's output is what the model's own forward gives."""
     ids = torch.tensor([ids], device=model.device)
     own = model(input_ids=ids).logits[:, -1, :vocab_size].float()
     ours = head_logits(model, model.base_model(input_ids=ids).last_hidden_state[:, -1], vocab_size)
-    if (own - ours).abs().max() > 0.05 * own.abs().max().clamp(min=1):
-        raise ValueError(f"{model.config.model_type} models cannot be used: their logits are not the head applied to the "
-                         "last hidden state, with a known scale or softcap; teach head_logits how they are made")
+    if (own - ours).abs().max() > 0.05 * own.abs().max():
+        raise ValueError(f"{model.config.model_type} models are not supported: their logits are not the head on the last "
+                         "hidden state, with a scale or softcap that head_logits knows")
+
+
+def preflight(run, args):
+    """What to look at before a run is paid for -> list of lines; the warnings are about what ruins runs in silence."""
+    words = {"reverse_kl": "KL(student || teacher) over the whole vocabulary",
+             "topk": f"KL(student || teacher) on top-{args.overlap_k} tokens ({args.support})",
+             "sampled": "log p_student - log p_teacher of the sampled token, as a policy gradient"}
+    lines = [f"method {args.method}; loss = {words[args.loss]}, mean over the response tokens of a step",
+             f"data: {len(run.train)} training prompts ({run.too_long} were too long), "
+             + ", ".join(f"{name}: {len(problems)} problems" for name, problems in run.eval.items())]
+    facts = []
+    for role, model, tokenizer in (("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)):
+        facts.append((sorted(stop_ids(model, tokenizer)), tokenizer.chat_template))
+        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
+                     f"{model.get_output_embeddings().weight.shape[0]} rows for {len(tokenizer)} tokens, stops at "
+                     f"{facts[-1][0]}, pad {tokenizer.pad_token_id}, {'a' if tokenizer.chat_template else 'no'} chat template")
+    if {model.get_output_embeddings().weight.shape[0] for model in (run.student, run.teacher)} != {run.vocab_size}:
+        lines.append(f"vocabulary: both heads are cut to their first {run.vocab_size} rows, in sampling and in the loss")
+    golds = [problem["answer"] for problem in run.train[:500] if problem["answer"] is not None]
+    if golds:
+        readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
+        lines.append(f"gold answers that can be read: {readable} of the first {len(golds)} of the training problems")
+    lines.append(f"first prompt: {run.tokenizer.decode(run.prompts[0])!r}")
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        ids, mask = pad_left(run.prompts[:4], run.pad_id)
+        out = rollout(run.sampler, run.teacher, ids.to(run.device), mask.to(run.device), max_length=32,
+                      overlap_k=args.overlap_k, temperature=args.temperature, **run.sampling)
+    log_q = F.log_softmax(head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size), dim=-1)
+    mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
+    lines.append(f"teacher's mean log-prob of the student's first {len(log_q)} sampled tokens: {mean:.2f}; top-{args.overlap_k} "
+                 f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}")
+    if mean < -3:
+        lines.append("warning: to the teacher, what the student writes is very unlikely; compare their prompts and templates")
+    if facts[0][0] != facts[1][0]:
+        lines.append(f"warning: the student stops at {facts[0][0]}, the teacher at {facts[1][0]}; a teacher that never writes "
+                     "the student's stop token teaches it not to stop")
+    if facts[0][1] != facts[1][1]:
+        lines.append("warning: the chat templates differ; both models read prompts made with the student's")
+    return lines
+
+
+def step_line(metrics):
+    """A step's metrics in fixed columns, for the screen."""
+    seconds = metrics["time_rollout"] + metrics["time_teacher"] + metrics["time_update"]
+    return (f"step {metrics['step']:5} | loss {metrics['loss']:8.4f} | kl {metrics['reverse_kl']:7.4f} | overlap "
+            f"{metrics['overlap_ratio']:.3f} | kept {metrics['kept_fraction']:4.0%} | len {metrics['response_length']:7.1f} | "
+            f"truncated {metrics['truncated_fraction']:4.0%} | norm {metrics['grad_norm']:6.2f} | "
+            f"{metrics['generated_tokens']:,} tokens | {seconds:.2f} s")
+
+
+def final_table(results):
+    """The table at the end of a run -> list of lines."""
+    lines = []
+    for name, after in results["after"].items():
+        teacher, before = results["teacher"][name], results["before"][name]
+        for who, row in (("teacher", teacher), ("student before", before), ("student after", after)):
+            lines.append(f"{who + ', ' + name:<30} avg@{row['n']} {row['avg_at_n']:.3f} ± {row['se']:.3f}")
+        gap = teacher["avg_at_n"] - before["avg_at_n"]
+        recovered = f"{(after['avg_at_n'] - before['avg_at_n']) / gap:.0%}" if gap > 0 else "there was none"
+        lines.append(f"{'gap recovered, ' + name:<30} {recovered}")
+    return lines + [f"{'overlap, first and last step':<30} {results['overlap_before']:.3f} -> {results['overlap_after']:.3f}",
+                    f"{'tokens generated':<30} {results['generated_tokens']:,}", f"{'seconds':<30} {results['seconds']:.0f}"]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# 13. Main. opd_step and main, with read_inputs, are the only functions that see the flags.
+
+def opd_step(run, args, step):
+    """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
+    P, G = args.batch_size, args.num_generations
+    indices = [index for index in batch_indices(step, P, len(run.prompts), args.seed) for _ in range(G)]
+    prompt_ids, prompt_mask = (part.to(run.device) for part in pad_left([run.prompts[i] for i in indices], run.pad_id))
+    drift = (args.drift_threshold, args.w_drop)
+    row = method_row(
+        args.method, max_new_tokens=args.max_new_tokens, prefix_length=args.prefix_length, cap=run.state["cap"],
+        horizon_length=horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens),
+        probe_window=args.probe_window, num_keep=round(args.keep_ratio * P * G), drift=() if args.no_prune_in_flight else drift)
+    # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before it
+    torch.manual_seed(args.seed * 1_000_003 + step)
+    begin = clock(run.device)
+    out = rollout(run.sampler, run.teacher, prompt_ids, prompt_mask, overlap_k=args.overlap_k, num_generations=G,
+                  temperature=args.temperature, **run.sampling, **row)
+    sampled = clock(run.device)
+    mask, extra = out["response_mask"], {}
+    token_weight = torch.ones_like(out["overlap"])
+    if args.method == "prune":
+        reliability = drift_weights(out["overlap"], mask, *drift)
+        token_weight, reliable = reliability + args.w_base, reliable_length(reliability, mask)
+        run.state["cap"], run.state["misses"] = next_max_length(
+            reliable, run.state["cap"], run.state["misses"], step=args.cap_step, margin=args.cap_margin,
+            hit_ratio=args.cap_hit_ratio, patience=args.cap_patience, low=args.cap_min, high=args.cap_max)
+        extra["reliable_length"] = reliable.float().mean().item()
+    selected = args.method != "prefix-guided" or args.train_pruned_prefix
+    loss_mask = mask if selected else mask & out["kept"][:, None]
+    for group in run.optimizer.param_groups:
+        group["lr"] = args.learning_rate * min(1, step / max(1, args.warmup_steps))
+    run.student.train(args.gradient_checkpointing)            # transformers recomputes layers in training mode only
+    losses = {"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
+              "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
+              "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}
+    update = train_step(
+        run.student, run.optimizer, micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm,
+        batch={**out, "prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "loss_mask": loss_mask, "token_weight": token_weight},
+        autocast=run.autocast, token_loss=losses[args.loss], measure=lambda p, q: alignment_per_token(p, q, args.overlap_k),
+        student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature,
+        teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature)
+    run.student.eval()
+    copy_weights(dict(run.student.named_parameters()), run.sampler)
+    updated, lengths, trained = clock(run.device), mask.sum(-1), loss_mask.sum(-1)
+    for name, count in (("generated", lengths), ("teacher", lengths), ("trained", trained)):
+        run.state[f"{name}_tokens"] += int(count.sum())
+    run.state["flops"] += step_flops(*run.sizes, prompt_mask.sum(-1), lengths, trained)
+    return {
+        "step": step, "max_length": row["max_length"], **update, **extra, "response_length": lengths.float().mean().item(),
+        "truncated_fraction": 1 - out["ended"].float().mean().item(), "kept_fraction": out["kept"].float().mean().item(),
+        "repetition": float(np.mean([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)])),
+        "overlap_by_position": overlap_by_position(out["overlap"], mask), "learning_rate": group["lr"],
+        "time_rollout": sampled - begin - out["teacher_seconds"], "time_teacher": out["teacher_seconds"],
+        "time_update": updated - sampled, "peak_memory_gb": peak_memory_gb(run.device), **run.state}
+
+
+def extrapolation_step(run, args, step, anchor):
+    """EffOPD after an update at step 1, 2, 4, 8, ...: moves the student, -> (new anchor, metrics)."""
+    problems = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
+    problems = random.Random(args.seed).sample(problems, args.validation_size)   # the same ones every time
+
+    def validate(weights):
+        copy_weights(weights, run.student)
+        copy_weights(weights, run.sampler)
+        metrics, answers = evaluate(
+            run.sampler, run.tokenizer, [run.train[i] for i in problems], [run.prompts[i] for i in problems], num_samples=1,
+            rows_per_batch=args.batch_size * args.num_generations, seed=args.seed, title=f"validate step {step}",
+            decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
+        count = sum(answer["length"] for answer in answers)
+        prompt = sum(len(run.prompts[i]) for i in problems)
+        for name in ("generated_tokens", "validation_tokens"):                  # its samples are part of the price
+            run.state[name] += count
+        run.state["flops"] += 2 * run.sizes[0][0] * (count + prompt)
+        return metrics["avg_at_n"]
+
+    accepted, k, scores = extrapolate(movable_weights(run.student), anchor, validate)
+    copy_weights(accepted, run.student)
+    copy_weights(accepted, run.sampler)
+    return accepted, {"extrapolation_k": k, "validation_scores": scores}
+
+
+def main(argv=None):
+    """Run the job that the flags describe -> dict of the final metrics. A user's mistake ends with one line and status 2."""
+    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+    transformers.utils.logging.set_verbosity_error()
+    with user_mistakes():
+        args = parse_args(argv)
+        if not args.student:
+            torch.set_num_threads(1)                          # tensors this small run slower on more
+            transformers.utils.logging.disable_progress_bar()
+            world = os.path.join(args.output_dir, "world")
+            if not os.path.exists(world):
+                os.makedirs(args.output_dir, exist_ok=True)
+                make_world(world, args.seed)
+            args.student, args.teacher = os.path.join(world, "student"), os.path.join(world, "teacher")
+            args.train_file, args.eval_file = [os.path.join(world, "train.jsonl")], [os.path.join(world, "eval.jsonl")]
+        run = read_inputs(args)
+        os.makedirs(args.output_dir, exist_ok=True)
+        metrics_file, samples_file = (os.path.join(args.output_dir, f"{name}.jsonl") for name in ("metrics", "samples"))
+        for path in (metrics_file, samples_file):
+            open(path, "w").close()
+    started, last_step = clock(run.device), 0
+
+    def grade(model, who):
+        """Evaluate on every file -> {file: metrics}; on the screen, in metrics.jsonl and answer by answer in samples.jsonl."""
+        results = {}
+        for name, problems in run.eval.items():
+            results[name], answers = evaluate(
+                model, run.tokenizer, problems, run.eval_prompts[name], num_samples=args.eval_samples, seed=args.seed,
+                rows_per_batch=args.batch_size * args.num_generations, title=f"evaluate {who} on {name}",
+                decoding=dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
+                              max_length=args.eval_max_new_tokens))
+            tqdm.write(f"eval {name} | {who:7} | step {last_step:4} | " + " | ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in results[name].items()))
+            for answer in answers:
+                append_json(samples_file, {"step": last_step, "model": who, "eval": name, **answer})
+        append_json(metrics_file, {"step": last_step, "model": who, "eval": results})
+        return results
+
+    def save():
+        folder = os.path.join(args.output_dir, f"checkpoint-{last_step}")
+        save_checkpoint(folder, run.student, run.tokenizer, {
+            "step": last_step, "args": vars(args), "state": run.state, "optimizer": run.optimizer.state_dict(), "anchor": anchor})
+        return folder
+
+    if args.eval_only:
+        return grade(run.sampler, "student")
+    for line in preflight(run, args):
+        print(line)
+    anchor, first = movable_weights(run.student) if args.extrapolate else None, None
+    results = {"teacher": grade(run.teacher, "teacher"), "before": grade(run.sampler, "student")}
+    try:
+        for step in tqdm(range(1, args.max_steps + 1), desc="train", leave=False):
+            metrics = opd_step(run, args, step)
+            last_step, first = step, first or metrics
+            if args.extrapolate and step & (step - 1) == 0:
+                anchor, extrapolated = extrapolation_step(run, args, step, anchor)
+                metrics = {**metrics, **extrapolated, **run.state}
+            append_json(metrics_file, metrics)
+            tqdm.write(step_line(metrics))
+            if args.save_every and step % args.save_every == 0:
+                save()
+            if args.eval_every and step % args.eval_every == 0 and step < args.max_steps:
+                grade(run.sampler, "student")
+        results["after"] = grade(run.sampler, "student")
+    except FloatingPointError as error:
+        print(f"opd.py: step {last_step + 1} stopped the run: {error}; the weights before it are in {save()}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"opd.py: interrupted after step {last_step}; checkpoint in {save()}", file=sys.stderr)
+        raise SystemExit(130) from None
+    results["checkpoint"] = save()
+    results.update(overlap_before=first["overlap_ratio"], overlap_after=metrics["overlap_ratio"], seconds=clock(run.device) - started,
+                   generated_tokens=run.state["generated_tokens"])
+    for line in final_table(results):
+        print(line)
+    return results
+
+
+if __name__ == "__main__":
+    main()
