@@ -53,8 +53,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-# ----------------------------------------------------------------------------------------------------------------
-# 1. Flags. One row each: name, default for real models, default for the tiny world (SAME if not another), help.
+# ---- 1. Flags. One row each: name, default for real models, default for the tiny world (SAME if not another), help. 
 #    A tag in the help says whose value the default is. "our choice": we saw no published value.
 
 SAME = object()
@@ -62,8 +61,8 @@ CHOICES = {"method": ("opd", "prefix", "progressive", "prefix-guided", "prune"),
            "loss": ("reverse_kl", "topk", "sampled"),
            "support": ("student", "teacher", "intersection", "union"),
            "dtype": ("auto", "float32", "bfloat16")}
-ALIASES = {"student": "model_name_or_path", "teacher": "teacher_model_name_or_path",
-           "max_new_tokens": "max_completion_length"}
+ALIASES = {"student": ("--model_name_or_path",), "teacher": ("--teacher_model_name_or_path",),
+           "max_new_tokens": ("--max_completion_length",)}
 FLAGS = {
     "models and data": [
         ("student", "", SAME, "model folder or hub name; no --student and no --teacher: the tiny world"),
@@ -139,10 +138,8 @@ FLAGS = {
 
 
 def parse_args(argv=None):
-    """
-    Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work.
-    Without --student and --teacher the defaults are the tiny world's.
-    """
+    """Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work.
+    Without --student and --teacher the defaults are the tiny world's."""
     parser = argparse.ArgumentParser(
         prog="opd.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,16 +151,14 @@ def parse_args(argv=None):
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, default, tiny, text in rows:
-            names = [f"--{name}"] + ([f"--{ALIASES[name]}"] if name in ALIASES else [])
-            if default not in (False, "", []) or default == 0 and default is not False:
+            kind = {bool: {"action": "store_true"}, list: {"nargs": "+", "metavar": "FILE"}}.get(
+                type(default), {"type": type(default), "choices": CHOICES.get(name)})
+            if default not in ("", []) and default is not False:
                 text += f" (default {default}{'' if tiny is SAME else f'; tiny world {tiny}'})"
-            if default is False:
-                kind = {"action": "store_true"}
-            elif default == []:
-                kind = {"nargs": "+", "metavar": "FILE"}
-            else:
-                kind = {"type": type(default), "choices": CHOICES.get(name), "metavar": None if name in CHOICES else "X"}
-            group.add_argument(*names, default=default, help=text.replace("%", "%%"), **kind)
+            if type(default) in (int, float, str) and name not in CHOICES:
+                kind["metavar"] = "X"
+            names, text = (f"--{name}", *ALIASES.get(name, ())), text.replace("%", "%%")
+            group.add_argument(*names, default=default, help=text, **kind)
     args = parser.parse_args(argv)
     if not args.student and not args.teacher:
         parser.set_defaults(**{row[0]: row[2] for rows in FLAGS.values() for row in rows if row[2] is not SAME})
@@ -178,16 +173,12 @@ def check_args(args):
         if not condition:
             raise ValueError(message)
 
-    above_zero = ("batch_size num_generations max_prompt_length max_new_tokens segment_length overlap_k prefix_length "
-                  "probe_window horizon_start horizon_every cap_init cap_min cap_max cap_step cap_patience max_steps "
-                  "micro_batch_size validation_size eval_samples eval_max_new_tokens temperature learning_rate "
-                  "max_grad_norm keep_ratio eval_top_p")
-    not_below = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold w_drop "
-                 "w_base cap_hit_ratio seed")
-    for name in above_zero.split():
-        need(getattr(args, name) > 0, f"--{name} {getattr(args, name)} must be above 0")
-    for name in not_below.split():
-        need(getattr(args, name) >= 0, f"--{name} {getattr(args, name)} must not be below 0")
+    may_be_zero = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold "
+                   "w_drop w_base cap_hit_ratio seed").split()
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            need(value > 0 or value == 0 and name in may_be_zero,
+                 f"--{name} {value} must {'not be below' if name in may_be_zero else 'be above'} 0")
     for name in ("keep_ratio", "eval_top_p"):
         need(getattr(args, name) <= 1, f"--{name} {getattr(args, name)} must be at most 1")
     need("{problem}" in args.prompt_template, "--prompt_template must say {problem} where the problem goes")
@@ -202,7 +193,7 @@ def check_args(args):
         need(args.probe_window <= args.prefix_length,
              f"--probe_window {args.probe_window} is longer than --prefix_length {args.prefix_length}")
         need(args.prefix_length < args.max_new_tokens,
-             f"--prefix_length {args.prefix_length} leaves nothing of --max_new_tokens {args.max_new_tokens} to go on for")
+             f"--prefix_length {args.prefix_length} must be below --max_new_tokens {args.max_new_tokens}")
     need(args.eval_only or bool(args.student) == bool(args.teacher),
          "give both --student and --teacher, or neither (then a tiny world is made)")
     need(not args.student or not args.eval_only or args.eval_file, "--eval_only needs --eval_file")
@@ -211,9 +202,7 @@ def check_args(args):
          "--train_file and --eval_file need --student and --teacher; the tiny world brings its own problems")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 2. Data and grading
-
+# ---- 2. Data and grading -------------------------------------------------------------------------------------
 def read_records(path):
     """A jsonl, json or parquet file -> list of (line number, object). Raises OSError, or ValueError naming the line."""
     if path.endswith(".parquet"):
@@ -225,26 +214,22 @@ def read_records(path):
         return list(enumerate(frame.astype(object).where(frame.notna(), None).to_dict("records"), start=1))
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    if path.endswith(".json"):
-        lines = [(1, text)]
-    else:                                                     # not splitlines(): U+2028 may stand in a string
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    # Not splitlines(): U+2028 may stand inside a string
+    lines = [(1, text)] if path.endswith(".json") else enumerate(text.split("\n"), start=1)
     records = []
     for number, line in lines:
         try:
-            records.append((number, json.loads(line)))
+            records += [(number, json.loads(line))] if line.strip() else []
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg})") from None
-    if path.endswith(".json"):
-        records = list(enumerate(records[0][1], start=1)) if isinstance(records[0][1], list) else records
+    if path.endswith(".json") and records and isinstance(records[0][1], list):
+        records = list(enumerate(records[0][1], start=1))
     return records
 
 
 def last_boxed(text):
-    r"""
-    The content of the last balanced \boxed{...} of a text, or None. A box that never closes is none: a solution that
-    was cut off while it wrote its answer has no answer. Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}".
-    """
+    r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is none: a solution
+    that was cut off in its answer has no answer. Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"."""
     for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
         for place in range(start, len(text)):
@@ -267,13 +252,11 @@ def strip_instructions(text):
 
 
 def load_problems(path):
-    """
-    A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}; duplicate problems are left out,
-    with a warning that says how many. Raises OSError, or ValueError that names the file and the line.
+    """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}; duplicate problems are left
+    out, with a warning that says how many. Raises OSError, or ValueError that names the file and the line.
 
     Takes the field names of the usual data sets, the user's turn of a chat, and gold answers in a box, in dollars, or
-    behind GSM8K's "####".
-    """
+    behind GSM8K's "####"."""
     records, problems = read_records(path), {}
     for number, record in records:
         if not isinstance(record, dict):
@@ -287,8 +270,8 @@ def load_problems(path):
             turns = {turn["role"]: turn["content"] for turn in problem}      # of a chat: the last turn of each role
             problem, answer = turns.get("user"), turns.get("assistant") if answer is None else answer
         if not isinstance(problem, str) or not problem.strip():
-            raise ValueError(f"{path}, line {number}: no problem; its fields are {', '.join(record) or 'none'}, and one "
-                             "of problem, question, prompt, messages is needed")
+            raise ValueError(f"{path}, line {number}: no problem; its fields are {', '.join(record) or 'none'}, and "
+                             "one of problem, question, prompt, messages is needed")
         if answer is not None:
             answer = str(answer).rsplit("####", 1)[-1]
             answer = (last_boxed(answer) or answer).strip().strip("$").strip()
@@ -301,10 +284,8 @@ def load_problems(path):
 
 
 def math_equal(gold, answer):
-    r"""
-    Whether math-verify takes answer for gold, both bare LaTeX. With answer None: whether gold can be read at all.
-    It sets no time limit, since math-verify's are signals: ask_math_verify limits it from outside.
-    """
+    r"""Whether math-verify takes answer for gold, both bare LaTeX. With answer None: whether gold can be read at all.
+    It sets no time limit, since math-verify's are signals: ask_math_verify limits it from outside."""
     from math_verify import parse, verify
     # Wrapped, because a bare \left( 3, \frac{\pi}{2} \right) is read as 3
     gold = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
@@ -318,12 +299,10 @@ GRADER = {"lock": threading.Lock(), "process": None}
 
 
 def ask_math_verify(gold, answer, seconds=3.0):
-    r"""
-    math_equal in a process of its own, from any thread; False when it takes longer than that many seconds.
+    r"""math_equal in a process of its own, from any thread; False when it takes longer than that many seconds.
 
     \boxed{2003^{2002^{2001}}} keeps sympy busy for ever inside one C call, which no signal and no thread can stop; and
-    signals would cancel the caller's own alarm. A process can be killed. It serves all answers: importing sympy is slow.
-    """
+    signals would cancel the caller's own alarm. A process can be killed. One serves all: sympy imports slowly."""
     with GRADER["lock"]:
         if GRADER["process"] is None:
             loop = ("import json, sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    try:\n"
@@ -348,10 +327,8 @@ def ask_math_verify(gold, answer, seconds=3.0):
 
 
 def is_correct(response_text, gold):
-    r"""
-    Whether the last balanced \boxed{...} after any </think> equals the gold answer. No box is wrong, and so is a
-    solution that was cut off, whatever numbers it wrote on its way.
-    """
+    r"""Whether the last balanced \boxed{...} after any </think> equals the gold answer. No box is wrong, and so is a
+    solution that was cut off, whatever numbers it wrote on its way."""
     answer = last_boxed(response_text.rsplit("</think>", 1)[-1])
     if answer is None:
         return False
@@ -364,7 +341,7 @@ def is_correct(response_text, gold):
 
 
 def encode_prompts(tokenizer, problems, template, chat_template=True, **template_flags):
-    """Problems (str) -> list of lists of ids: the template filled in, as a user's turn where there is a chat template."""
+    """Problems (str) -> list of lists of ids: the template filled in, as a user's turn if there is a chat template."""
     encoded = []
     for problem in problems:
         text = template.replace("{problem}", problem)
@@ -388,10 +365,8 @@ def pad_left(rows, pad_id):
 
 
 def batch_indices(step, batch_size, num_problems, seed):
-    """
-    The problems of step 1, 2, ...: every one once, in a new order each epoch, before any comes again. It depends on its
-    arguments alone, so there is no sampler to save, and every method meets the same prompts in the same order.
-    """
+    """The problems of step 1, 2, ...: every one once, in a new order each epoch, before any comes again. It depends on
+    its arguments alone: there is no sampler to save, and every method meets the same prompts in the same order."""
     indices = []
     for place in range((step - 1) * batch_size, step * batch_size):
         epoch, index = divmod(place, num_problems)
@@ -399,14 +374,10 @@ def batch_indices(step, batch_size, num_problems, seed):
     return indices
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 3. Sampling
-
+# ---- 3. Sampling ---------------------------------------------------------------------------------------------
 def mask_through_eos(ids, eos_ids):
-    """
-    (B, T) ids -> (B, T) bool: True up to and including the first EOS of each row, which is a token like the others:
-    left out, a student would never learn when to stop.
-    """
+    """(B, T) ids -> (B, T) bool: True up to and including the first EOS of each row, which is a token like the others:
+    left out, a student would never learn when to stop."""
     is_eos = torch.isin(ids, torch.tensor(sorted(eos_ids), dtype=ids.dtype, device=ids.device))
     return is_eos.cumsum(-1) - is_eos.long() == 0             # no EOS strictly before
 
@@ -414,14 +385,12 @@ def mask_through_eos(ids, eos_ids):
 @torch.no_grad()
 def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_size, eos_ids, pad_id,
              temperature=1.0, top_p=1.0, record_k=0):
-    """
-    Sample up to max_new_tokens further tokens of every row, on the KV cache that the last call left.
+    """Sample up to max_new_tokens further tokens of every row, on the KV cache that the last call left.
 
     input_ids, attention_mask (B, L), left-padded; cache: a DynamicCache of the first L - 1 columns, or an empty one
     -> new ids (B, n), and if record_k the likeliest tokens at each, best first, (B, n, K), else None.
     n < max_new_tokens only when all rows have ended; a row that ended goes on as pad_id, see mask_through_eos.
-    temperature 0 is greedy. Draws from torch's global random stream: model.generate takes no generator.
-    """
+    temperature 0 is greedy. Draws from torch's global random stream: model.generate takes no generator."""
     topk = []
 
     def within_vocabulary(_, scores):                         # (B, rows of the head), float32
@@ -431,7 +400,8 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
         return scores
 
     law = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids) or None, pad_token_id=pad_id, **law)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids) or None,
+                              pad_token_id=pad_id, **law)
     # generate fills what a config leaves open from the one that came with the model. A repetition penalty or suppressed
     # tokens there would make it sample from another law than the one that the loss scores, so that one is put away
     shipped, model.generation_config = model.generation_config, GenerationConfig()
@@ -443,14 +413,10 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
     return ids[:, input_ids.shape[1]:], torch.stack(topk, dim=1) if record_k else None
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 4. Scoring and overlap
-
+# ---- 4. Scoring and overlap ----------------------------------------------------------------------------------
 def hidden_states(model, ids, mask, num_last, cache=None):
-    """
-    The final hidden states that predict the last num_last columns of ids (B, L), mask (B, L) -> (B, num_last, H).
-    With a cache, columns that it holds are not computed again, and it grows to L - 1.
-    """
+    """The final hidden states that predict the last num_last columns of ids (B, L), mask (B, L) -> (B, num_last, H).
+    With a cache, columns that it holds are not computed again, and it grows to L - 1."""
     seen = cache.get_seq_length() if cache is not None else 0
     # Left padding must not count as positions: rotary models only see differences, GPT-2's are absolute
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -462,10 +428,8 @@ def hidden_states(model, ids, mask, num_last, cache=None):
 
 
 def head_logits(model, hidden, vocab_size):
-    """
-    Hidden states (..., H) -> logits (..., vocab_size) in float32, as the model's own forward makes them: with Gemma's
-    softcap, Cohere's factor, Granite's divisor. Rows of the head that are no tokens are cut off before any softmax.
-    """
+    """Hidden states (..., H) -> logits (..., vocab_size) in float32, as the model's own forward makes them: Gemma's
+    softcap, Cohere's factor, Granite's divisor. Rows of the head that are no tokens are cut off before any softmax."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)[..., :vocab_size].float()     # the module: adapters on it count
     logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
@@ -480,50 +444,41 @@ def topk_in_chunks(hidden, head, k, chunk_tokens=256):
 
 
 def topk_overlap(student_logits, teacher_logits, k):
-    """
-    The share of the student's k likeliest tokens that are among the teacher's.                    [Rethinking-OPD]
+    """The share of the student's k likeliest tokens that are among the teacher's.                    [Rethinking-OPD]
     (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Rank inside the top k does not count.
-    Two unrelated models overlap by k / V, not by 0.
-    """
+    Two unrelated models overlap by k / V, not by 0."""
     student_topk = student_logits.topk(k, dim=-1).indices                        # (B, T, K)
     teacher_topk = teacher_logits.topk(k, dim=-1).indices                        # (B, T, K)
     shared = student_topk[..., :, None] == teacher_topk[..., None, :]            # (B, T, K, K)
     return shared.any(-1).float().mean(-1)
 
 
-def alignment_per_token(student_logits, teacher_logits, k):
-    """
-    What alignment takes means of, at every position: (..., V), (..., V) -> dict of (...).         [Rethinking-OPD]
+def alignment(student_logits, teacher_logits, response_mask, k):
+    """How well the two models agree where the student went: (B, T, V), (B, T, V), (B, T) -> dict of floats, the means
+    over the valid positions. With response_mask None: the values at each position, as tensors.     [Rethinking-OPD]
 
     p, q: probabilities of student and teacher; I: the tokens in the top k of both; _bar: renormalised on I.
         overlap_ratio            |I| / k
-        overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0; NaN where I is empty
+        overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0; where I is empty NaN, left out
         overlap_mass_student     sum_I p;   overlap_mass_teacher  sum_I q
         entropy_student, entropy_teacher    in nats, over the whole vocabulary;   entropy_gap  |their difference|
-        reverse_kl               KL(student || teacher) over the whole vocabulary, whatever the loss is
-    """
+        reverse_kl               KL(student || teacher) over the whole vocabulary, whatever the loss is"""
     log_p, log_q = F.log_softmax(student_logits.float(), -1), F.log_softmax(teacher_logits.float(), -1)
-    ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices      # (..., K)
-    shared = (ids[..., :, None] == teacher_ids[..., None, :]).any(-1)                    # (..., K)
-    top_p, top_q = log_p.gather(-1, ids), log_q.gather(-1, ids)                          # (..., K)
+    ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices      # (B, T, K)
+    shared = (ids[..., :, None] == teacher_ids[..., None, :]).any(-1)                    # (B, T, K)
+    top_p, top_q = log_p.gather(-1, ids), log_q.gather(-1, ids)                          # (B, T, K)
     bar_p = top_p.masked_fill(~shared, -torch.inf).log_softmax(-1)
     bar_q = top_q.masked_fill(~shared, -torch.inf).log_softmax(-1)
     advantage = torch.where(shared, bar_p.exp() * (bar_q - bar_p), 0).sum(-1) / shared.sum(-1)   # 0 / 0 is NaN
     entropy_p, entropy_q = -(log_p.exp() * log_p).sum(-1), -(log_q.exp() * log_q).sum(-1)
-    return {
+    values = {
         "overlap_ratio": shared.float().mean(-1), "overlap_token_advantage": advantage,
         "overlap_mass_student": (top_p.exp() * shared).sum(-1), "overlap_mass_teacher": (top_q.exp() * shared).sum(-1),
         "entropy_student": entropy_p, "entropy_teacher": entropy_q, "entropy_gap": (entropy_q - entropy_p).abs(),
         "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
-
-
-def alignment(student_logits, teacher_logits, response_mask, k):
-    """
-    Means of alignment_per_token over the valid positions: (B, T, V), (B, T, V), (B, T) -> dict of floats.
-    A position where the two top k share nothing has no overlap_token_advantage, and is left out of that mean.
-    """
-    per_token = alignment_per_token(student_logits, teacher_logits, k)
-    return {name: value[response_mask.bool()].nanmean().item() for name, value in per_token.items()}
+    if response_mask is None:
+        return values
+    return {name: value[response_mask.bool()].nanmean().item() for name, value in values.items()}
 
 
 def overlap_by_position(overlap, response_mask, parts=8):
@@ -533,26 +488,20 @@ def overlap_by_position(overlap, response_mask, parts=8):
     return [piece.mean().item() if len(piece) else None for piece in pieces]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 5. Who goes on: horizon, selection, drift, cap
-
+# ---- 5. Who goes on: horizon, selection, drift, cap ----------------------------------------------------------
 def horizon(step, start, growth, every, max_length):
-    """
-    Tokens to sample at step 0, 1, 2, ...: min(max_length, start + growth * floor(step / every)).    [FastOPD, POPD]
+    """Tokens to sample at step 0, 1, 2, ...: min(max_length, start + growth * floor(step / every)).    [FastOPD, POPD]
     every = 1 is FastOPD's ramp, more is POPD's staircase, growth = 0 a fixed prefix.
-    Example: start 512, growth 256, every 10: steps 0 to 9 sample 512, step 10 samples 768.
-    """
+    Example: start 512, growth 256, every 10: steps 0 to 9 sample 512, step 10 samples 768."""
     return min(max_length, start + growth * (step // every))
 
 
 def select_prefixes(score, num_keep):
-    """
-    Which candidates go on past the prefix: scores (P, G) -> (P, G) bool, num_keep of them True.           [PG-OPD]
+    """Which candidates go on past the prefix: scores (P, G) -> (P, G) bool, num_keep of them True.           [PG-OPD]
 
     First the best candidate of every prompt, then the best of all others. At num_keep = P prompts do not compete; every
     slot above P is won across prompts, so prompts on which the models agree anyway take most of them. Of equal scores
-    the first wins. Raises ValueError unless P <= num_keep <= P * G. Example: [[.9, .8], [.2, .1]], 3 -> .9, .8 and .2.
-    """
+    the first wins. Raises ValueError unless P <= num_keep <= P * G. Example: [[.9, .8], [.2, .1]], 3 -> .9, .8, .2."""
     P, G = score.shape
     if not P <= num_keep <= P * G:
         raise ValueError(f"num_keep must lie between {P} prompts and {P * G} candidates, got {num_keep}")
@@ -566,13 +515,11 @@ def select_prefixes(score, num_keep):
 
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
-    """
-    The reliability w of each token: (B, T), (B, T) -> (B, T), in [0, 1], never rising, 0 outside the mask. [Prune-OPD]
+    """The reliability w of each token: (B, T), (B, T) -> (B, T) in [0, 1], never rising, 0 off the mask. [Prune-OPD]
 
         w_t = max(0, 1 - w_drop * #{s <= t : overlap_s < threshold})          the loss weight is w_t + w_base
 
-    Example: threshold .75, w_drop .1, overlap (1, .5, 0) -> (1, .9, .8).
-    """
+    Example: threshold .75, w_drop .1, overlap (1, .5, 0) -> (1, .9, .8)."""
     bad = (overlap < threshold) & response_mask.bool()
     # Cumulative: the teacher judges a token given all before it, so no later token makes up for a wrong turn
     return (1 - w_drop * bad.cumsum(-1)).clamp(min=0) * response_mask
@@ -584,12 +531,10 @@ def reliable_length(weights, response_mask):
 
 
 def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, patience, low, high):
-    """
-    The cap of the next rollouts, from the reliable lengths (B,) under this one -> (max_length, misses).   [Prune-OPD]
+    """The cap of the next rollouts, from the reliable lengths (B,) under this one -> (max_length, misses). [Prune-OPD]
 
     It grows by step once a share hit_ratio of the rows is reliable to within margin of it, and shrinks by step after
-    patience misses in a row. Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148.
-    """
+    patience misses in a row. Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148."""
     boundary = max(low, max_length - margin)
     # A row that ends early cannot hit: growth needs responses that are long and still reliable
     if (reliable >= boundary).float().mean().item() >= hit_ratio:
@@ -599,15 +544,11 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
     return max_length, misses + 1
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 6. Losses, per token. Contexts are constants: no gradient flows through the sampling.
-
+# ---- 6. Losses, per token. Contexts are constants: no gradient flows through the sampling. -------------------
 def reverse_kl(student_logits, teacher_logits):
-    """
-    KL(student || teacher) over the whole vocabulary: (B, T, V), (B, T, V) -> (B, T).                         [GKD]
+    """KL(student || teacher) over the whole vocabulary: (B, T, V), (B, T, V) -> (B, T).                         [GKD]
 
-        sum_v p(v) (log p(v) - log q(v)),   p student, q teacher
-    """
+        sum_v p(v) (log p(v) - log q(v)),   p student, q teacher"""
     # Written out: F.kl_div(a, b) is KL(b || a), and the direction decides whether the student settles on one thing that
     # the teacher does (this one) or spreads over all that it might do
     log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
@@ -616,16 +557,14 @@ def reverse_kl(student_logits, teacher_logits):
 
 
 def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
-    """
-    Reverse KL on a support S of top-k tokens: (B, T, V), (B, T, V) -> (B, T).        [Rethinking-OPD, released code]
+    """Reverse KL on a support S of top-k tokens: (B, T, V), (B, T, V) -> (B, T).        [Rethinking-OPD, released code]
 
         value     sum_S p_bar (log p - log q),   p_bar = p / P_S,   P_S = sum_S p
         gradient  of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
 
     support: the top k of the student | teacher | both (intersection; 0 where empty) | either (union).
     The gradient is the released code's, not that of the renormalised KL which the paper prints: it can move mass into
-    S and out of it, and it vanishes at p = q.
-    """
+    S and out of it, and it vanishes at p = q."""
     log_p, log_q = F.log_softmax(student_logits.float(), dim=-1), F.log_softmax(teacher_logits.float(), dim=-1)
     student_ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices       # (B, T, K)
     same = student_ids[..., :, None] == teacher_ids[..., None, :]                # (B, T, K, K)
@@ -647,14 +586,12 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
 
 
 def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
-    """
-    The k1 policy-gradient surrogate of the sampled tokens y: (B, T, V), (B, T, V), (B, T) -> (B, T).
+    """The k1 policy-gradient surrogate of the sampled tokens y: (B, T, V), (B, T, V), (B, T) -> (B, T).
 
         - stop_gradient(r) log p(y),   r = log q(y) - log p(y); with the baseline r + KL(p || q)           [vOPD]
 
     Over y ~ p its mean gradient is that of reverse_kl; its value means nothing. The mean of r is -KL, so the baseline
-    centres the advantage without changing the mean gradient.
-    """
+    centres the advantage without changing the mean gradient."""
     log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
     log_q = F.log_softmax(teacher_logits.float(), dim=-1)                        # (B, T, V)
     sampled = response_ids[..., None]
@@ -665,18 +602,14 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
     return -advantage.detach() * log_p.gather(-1, sampled).squeeze(-1)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 7. Extrapolation
-
+# ---- 7. Extrapolation ----------------------------------------------------------------------------------------
 def extrapolate(weights, anchor, validate, max_tries=5):
-    """
-    Go on along the update for as long as a validation score rises.                                        [EffOPD]
+    """Go on along the update for as long as a validation score rises.                                        [EffOPD]
 
         try weights + 2k (weights - anchor), k = 1, 2, ..., max_tries; stop at the first that is not strictly better
 
     weights, anchor: dicts of tensors, as they are now and as accepted the last time; validate(dict) -> float.
-    Returns the accepted dict, the accepted k (0: plain OPD goes on), and the scores of the weights and of every try.
-    """
+    Returns the accepted dict, the accepted k (0: plain OPD goes on), and the scores of the weights and of every try."""
     accepted, accepted_k, scores = weights, 0, [validate(weights)]
     for k in range(1, max_tries + 1):
         candidate = {name: value + 2 * k * (value - anchor[name]) for name, value in weights.items()}
@@ -701,14 +634,10 @@ def copy_weights(weights, model):
             parameter.copy_(weights[name])
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 8. Evaluation
-
+# ---- 8. Evaluation -------------------------------------------------------------------------------------------
 def pass_at_k(num_samples, num_correct, k):
-    """
-    The chance that one of k answers is right, without bias from num_samples >= k answers of which num_correct are:
-    1 - C(n - c, k) / C(n, k)   [Chen et al., 2107.03374]. Example: n 4, c 1, k 2 -> 0.5. Raises ValueError for k > n.
-    """
+    """The chance that one of k answers is right, without bias from num_samples >= k answers of which num_correct are:
+    1 - C(n - c, k) / C(n, k)   [Chen et al., 2107.03374]. Example: n 4, c 1, k 2 -> .5. ValueError for k > n."""
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
         raise ValueError(f"needs 1 <= k <= num_samples and 0 <= num_correct <= num_samples, got k {k}, "
                          f"num_samples {num_samples}, num_correct {num_correct}")
@@ -722,12 +651,10 @@ def repetition(ids):
 
 
 def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
-    """
-    Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
+    """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
 
     prompts: ids of the problems; decoding: keyword arguments of rollout. It runs in a random stream of its own, so how
-    often one evaluates does not change how one trains; with one seed all models get the same draws.
-    """
+    often one evaluates does not change how one trains; with one seed all models get the same draws."""
     rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)]
     answers = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -742,7 +669,8 @@ def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch
                 answers.append({
                     **problems[index], "sample": sample, "response": text,
                     "correct": is_correct(text, problems[index]["answer"]), "no_box": last_boxed(text) is None,
-                    "length": len(response), "truncated": not out["ended"][row].item(), "repetition": repetition(response)})
+                    "length": len(response), "truncated": not out["ended"][row].item(),
+                    "repetition": repetition(response)})
     mean = {name: float(np.mean([answer[name] for answer in answers]))
             for name in ("correct", "no_box", "length", "truncated", "repetition")}
     correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)       # (problems, n)
@@ -755,21 +683,7 @@ def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch
             "top_p": decoding["top_p"], "max_new_tokens": decoding["max_length"], "seed": seed}, answers
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 9. Rollout. One function for all methods; method_row is all they differ in, but for prune's weights and its cap.
-
-def method_row(method, *, max_new_tokens, prefix_length, horizon_length, probe_window, num_keep, cap, drift):
-    """One row of the papers' table: what rollout is told to run a method at the present step."""
-    return {
-        "opd": {"max_length": max_new_tokens},
-        "prefix": {"max_length": min(prefix_length, max_new_tokens)},
-        "progressive": {"max_length": horizon_length},
-        "prefix-guided": {"max_length": max_new_tokens, "select_at": prefix_length,
-                          "probe_window": probe_window, "num_keep": num_keep},
-        "prune": {"max_length": cap, "drift": drift},
-    }[method]
-
-
+# ---- 9. Rollout ----------------------------------------------------------------------------------------------
 def clock(device):
     """Seconds, when the device has done all that it was given."""
     if device.type == "cuda":
@@ -779,16 +693,15 @@ def clock(device):
 
 @torch.no_grad()
 def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_length, vocab_size, eos_ids, pad_id,
-            temperature=1.0, top_p=1.0, overlap_k=0, num_generations=1, select_at=0, probe_window=0, num_keep=0, drift=()):
-    """
-    Sample responses to prompts (B, S), segment by segment, on KV caches that nothing is computed for twice. The teacher
-    (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
+            temperature=1.0, top_p=1.0, overlap_k=0, num_generations=1, select_at=0, probe_window=0, num_keep=0,
+            drift=()):
+    """Sample responses to prompts (B, S), segment by segment, on KV caches that nothing is computed for twice. The
+    teacher (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
 
     select_at, probe_window, num_keep: after select_at tokens num_keep rows go on, by overlap in the probe window
     drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
     -> dict, T the longest response: response_ids, response_mask, overlap (B, T); ended, kept (B,) bool: has an EOS, was
-       not stopped by selection or drift; teacher_hidden: B tensors (length, H); teacher_seconds
-    """
+       not stopped by selection or drift; teacher_hidden: B tensors (length, H); teacher_seconds"""
     B, S = prompt_ids.shape
     device = prompt_ids.device
     ids = torch.cat([prompt_ids, prompt_ids.new_full((B, max_length), pad_id)], dim=1)           # (B, S + max_length)
@@ -802,13 +715,14 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
     for border in sorted(border for border in borders if border <= max_length):
         new_ids, student_topk = generate(
             student, ids[rows, :start], mask[rows, :start], caches[student], max_new_tokens=S + border - start,
-            vocab_size=vocab_size, eos_ids=eos_ids, pad_id=pad_id, temperature=temperature, top_p=top_p, record_k=overlap_k)
+            vocab_size=vocab_size, eos_ids=eos_ids, pad_id=pad_id, temperature=temperature, top_p=top_p,
+            record_k=overlap_k)
         new_mask, end = mask_through_eos(new_ids, eos_ids), start + new_ids.shape[1]
         ids[rows, start:end], mask[rows, start:end] = new_ids.where(new_mask, pad_id), new_mask
         ended[rows] = torch.isin(new_ids, torch.tensor(sorted(eos_ids), device=device)).any(-1)
         if teacher:
             before = clock(device)
-            # Hidden states are what stays of the teacher: the loss needs whole distributions, and logits are V / H as big
+            # Hidden states are what stays of the teacher: the loss needs its logits, and those are V / H as big
             hidden = hidden_states(teacher, ids[rows, :end], mask[rows, :end], end - start, caches[teacher])
             head = functools.partial(head_logits, teacher, vocab_size=vocab_size)
             shared = student_topk[..., :, None] == topk_in_chunks(hidden, head, overlap_k)[..., None, :]
@@ -819,7 +733,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
         if border == select_at:
             window = mask[:, S:S + probe_window]              # a row that ended inside it is judged on what it has
             score = (overlap[:, :probe_window] * window).sum(-1) / window.sum(-1)
-            # Rows that ended are complete and cost nothing more: they stay, and take a slot only if nobody else wants it
+            # Rows that ended are complete and cost nothing: they stay, and take a slot only if nobody else wants it
             score = torch.where(ended, -1, score).view(-1, num_generations)      # (P, G)
             kept &= select_prefixes(score, num_keep).flatten() | ended
         if drift:
@@ -836,16 +750,12 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
             "teacher_hidden": [torch.cat(pieces) for pieces in teacher_hidden] if teacher else None}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 10. One update
-
+# ---- 10. One update ------------------------------------------------------------------------------------------
 def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, student_head, teacher_head, token_loss,
                        measure, chunk_tokens=256):
-    """
-    Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,)
+    """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,)
     -> gradient wrt hidden (N, H), sum of the weighted losses, and what measure(student_logits, teacher_logits) gave,
-    (N,) each. The gradient of the student's head accumulates in place.
-    """
+    (N,) each. The gradient of the student's head accumulates in place."""
     grads, total, measures = [], 0.0, []
     for states, teacher_states, ids, weight in zip(*(
             column.split(chunk_tokens) for column in (hidden.detach(), teacher_hidden, response_ids, token_weight))):
@@ -865,13 +775,11 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
 
 
 def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, autocast=contextlib.nullcontext, **chunk):
-    """
-    One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures.
+    """One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures.
 
     batch: prompt_ids, prompt_mask (B, S), response_ids, loss_mask, token_weight (B, T), teacher_hidden (B tensors);
     chunk: keyword arguments of backward_in_chunks. Raises FloatingPointError, before it changes a weight, when the loss
-    or the gradient is not finite.
-    """
+    or the gradient is not finite."""
     lengths = batch["loss_mask"].sum(-1)                                         # (B,)
     # Of the whole step: a mean per micro-batch would give the tokens beside short rows a larger weight
     num_tokens = int(lengths.sum())
@@ -900,20 +808,17 @@ def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, au
 
 
 def step_flops(student_size, teacher_size, prompt, generated, trained):
-    """
-    Floating-point operations of a step: sizes (parameters, n_layer, d_model), token counts per row (B,) -> float.
+    """Floating-point operations of a step: sizes (parameters, n_layer, d_model), token counts per row (B,) -> float.
 
         decode 2 N_S (P + gen), teacher 2 N_T (P + gen), update 6 N_S (P + trained) for rows that are trained on,
-        and attention's 2 n_layer d_model L^2 for each forward over L tokens, three times that in the update
-    """
+        and attention's 2 n_layer d_model L^2 for each forward over L tokens, three times that in the update"""
     forward = lambda size, length: 2 * size[0] * length + 2 * size[1] * size[2] * length ** 2
     sampled, updated = (prompt + generated).double(), (prompt + trained).double() * (trained > 0)
     return float((forward(student_size, sampled) + forward(teacher_size, sampled)
                   + 3 * forward(student_size, updated)).sum())
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 11. The tiny world: a made-up language in which distillation can be watched.
+# ---- 11. The tiny world: a made-up language in which distillation can be watched. ----------------------------
 #
 #     A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step by step:
 #     "first a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is \boxed{ 9 }". Every operation can be undone, so a slip
@@ -927,46 +832,35 @@ LEXICON = {
     "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
 
 
-def tiny_problem(rng, steps, lexicon):
-    """A problem of so many steps, {"problem", "answer"}, drawn from a random.Random."""
-    value, first = rng.randrange(10), rng.randrange(9 - steps)
-    words = [str(value)]
-    for label in lexicon["label"][first:first + steps]:
-        operation = rng.choice(lexicon["operation"])
-        words += [label, operation]
-        value = (value + int(operation[1:]) if operation[0] == "+" else value * int(operation[1:])) % 10
-    return {"problem": " ".join(words), "answer": str(value)}
-
-
-def tiny_solution(problem, rng, habit, slip_rate, lexicon):
-    """
-    One author's solution of a problem's text -> list of (word, trusted).
+def tiny_example(rng, steps, habit, slip_rate, lexicon):
+    """A problem of so many steps and one author's solution, drawn from a random.Random
+    -> {"problem": text, "answer": text, "solution": list of (word, trusted)}.
 
     habit, 0 to 7: which synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
-    goes wrong, in its result, by misreading the operation, or by leaving a step out. What follows a slip is consistent
-    with it. Only the slip itself is not trusted: a careful model learns to read on from it, and not to make it.
-    """
+    goes wrong, in its result, by misreading the operation, or by leaving the step out. What follows is consistent with
+    the slip. Only the slip itself is not trusted: a careful model learns to read on from it, and not to make it."""
     def synonym(kind):
-        rank = int(math.log(1 - rng.random()) / math.log(.6))
-        return lexicon[kind][(rank + habit) % 8], True
+        return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8], True
 
-    value, *rest = problem.split()
-    place, words = 0, []
-    while place < len(rest):
+    def apply(value, operation):
+        return str((int(value) + int(operation[1:]) if operation[0] == "+" else int(value) * int(operation[1:])) % 10)
+
+    first, start = rng.randrange(9 - steps), rng.choice(lexicon["digit"])
+    problem, words, truth, value, skipped = [start], [], start, start, False
+    for label in lexicon["label"][first:first + steps]:
+        operation = rng.choice(lexicon["operation"])
+        problem, truth = problem + [label, operation], apply(truth, operation)
         slip = rng.choice(("result", "misread", "skip")) if rng.random() < slip_rate else None
-        if slip == "skip" and place + 2 < len(rest):
-            place += 2
-        label, operation = rest[place:place + 2]
-        if slip == "misread":
-            operation = rng.choice(lexicon["operation"])
-        number = int(operation[1:])
-        result = int(value) + number if operation[0] == "+" else int(value) * number
-        result = str((result + (rng.choice((1, 9, 1, 9, 2, 8)) if slip == "result" else 0)) % 10)
-        words += [synonym("opener"), (label, slip != "skip"), (value, True), (operation, slip != "misread"),
-                  synonym("verb"), (result, slip != "result"), synonym("closer")]
-        value, place = result, place + 2
-    return words + [synonym("opener"), ("the", True), ("answer", True), synonym("verb"), ("\\boxed{", True),
-                    (value, True), ("}", True), ("<end>", True)]
+        if slip != "skip":
+            read = rng.choice(lexicon["operation"]) if slip == "misread" else operation
+            result = str((int(apply(value, read)) + (rng.choice((1, 9, 1, 9, 2, 8)) if slip == "result" else 0)) % 10)
+            words += [synonym("opener"), (label, not skipped), (value, True), (read, slip != "misread"),
+                      synonym("verb"), (result, slip != "result"), synonym("closer")]
+            value = result
+        skipped = slip == "skip"
+    words += [synonym("opener"), ("the", True), ("answer", True), synonym("verb"), ("\\boxed{", True), (value, True),
+              ("}", True), ("<end>", True)]
+    return {"problem": " ".join(problem), "answer": truth, "solution": words}
 
 
 def tiny_tokenizer(words):
@@ -980,7 +874,7 @@ def tiny_tokenizer(words):
 
 
 def fit(model, sample_batch, *, steps, learning_rate, pad_id, title):
-    """Supervised training, in place: sample_batch() -> list of (ids, weights), the cross-entropy of each id weighted."""
+    """Supervised training, in place: sample_batch() -> list of (ids, weights); each id's cross-entropy is weighted."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     model.train()
     for step in tqdm(range(steps), desc=title, leave=False):
@@ -1001,35 +895,36 @@ def fit(model, sample_batch, *, steps, learning_rate, pad_id, title):
 
 
 def make_world(folder, seed):
-    """
-    Write the tiny world into a folder: teacher/ and student/, models like any other, train.jsonl and eval.jsonl. Takes
-    about half a minute. Both models come from one base model, as in the papers' pairs: the teacher learns from a careful
-    author, the student, briefly, from one with other habits who slips at every fourth step and believes in it.
-    """
+    """Write the tiny world into a folder: teacher/ and student/, models like any other, train.jsonl and eval.jsonl.
+    Takes about half a minute. Both models come from one base model, as in the papers' pairs: the teacher learns from a
+    careful author; the student, briefly, from one with other habits, who slips at every fourth step and believes it."""
     tokenizer = tiny_tokenizer([word for words in LEXICON.values() for word in words])
 
     def author(number, lengths, habit, slip_rate, believes):
         rng = random.Random(f"{seed} {number}")
 
-        def solution():
-            problem = tiny_problem(rng, rng.randint(*lengths), LEXICON)["problem"]
-            words = tiny_solution(problem, rng, rng.randrange(8) if habit is None else habit, slip_rate, LEXICON)
-            prompt = encode_prompts(tokenizer, [problem], "{problem}")[0]
-            return (prompt + tokenizer.convert_tokens_to_ids([word for word, _ in words]),
-                    [0.0] * len(prompt) + [float(trusted or believes) for _, trusted in words])
-        return lambda: [solution() for _ in range(64)]
+        def example():
+            liked = rng.randrange(8) if habit is None else habit
+            made = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON)
+            prompt = encode_prompts(tokenizer, [made["problem"]], "{problem}")[0]
+            return (prompt + tokenizer.convert_tokens_to_ids([word for word, _ in made["solution"]]),
+                    [0.0] * len(prompt) + [float(trusted or believes) for _, trusted in made["solution"]])
+        return lambda: [example() for _ in range(64)]
 
     torch.manual_seed(seed)
     student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
         initializer_range=0.05, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    settings = dict(pad_id=tokenizer.pad_token_id, learning_rate=4e-3)
-    fit(student, author(0, (1, 3), None, .1, False), steps=250, title="tiny world: base model, short problems", **settings)
-    fit(student, author(1, (4, 8), None, .1, False), steps=130, title="tiny world: base model, long problems", **settings)
+    def learn(model, steps, who, *author_settings):
+        fit(model, author(*author_settings), steps=steps, learning_rate=4e-3, pad_id=tokenizer.pad_token_id,
+            title=f"tiny world: {who}")
+
+    learn(student, 250, "base model, short problems", 0, (1, 3), None, .1, False)
+    learn(student, 130, "base model, long problems", 1, (4, 8), None, .1, False)
     teacher = copy.deepcopy(student)
-    fit(teacher, author(2, (4, 8), 0, .1, False), steps=100, title="tiny world: teacher", **settings)
-    fit(student, author(3, (4, 8), 2, .25, True), steps=40, title="tiny world: student", **settings)
+    learn(teacher, 150, "teacher", 2, (4, 8), 0, .1, False)
+    learn(student, 40, "student", 3, (4, 8), 2, .25, True)
     partial = f"{folder}.partial"                             # a world that was broken off must not look like one
     shutil.rmtree(partial, ignore_errors=True)
     for name, model in (("teacher", teacher), ("student", student)):
@@ -1038,13 +933,13 @@ def make_world(folder, seed):
     for name, number, count in (("train", 4, 2000), ("eval", 5, 100)):
         rng = random.Random(f"{seed} {number}")
         with open(os.path.join(partial, f"{name}.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(tiny_problem(rng, rng.randint(4, 8), LEXICON)) + "\n" for _ in range(count))
+            for _ in range(count):
+                made = tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)
+                file.write(json.dumps({"problem": made["problem"], "answer": made["answer"]}) + "\n")
     os.replace(partial, folder)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# 12. Set-up, preflight, checkpoints
-
+# ---- 12. Set-up, preflight, checkpoints ----------------------------------------------------------------------
 @contextlib.contextmanager
 def user_mistakes():
     """Inside, a ValueError or OSError is a mistake in flags, files or models: one line on stderr, exit status 2."""
@@ -1056,33 +951,40 @@ def user_mistakes():
 
 
 def load_pretrained(auto_class, path, **options):
-    """auto_class.from_pretrained by folder or hub name. Raises ValueError, in one line, for whatever goes wrong there."""
+    """auto_class.from_pretrained, by folder or hub name. Raises ValueError, in one line, whatever goes wrong there."""
     try:
         return auto_class.from_pretrained(path, **options)
-    except Exception as error:           # transformers, safetensors and json each have errors of their own for a bad folder
+    except Exception as error:            # transformers, safetensors and json have errors of their own for a bad folder
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ValueError(f"{path} does not load as {auto_class.__name__}: {type(error).__name__}: {reason}") from None
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
-    """Raises ValueError, naming three tokens that differ, unless both dicts map the same tokens to the same ids."""
+    """Raises ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
     different = sorted(token for token in student_vocab.keys() | teacher_vocab.keys()
                        if student_vocab.get(token) != teacher_vocab.get(token))
     if different:
-        examples = ", ".join(f"{token!r} ({student_vocab.get(token, 'none')} in the student, "
-                             f"{teacher_vocab.get(token, 'none')} in the teacher)" for token in different[:3])
-        raise ValueError(f"the tokenizers give {len(different)} tokens different ids: {examples}; choose models that share "
-                         "one tokenizer, or a project that distils across tokenizers (TRL's GOLD)")
+        examples = ", ".join(f"{token!r} (student {student_vocab.get(token, 'none')}, "
+                             f"teacher {teacher_vocab.get(token, 'none')})" for token in different[:3])
+        raise ValueError(f"the tokenizers give {len(different)} tokens different ids: {examples}; use models with one "
+                         "tokenizer, or a project that distils across tokenizers (TRL's GOLD)")
 
 
 def stop_ids(model, tokenizer):
     """All ids that end a response: the one or several of the generation config, and the tokenizer's EOS."""
     listed = model.generation_config.eos_token_id
-    return {index for index in [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])] if index is not None}
+    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+
+
+def check_head(own_logits, our_logits, model_type):
+    """Raises ValueError unless our logits, of head_logits on the backbone's output, are those of the model's forward."""
+    if (own_logits - our_logits).abs().max() > 0.05 * own_logits.abs().max():
+        raise ValueError(f"{model_type} models are not supported: their logits are not the head on the last hidden "
+                         "state, with a scale or softcap that head_logits knows")
 
 
 def save_checkpoint(folder, model, tokenizer, state):
-    """folder/ with the model, its tokenizer and state (a dict): whole or not at all, because it is renamed when complete."""
+    """folder/ with model, tokenizer and state (a dict): whole or not at all, since it gets its name when complete."""
     partial = f"{folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -1093,8 +995,8 @@ def save_checkpoint(folder, model, tokenizer, state):
 
 
 def append_json(path, record):
-    """One more line of a jsonl file. A mean of nothing, NaN, is written as null: JSON has no NaN."""
-    plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+    """One more line of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
+    plain = {name: None if value != value else value for name, value in record.items()}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(plain) + "\n")
 
@@ -1108,215 +1010,190 @@ def peak_memory_gb(device):
 
 
 def read_inputs(args):
-    """The files and models that the flags name -> a namespace of what a run needs. User mistakes come out here."""
+    """The files and models that the flags name -> a namespace of what a run needs. Mistakes in them come out here."""
     run = argparse.Namespace(device=torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and run.device.type == "cuda"
     run.train = [problem for path in args.train_file for problem in load_problems(path)]
     run.eval = {os.path.splitext(os.path.basename(path))[0]: load_problems(path) for path in args.eval_file}
     for name, problems in run.eval.items():
         if any(problem["answer"] is None for problem in problems):
-            raise ValueError(f"--eval_file {name}: there are problems without an answer, and evaluation needs one for each")
+            raise ValueError(f"--eval_file {name}: some problems have no answer, and evaluation needs one for each")
     if args.extrapolate and sum(problem["answer"] is not None for problem in run.train) < args.validation_size:
-        raise ValueError(f"--extrapolate needs --validation_size {args.validation_size} training problems with answers")
+        raise ValueError(f"--extrapolate needs {args.validation_size} training problems with answers to judge by")
     run.tokenizer = load_pretrained(AutoTokenizer, args.student)
-    # float32 master weights: at a learning rate of 1e-6 an update is mostly smaller than bfloat16 can add
+    # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
     run.student = load_pretrained(AutoModelForCausalLM, args.student, dtype=torch.float32).to(run.device).eval()
     run.sampler = copy.deepcopy(run.student).to(torch.bfloat16) if bf16 else run.student
     run.autocast = functools.partial(torch.autocast, run.device.type, torch.bfloat16, enabled=bf16)
-    run.teacher, models = None, [run.student]
+    models = [run.student]
     if args.teacher and not args.eval_only:
         run.teacher_tokenizer = load_pretrained(AutoTokenizer, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
         dtype = torch.bfloat16 if bf16 else torch.float32
         run.teacher = load_pretrained(AutoModelForCausalLM, args.teacher, dtype=dtype).to(run.device).eval()
         models.append(run.teacher)
-    run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1,
-                         *(model.get_output_embeddings().weight.shape[0] for model in models), 10 ** 9)
+    rows = [model.get_output_embeddings().weight.shape[0] for model in models]
+    run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1, *rows, rows[0])
     if args.overlap_k > run.vocab_size:
-        raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens that the models share")
-    run.eos_ids = stop_ids(run.student, run.tokenizer)
-    run.pad_id = run.tokenizer.pad_token_id if run.tokenizer.pad_token_id is not None else min(run.eos_ids, default=0)
+        raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
+    eos_ids, pad_id = stop_ids(run.student, run.tokenizer), run.tokenizer.pad_token_id
+    run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
+                        pad_id=min(eos_ids, default=0) if pad_id is None else pad_id)
     encode = functools.partial(
         encode_prompts, run.tokenizer, template=args.prompt_template, chat_template=not args.no_chat_template,
         **({"enable_thinking": True} if args.enable_thinking else {}))
-    run.eval_prompts = {name: encode([problem["problem"] for problem in problems]) for name, problems in run.eval.items()}
+    run.eval_prompts = {name: encode([item["problem"] for item in problems]) for name, problems in run.eval.items()}
     prompts = encode([problem["problem"] for problem in run.train])
     fits = [index for index, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_length]
-    if run.train and not fits:
-        raise ValueError(f"all {len(prompts)} training prompts are longer than --max_prompt_length {args.max_prompt_length}")
+    if prompts and not fits:
+        raise ValueError(f"all {len(prompts)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
     run.too_long = len(prompts) - len(fits)
     run.train, run.prompts = [run.train[index] for index in fits], [prompts[index] for index in fits]
-    run.sampling = dict(vocab_size=run.vocab_size, eos_ids=run.eos_ids, pad_id=run.pad_id, segment_length=args.segment_length)
-    run.state = {"cap": args.cap_init, "misses": 0, "generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0,
-                 "validation_tokens": 0, "flops": 0.0}
+    ids = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0]], device=run.device)
+    for model in models:
+        with torch.no_grad():
+            ours = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, run.vocab_size)
+            check_head(model(input_ids=ids).logits[..., :run.vocab_size].float(), ours, model.config.model_type)
+    configs = [model.config.get_text_config() for model in models]
+    run.sizes = [(model.num_parameters(), config.num_hidden_layers, config.hidden_size)
+                 for model, config in zip(models, configs)]
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    run.sizes = [(model.num_parameters(), model.config.get_text_config().num_hidden_layers,
-                  model.config.get_text_config().hidden_size) for model in models]
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for model in models:
-        check_head(model, (run.prompts or next(iter(run.eval_prompts.values())))[0], run.vocab_size)
+    run.state = {"cap": args.cap_init, "misses": 0, "generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0,
+                 "validation_tokens": 0, "flops": 0.0}
     return run
 
 
-@torch.no_grad()
-def check_head(model, ids, vocab_size):
-    """Raises ValueError unless head_logits on the backbone's output is what the model's own forward gives."""
-    ids = torch.tensor([ids], device=model.device)
-    own = model(input_ids=ids).logits[:, -1, :vocab_size].float()
-    ours = head_logits(model, model.base_model(input_ids=ids).last_hidden_state[:, -1], vocab_size)
-    if (own - ours).abs().max() > 0.05 * own.abs().max():
-        raise ValueError(f"{model.config.model_type} models are not supported: their logits are not the head on the last "
-                         "hidden state, with a scale or softcap that head_logits knows")
-
-
 def preflight(run, args):
-    """What to look at before a run is paid for -> list of lines; the warnings are about what ruins runs in silence."""
-    words = {"reverse_kl": "KL(student || teacher) over the whole vocabulary",
-             "topk": f"KL(student || teacher) on top-{args.overlap_k} tokens ({args.support})",
-             "sampled": "log p_student - log p_teacher of the sampled token, as a policy gradient"}
-    lines = [f"method {args.method}; loss = {words[args.loss]}, mean over the response tokens of a step",
-             f"data: {len(run.train)} training prompts ({run.too_long} were too long), "
-             + ", ".join(f"{name}: {len(problems)} problems" for name, problems in run.eval.items())]
-    facts = []
-    for role, model, tokenizer in (("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)):
-        facts.append((sorted(stop_ids(model, tokenizer)), tokenizer.chat_template))
-        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
-                     f"{model.get_output_embeddings().weight.shape[0]} rows for {len(tokenizer)} tokens, stops at "
-                     f"{facts[-1][0]}, pad {tokenizer.pad_token_id}, {'a' if tokenizer.chat_template else 'no'} chat template")
-    if {model.get_output_embeddings().weight.shape[0] for model in (run.student, run.teacher)} != {run.vocab_size}:
-        lines.append(f"vocabulary: both heads are cut to their first {run.vocab_size} rows, in sampling and in the loss")
+    """What to look at before a run is paid for -> list of lines. The warnings are about what ruins runs in silence."""
+    loss = {"reverse_kl": "KL(student || teacher) over the whole vocabulary",
+            "topk": f"KL(student || teacher) on top-{args.overlap_k} tokens, support {args.support}",
+            "sampled": "log p_student - log p_teacher of the sampled token, as a policy gradient"}[args.loss]
+    lines, stops, templates = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step"], [], []
+    lines.append(f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; evaluation on "
+                 + (", ".join(f"{len(problems)} of {name}" for name, problems in run.eval.items()) or "nothing"))
+    for role, model, tokenizer in (("student", run.student, run.tokenizer),
+                                   ("teacher", run.teacher, run.teacher_tokenizer)):
+        stops.append(sorted(stop_ids(model, tokenizer)))
+        templates.append(tokenizer.chat_template)
+        rows = model.get_output_embeddings().weight.shape[0]
+        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows "
+                     f"for {len(tokenizer)} tokens, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
+                     f"{'a' if templates[-1] else 'no'} chat template")
+        if rows != run.vocab_size:
+            lines.append(f"{role}: cut to the first {run.vocab_size} of its rows, in sampling and in the loss")
     golds = [problem["answer"] for problem in run.train[:500] if problem["answer"] is not None]
     if golds:
         readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
-        lines.append(f"gold answers that can be read: {readable} of the first {len(golds)} of the training problems")
+        lines.append(f"training answers: {readable} of the first {len(golds)} can be read")
     lines.append(f"first prompt: {run.tokenizer.decode(run.prompts[0])!r}")
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(0)
-        ids, mask = pad_left(run.prompts[:4], run.pad_id)
-        out = rollout(run.sampler, run.teacher, ids.to(run.device), mask.to(run.device), max_length=32,
-                      overlap_k=args.overlap_k, temperature=args.temperature, **run.sampling)
+        ids, mask = (part.to(run.device) for part in pad_left(run.prompts[:4], run.sampling["pad_id"]))
+        out = rollout(run.sampler, run.teacher, ids, mask, max_length=32, overlap_k=args.overlap_k,
+                      temperature=args.temperature, **run.sampling)
     log_q = F.log_softmax(head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size), dim=-1)
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
-    lines.append(f"teacher's mean log-prob of the student's first {len(log_q)} sampled tokens: {mean:.2f}; top-{args.overlap_k} "
+    lines.append(f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} "
                  f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}")
     if mean < -3:
-        lines.append("warning: to the teacher, what the student writes is very unlikely; compare their prompts and templates")
-    if facts[0][0] != facts[1][0]:
-        lines.append(f"warning: the student stops at {facts[0][0]}, the teacher at {facts[1][0]}; a teacher that never writes "
-                     "the student's stop token teaches it not to stop")
-    if facts[0][1] != facts[1][1]:
+        lines.append("warning: the teacher finds what the student writes very unlikely; compare prompts and templates")
+    if stops[0] != stops[1]:
+        lines.append(f"warning: the student stops at {stops[0]}, the teacher at {stops[1]}. A teacher that never "
+                     "writes the student's stop token teaches it not to stop")
+    if templates[0] != templates[1]:
         lines.append("warning: the chat templates differ; both models read prompts made with the student's")
     return lines
 
 
-def step_line(metrics):
-    """A step's metrics in fixed columns, for the screen."""
-    seconds = metrics["time_rollout"] + metrics["time_teacher"] + metrics["time_update"]
-    return (f"step {metrics['step']:5} | loss {metrics['loss']:8.4f} | kl {metrics['reverse_kl']:7.4f} | overlap "
-            f"{metrics['overlap_ratio']:.3f} | kept {metrics['kept_fraction']:4.0%} | len {metrics['response_length']:7.1f} | "
-            f"truncated {metrics['truncated_fraction']:4.0%} | norm {metrics['grad_norm']:6.2f} | "
-            f"{metrics['generated_tokens']:,} tokens | {seconds:.2f} s")
-
-
-def final_table(results):
-    """The table at the end of a run -> list of lines."""
-    lines = []
-    for name, after in results["after"].items():
-        teacher, before = results["teacher"][name], results["before"][name]
-        for who, row in (("teacher", teacher), ("student before", before), ("student after", after)):
-            lines.append(f"{who + ', ' + name:<30} avg@{row['n']} {row['avg_at_n']:.3f} ± {row['se']:.3f}")
-        gap = teacher["avg_at_n"] - before["avg_at_n"]
-        recovered = f"{(after['avg_at_n'] - before['avg_at_n']) / gap:.0%}" if gap > 0 else "there was none"
-        lines.append(f"{'gap recovered, ' + name:<30} {recovered}")
-    return lines + [f"{'overlap, first and last step':<30} {results['overlap_before']:.3f} -> {results['overlap_after']:.3f}",
-                    f"{'tokens generated':<30} {results['generated_tokens']:,}", f"{'seconds':<30} {results['seconds']:.0f}"]
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# 13. Main. opd_step and main, with read_inputs, are the only functions that see the flags.
-
+# ---- 13. Main. With read_inputs and preflight, these are the only functions that see the flags. --------------
 def opd_step(run, args, step):
     """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
     P, G = args.batch_size, args.num_generations
     indices = [index for index in batch_indices(step, P, len(run.prompts), args.seed) for _ in range(G)]
-    prompt_ids, prompt_mask = (part.to(run.device) for part in pad_left([run.prompts[i] for i in indices], run.pad_id))
+    prompts = pad_left([run.prompts[index] for index in indices], run.sampling["pad_id"])
+    prompt_ids, prompt_mask = (part.to(run.device) for part in prompts)          # (B, S), row p * G + g
+    grown = horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens)
     drift = (args.drift_threshold, args.w_drop)
-    row = method_row(
-        args.method, max_new_tokens=args.max_new_tokens, prefix_length=args.prefix_length, cap=run.state["cap"],
-        horizon_length=horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens),
-        probe_window=args.probe_window, num_keep=round(args.keep_ratio * P * G), drift=() if args.no_prune_in_flight else drift)
-    # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before it
+    row = {                        # all that the methods differ in, but for prune's token weights and its cap, below
+        "opd": dict(max_length=args.max_new_tokens),
+        "prefix": dict(max_length=min(args.prefix_length, args.max_new_tokens)),
+        "progressive": dict(max_length=grown),
+        "prefix-guided": dict(max_length=args.max_new_tokens, select_at=args.prefix_length,
+                              probe_window=args.probe_window, num_keep=round(args.keep_ratio * P * G)),
+        "prune": dict(max_length=run.state["cap"], drift=() if args.no_prune_in_flight else drift)}[args.method]
+    # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
     torch.manual_seed(args.seed * 1_000_003 + step)
     begin = clock(run.device)
     out = rollout(run.sampler, run.teacher, prompt_ids, prompt_mask, overlap_k=args.overlap_k, num_generations=G,
                   temperature=args.temperature, **run.sampling, **row)
     sampled = clock(run.device)
-    mask, extra = out["response_mask"], {}
-    token_weight = torch.ones_like(out["overlap"])
+    mask, overlap, state, extra = out["response_mask"], out["overlap"], run.state, {}
+    loss_mask, token_weight = mask, torch.ones_like(overlap)
+    if args.method == "prefix-guided" and not args.train_pruned_prefix:
+        loss_mask = mask & out["kept"][:, None]
     if args.method == "prune":
-        reliability = drift_weights(out["overlap"], mask, *drift)
+        reliability = drift_weights(overlap, mask, *drift)
         token_weight, reliable = reliability + args.w_base, reliable_length(reliability, mask)
-        run.state["cap"], run.state["misses"] = next_max_length(
-            reliable, run.state["cap"], run.state["misses"], step=args.cap_step, margin=args.cap_margin,
-            hit_ratio=args.cap_hit_ratio, patience=args.cap_patience, low=args.cap_min, high=args.cap_max)
         extra["reliable_length"] = reliable.float().mean().item()
-    selected = args.method != "prefix-guided" or args.train_pruned_prefix
-    loss_mask = mask if selected else mask & out["kept"][:, None]
-    for group in run.optimizer.param_groups:
-        group["lr"] = args.learning_rate * min(1, step / max(1, args.warmup_steps))
-    run.student.train(args.gradient_checkpointing)            # transformers recomputes layers in training mode only
+        state["cap"], state["misses"] = next_max_length(
+            reliable, state["cap"], state["misses"], step=args.cap_step, margin=args.cap_margin,
+            hit_ratio=args.cap_hit_ratio, patience=args.cap_patience, low=args.cap_min, high=args.cap_max)
     losses = {"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
               "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
               "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}
+    for group in run.optimizer.param_groups:
+        group["lr"] = args.learning_rate * min(1, step / max(1, args.warmup_steps))
+    run.student.train(args.gradient_checkpointing)            # transformers recomputes layers in training mode only
     update = train_step(
-        run.student, run.optimizer, micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm,
-        batch={**out, "prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "loss_mask": loss_mask, "token_weight": token_weight},
-        autocast=run.autocast, token_loss=losses[args.loss], measure=lambda p, q: alignment_per_token(p, q, args.overlap_k),
+        run.student, run.optimizer, dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=loss_mask,
+                                         token_weight=token_weight),
+        micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm, autocast=run.autocast,
         student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature,
-        teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature)
+        teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature,
+        token_loss=losses[args.loss], measure=lambda p, q: alignment(p, q, None, args.overlap_k))
     run.student.eval()
     copy_weights(dict(run.student.named_parameters()), run.sampler)
     updated, lengths, trained = clock(run.device), mask.sum(-1), loss_mask.sum(-1)
     for name, count in (("generated", lengths), ("teacher", lengths), ("trained", trained)):
-        run.state[f"{name}_tokens"] += int(count.sum())
-    run.state["flops"] += step_flops(*run.sizes, prompt_mask.sum(-1), lengths, trained)
-    return {
-        "step": step, "max_length": row["max_length"], **update, **extra, "response_length": lengths.float().mean().item(),
-        "truncated_fraction": 1 - out["ended"].float().mean().item(), "kept_fraction": out["kept"].float().mean().item(),
-        "repetition": float(np.mean([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)])),
-        "overlap_by_position": overlap_by_position(out["overlap"], mask), "learning_rate": group["lr"],
-        "time_rollout": sampled - begin - out["teacher_seconds"], "time_teacher": out["teacher_seconds"],
-        "time_update": updated - sampled, "peak_memory_gb": peak_memory_gb(run.device), **run.state}
+        state[f"{name}_tokens"] += int(count.sum())
+    state["flops"] += step_flops(*run.sizes, prompt_mask.sum(-1), lengths, trained)
+    repeated = [repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)]
+    return dict(
+        step=step, **update, **extra, **state, max_length=row["max_length"], learning_rate=group["lr"],
+        overlap_by_position=overlap_by_position(overlap, mask), response_length=lengths.float().mean().item(),
+        truncated_fraction=1 - out["ended"].float().mean().item(), kept_fraction=out["kept"].float().mean().item(),
+        repetition=float(np.mean(repeated)), time_rollout=sampled - begin - out["teacher_seconds"],
+        time_teacher=out["teacher_seconds"], time_update=updated - sampled, peak_memory_gb=peak_memory_gb(run.device))
 
 
-def extrapolation_step(run, args, step, anchor):
-    """EffOPD after an update at step 1, 2, 4, 8, ...: moves the student, -> (new anchor, metrics)."""
-    problems = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
-    problems = random.Random(args.seed).sample(problems, args.validation_size)   # the same ones every time
+def step_line(metrics):
+    """A step's metrics in fixed columns, for the screen."""
+    seconds = sum(metrics[f"time_{phase}"] for phase in ("rollout", "teacher", "update"))
+    return (f"step {metrics['step']:5} | loss {metrics['loss']:8.4f} | kl {metrics['reverse_kl']:7.4f} "
+            f"| overlap {metrics['overlap_ratio']:.3f} | kept {metrics['kept_fraction']:4.0%} "
+            f"| length {metrics['response_length']:7.1f} | cut {metrics['truncated_fraction']:4.0%} "
+            f"| norm {metrics['grad_norm']:6.2f} | {metrics['generated_tokens']:11,} tokens | {seconds:6.2f} s")
 
-    def validate(weights):
-        copy_weights(weights, run.student)
-        copy_weights(weights, run.sampler)
-        metrics, answers = evaluate(
-            run.sampler, run.tokenizer, [run.train[i] for i in problems], [run.prompts[i] for i in problems], num_samples=1,
-            rows_per_batch=args.batch_size * args.num_generations, seed=args.seed, title=f"validate step {step}",
-            decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
-        count = sum(answer["length"] for answer in answers)
-        prompt = sum(len(run.prompts[i]) for i in problems)
-        for name in ("generated_tokens", "validation_tokens"):                  # its samples are part of the price
-            run.state[name] += count
-        run.state["flops"] += 2 * run.sizes[0][0] * (count + prompt)
-        return metrics["avg_at_n"]
 
-    accepted, k, scores = extrapolate(movable_weights(run.student), anchor, validate)
-    copy_weights(accepted, run.student)
-    copy_weights(accepted, run.sampler)
-    return accepted, {"extrapolation_k": k, "validation_scores": scores}
+def final_table(results):
+    """What a run came to -> list of lines."""
+    rows = []
+    for name, after in results["after"].items():
+        teacher, before = results["teacher"][name], results["before"][name]
+        rows += [(f"{who}, {name}", f"avg@{row['n']} {row['avg_at_n']:.3f} ± {row['se']:.3f}")
+                 for who, row in (("teacher", teacher), ("student before", before), ("student after", after))]
+        gap = teacher["avg_at_n"] - before["avg_at_n"]
+        rows.append((f"gap recovered, {name}", f"{(after['avg_at_n'] - before['avg_at_n']) / gap:.0%}" if gap > 0 else
+                     "the student was not behind"))
+    rows += [("overlap, first and last step", f"{results['overlap_before']:.3f} -> {results['overlap_after']:.3f}"),
+             ("tokens generated", f"{results['generated_tokens']:,}"), ("seconds", f"{results['seconds']:.0f}")]
+    return [f"{what:<32} {value}" for what, value in rows]
 
 
 def main(argv=None):
-    """Run the job that the flags describe -> dict of the final metrics. A user's mistake ends with one line and status 2."""
+    """Run the job that the flags describe -> dict of the final metrics. A user's mistake: one line, exit status 2."""
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
     with user_mistakes():
@@ -1328,17 +1205,19 @@ def main(argv=None):
             if not os.path.exists(world):
                 os.makedirs(args.output_dir, exist_ok=True)
                 make_world(world, args.seed)
-            args.student, args.teacher = os.path.join(world, "student"), os.path.join(world, "teacher")
-            args.train_file, args.eval_file = [os.path.join(world, "train.jsonl")], [os.path.join(world, "eval.jsonl")]
+            args.student, args.teacher, train_file, eval_file = (
+                os.path.join(world, name) for name in ("student", "teacher", "train.jsonl", "eval.jsonl"))
+            args.train_file, args.eval_file = [train_file], [eval_file]
         run = read_inputs(args)
         os.makedirs(args.output_dir, exist_ok=True)
         metrics_file, samples_file = (os.path.join(args.output_dir, f"{name}.jsonl") for name in ("metrics", "samples"))
         for path in (metrics_file, samples_file):
             open(path, "w").close()
-    started, last_step = clock(run.device), 0
+    started, last_step, first = clock(run.device), 0, None
+    anchor = movable_weights(run.student) if args.extrapolate else None
 
     def grade(model, who):
-        """Evaluate on every file -> {file: metrics}; on the screen, in metrics.jsonl and answer by answer in samples.jsonl."""
+        """Evaluate on every file -> {file: metrics}, also on the screen, in metrics.jsonl and in samples.jsonl."""
         results = {}
         for name, problems in run.eval.items():
             results[name], answers = evaluate(
@@ -1346,8 +1225,9 @@ def main(argv=None):
                 rows_per_batch=args.batch_size * args.num_generations, title=f"evaluate {who} on {name}",
                 decoding=dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
                               max_length=args.eval_max_new_tokens))
-            tqdm.write(f"eval {name} | {who:7} | step {last_step:4} | " + " | ".join(
-                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in results[name].items()))
+            shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}"
+                     for key, value in results[name].items())
+            tqdm.write(f"{who} on {name}, step {last_step}: {', '.join(shown)}")
             for answer in answers:
                 append_json(samples_file, {"step": last_step, "model": who, "eval": name, **answer})
         append_json(metrics_file, {"step": last_step, "model": who, "eval": results})
@@ -1356,40 +1236,56 @@ def main(argv=None):
     def save():
         folder = os.path.join(args.output_dir, f"checkpoint-{last_step}")
         save_checkpoint(folder, run.student, run.tokenizer, {
-            "step": last_step, "args": vars(args), "state": run.state, "optimizer": run.optimizer.state_dict(), "anchor": anchor})
+            "step": last_step, "args": vars(args), "state": run.state, "optimizer": run.optimizer.state_dict(),
+            "anchor": anchor})
         return folder
+
+    def validate(weights):
+        """EffOPD's judge: the share of right answers to the same few training problems, with the same random stream."""
+        copy_weights(weights, run.student)
+        copy_weights(weights, run.sampler)
+        answered = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
+        chosen = random.Random(args.seed).sample(answered, args.validation_size)
+        problems, prompts = ([items[index] for index in chosen] for items in (run.train, run.prompts))
+        score, answers = evaluate(
+            run.sampler, run.tokenizer, problems, prompts, num_samples=1, seed=args.seed, title="validate",
+            rows_per_batch=args.batch_size * args.num_generations,
+            decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
+        count = sum(answer["length"] for answer in answers)
+        for name in ("generated_tokens", "validation_tokens"):                   # its samples are part of the price
+            run.state[name] += count
+        run.state["flops"] += 2 * run.sizes[0][0] * (count + sum(map(len, prompts)))
+        return score["avg_at_n"]
 
     if args.eval_only:
         return grade(run.sampler, "student")
     for line in preflight(run, args):
         print(line)
-    anchor, first = movable_weights(run.student) if args.extrapolate else None, None
-    results = {"teacher": grade(run.teacher, "teacher"), "before": grade(run.sampler, "student")}
     try:
+        results = {"teacher": grade(run.teacher, "teacher"), "before": grade(run.sampler, "student")}
         for step in tqdm(range(1, args.max_steps + 1), desc="train", leave=False):
             metrics = opd_step(run, args, step)
             last_step, first = step, first or metrics
             if args.extrapolate and step & (step - 1) == 0:
-                anchor, extrapolated = extrapolation_step(run, args, step, anchor)
-                metrics = {**metrics, **extrapolated, **run.state}
+                anchor, tried, scores = extrapolate(movable_weights(run.student), anchor, validate)
+                copy_weights(anchor, run.student)             # what was accepted is the next anchor
+                copy_weights(anchor, run.sampler)
+                metrics.update(run.state, extrapolation_k=tried, validation_scores=scores)
             append_json(metrics_file, metrics)
             tqdm.write(step_line(metrics))
             if args.save_every and step % args.save_every == 0:
                 save()
             if args.eval_every and step % args.eval_every == 0 and step < args.max_steps:
                 grade(run.sampler, "student")
-        results["after"] = grade(run.sampler, "student")
-    except FloatingPointError as error:
-        print(f"opd.py: step {last_step + 1} stopped the run: {error}; the weights before it are in {save()}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"opd.py: interrupted after step {last_step}; checkpoint in {save()}", file=sys.stderr)
-        raise SystemExit(130) from None
-    results["checkpoint"] = save()
-    results.update(overlap_before=first["overlap_ratio"], overlap_after=metrics["overlap_ratio"], seconds=clock(run.device) - started,
-                   generated_tokens=run.state["generated_tokens"])
-    for line in final_table(results):
-        print(line)
+        results.update(after=grade(run.sampler, "student"), checkpoint=save())
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        broken = isinstance(error, FloatingPointError)
+        told = f"step {last_step + 1} is not finite: {error}" if broken else "interrupted"
+        print(f"opd.py: {told}; the weights after step {last_step} are in {save()}", file=sys.stderr)
+        raise SystemExit(2 if broken else 130) from None
+    results.update(overlap_before=first["overlap_ratio"], overlap_after=metrics["overlap_ratio"],
+                   generated_tokens=run.state["generated_tokens"], seconds=clock(run.device) - started)
+    print("\n".join(final_table(results)))
     return results
 
 
