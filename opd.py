@@ -2,9 +2,9 @@
 """
 opd.py: on-policy distillation (OPD) of language models, in one file, on one GPU or a CPU.
 
-A small model (the student) samples solutions, a larger one (the teacher) judges every token of them, and the
-student moves towards the teacher where it went itself. Sampling is most of the cost, and deep in a solution that
-went astray the teacher's judgement is worth little. What the papers below change is mostly what gets sampled.
+A small model (the student) samples solutions, a larger one (the teacher) judges every token, and the student moves
+towards the teacher where it went itself. Sampling is most of the cost, and deep in a solution that went astray the
+teacher's judgement is worth little: what the papers below change is mostly what gets sampled.
 
     python opd.py                                  a tiny world, made on the spot: two CPU cores, no download
     python opd.py --student A --teacher B --train_file train.jsonl --eval_file aime24.jsonl --method prefix-guided
@@ -20,14 +20,13 @@ Papers, by the tags used below
     [EffOPD]          2605.11739   extrapolate the update, judged on a small validation set
     [vOPD]            2605.07865   a closed-form baseline for the sampled-token loss
 
-One step, and the section that does it
-    prompts (2) -> rollout (9), which for each segment of the response generates (3), scores and compares (4) and
-    decides who goes on (5) -> train_step (10) with a loss (6) -> extrapolate (7) -> evaluate (8)
+One step, by section: prompts (2) -> rollout (9), which for each segment of the response generates (3), scores and
+compares (4) and decides who goes on (5) -> train_step (10) with a loss (6) -> extrapolate (7) -> evaluate (8)
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row p * G + g), S prompt
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 
-Not here: vLLM, several GPUs, two different tokenizers, tools, dialogues. The README says who has them.
+Not here: vLLM, several GPUs, two tokenizers, tools, dialogues. The README says who has them.
 """
 import argparse
 import contextlib
@@ -70,6 +69,7 @@ FLAGS = {
         ("train_file", [], SAME, "problems to train on: jsonl, json, parquet; answers are not needed"),
         ("eval_file", [], SAME, "problems with answers to evaluate on; one result per file"),
         ("output_dir", "out", SAME, "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
+        ("report", "", SAME, "compare the runs below this folder: print a table, draw report.png in it, and stop"),
         ("prompt_template", r"{problem} Please reason step by step, and put your final answer within \boxed{}.",
          "{problem}", "the user's message [Rethinking-OPD]"),
         ("no_chat_template", False, SAME, "give the model that message as it is"),
@@ -79,10 +79,9 @@ FLAGS = {
         ("seed", 0, SAME, "of the tiny world, the order of the data and all sampling"),
     ],
     "method and loss": [
-        ("method", "opd", SAME, "opd: every row to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. "
-         "progressive: to a growing horizon [FastOPD, POPD]. prefix-guided: after the prefix only the candidates "
-         "that overlap most with the teacher [PG-OPD]. prune: tokens after drift weigh less, rows whose "
-         "reliability is used up stop, the cap follows [Prune-OPD]"),
+        ("method", "opd", SAME, "opd: all rows to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. "
+         "progressive: to a growing horizon [FastOPD, POPD]. prefix-guided: past the prefix only what overlaps most "
+         "[PG-OPD]. prune: tokens after drift weigh less, unreliable rows stop, the cap follows [Prune-OPD]"),
         ("loss", "topk", "reverse_kl", "reverse_kl: KL(student || teacher), whole vocabulary [GKD]. topk: on top-k "
          "tokens, with the released gradient [Rethinking-OPD]. sampled: k1 policy gradient"),
         ("support", "student", SAME, "whose top k --loss topk sums over [Rethinking-OPD]"),
@@ -116,8 +115,8 @@ FLAGS = {
         ("no_prune_in_flight", False, SAME, "prune: stop no row while it runs, as in the released code"),
     ],
     "optimisation": [
-        ("learning_rate", 1e-6, 2e-3, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
-        ("warmup_steps", 0, SAME, "linear warm-up [EffOPD: none]"),
+        ("learning_rate", 1e-6, 1e-3, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
+        ("warmup_steps", 0, 5, "linear warm-up [EffOPD: none]"),
         ("max_steps", 200, 60, "an epoch of DAPO-Math-17K is about 200 [Rethinking-OPD]"),
         ("max_grad_norm", 1.0, SAME, "gradient clipping (our choice)"),
         ("micro_batch_size", 4, 64, "rows per forward and backward; the gradients do not depend on it"),
@@ -140,9 +139,8 @@ FLAGS = {
 def parse_args(argv=None):
     """Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work.
     Without --student and --teacher the defaults are the tiny world's."""
-    parser = argparse.ArgumentParser(
-        prog="opd.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="opd.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def fail(message):                    # argparse would print its whole usage before the one line that matters
         raise ValueError(f"{message}; see python opd.py --help")
@@ -155,8 +153,6 @@ def parse_args(argv=None):
                 type(default), {"type": type(default), "choices": CHOICES.get(name)})
             if default not in ("", []) and default is not False:
                 text += f" (default {default}{'' if tiny is SAME else f'; tiny world {tiny}'})"
-            if type(default) in (int, float, str) and name not in CHOICES:
-                kind["metavar"] = "X"
             names, text = (f"--{name}", *ALIASES.get(name, ())), text.replace("%", "%%")
             group.add_argument(*names, default=default, help=text, **kind)
     args = parser.parse_args(argv)
@@ -190,14 +186,13 @@ def check_args(args):
         need(kept >= args.batch_size,
              f"--keep_ratio {args.keep_ratio} keeps {kept} of {rows} candidates, fewer than one for each of the "
              f"{args.batch_size} prompts; use at least {1 / args.num_generations:.4g}")
-        need(args.probe_window <= args.prefix_length,
-             f"--probe_window {args.probe_window} is longer than --prefix_length {args.prefix_length}")
-        need(args.prefix_length < args.max_new_tokens,
-             f"--prefix_length {args.prefix_length} must be below --max_new_tokens {args.max_new_tokens}")
+        need(args.probe_window <= args.prefix_length < args.max_new_tokens,
+             f"--probe_window {args.probe_window} must be at most --prefix_length {args.prefix_length}, and that below "
+             f"--max_new_tokens {args.max_new_tokens}")
     need(args.eval_only or bool(args.student) == bool(args.teacher),
          "give both --student and --teacher, or neither (then a tiny world is made)")
-    need(not args.student or not args.eval_only or args.eval_file, "--eval_only needs --eval_file")
-    need(not args.teacher or args.eval_only or args.train_file, "training needs --train_file")
+    need(not args.student or (args.eval_file if args.eval_only else args.train_file),
+         "--eval_only needs --eval_file" if args.eval_only else "training needs --train_file")
     need(args.student or not (args.train_file or args.eval_file),
          "--train_file and --eval_file need --student and --teacher; the tiny world brings its own problems")
 
@@ -210,7 +205,7 @@ def read_records(path):
             import pandas
             frame = pandas.read_parquet(path)                 # an ImportError too, when pyarrow is missing
         except ImportError:
-            raise ValueError(f"{path}: parquet needs 'pip install pandas pyarrow'; or save it as jsonl") from None
+            raise ValueError(f"{path}: needs 'pip install pandas pyarrow'; or save it as jsonl") from None
         return list(enumerate(frame.astype(object).where(frame.notna(), None).to_dict("records"), start=1))
     with open(path, encoding="utf-8") as file:
         text = file.read()
@@ -254,9 +249,7 @@ def strip_instructions(text):
 def load_problems(path):
     """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}; duplicate problems are left
     out, with a warning that says how many. Raises OSError, or ValueError that names the file and the line.
-
-    Takes the field names of the usual data sets, the user's turn of a chat, and gold answers in a box, in dollars, or
-    behind GSM8K's "####"."""
+    Knows the field names of the usual data sets, chats, and golds in a box, in dollars or behind GSM8K's "####"."""
     records, problems = read_records(path), {}
     for number, record in records:
         if not isinstance(record, dict):
@@ -299,10 +292,9 @@ GRADER = {"lock": threading.Lock(), "process": None}
 
 
 def ask_math_verify(gold, answer, seconds=3.0):
-    r"""math_equal in a process of its own, from any thread; False when it takes longer than that many seconds.
-
-    \boxed{2003^{2002^{2001}}} keeps sympy busy for ever inside one C call, which no signal and no thread can stop; and
-    signals would cancel the caller's own alarm. A process can be killed. One serves all: sympy imports slowly."""
+    """math_equal in a process of its own, from any thread; False when it takes longer than that many seconds.
+    2003^{2002^{2001}} keeps sympy busy for ever in one C call: no signal and no thread can stop it, and signals cancel
+    the caller's alarm. A process can be killed. One serves all answers, because sympy imports slowly."""
     with GRADER["lock"]:
         if GRADER["process"] is None:
             loop = ("import json, sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    try:\n"
@@ -335,24 +327,20 @@ def is_correct(response_text, gold):
     answer, gold = (text.strip().strip("$").strip() for text in (answer, last_boxed(gold) or gold))
     if "".join(answer.split()) == "".join(gold.split()):
         return True
-    if re.fullmatch(r"-?\d{1,99}", answer) and re.fullmatch(r"-?\d{1,99}", gold):
+    if all(re.fullmatch(r"-?\d{1,99}", text) for text in (answer, gold)):
         return int(answer) == int(gold)                       # what most answers are, without asking
     return ask_math_verify(gold, answer)
 
 
 def encode_prompts(tokenizer, problems, template, chat_template=True, **template_flags):
     """Problems (str) -> list of lists of ids: the template filled in, as a user's turn if there is a chat template."""
-    encoded = []
-    for problem in problems:
-        text = template.replace("{problem}", problem)
-        if chat_template and tokenizer.chat_template:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                                 add_generation_prompt=True, **template_flags)
-            # The chat template wrote the special tokens; the tokenizer would add a second set
-            encoded.append(tokenizer(text, add_special_tokens=False).input_ids)
-        else:
-            encoded.append(tokenizer(text + "\n").input_ids)
-    return encoded
+    texts = [template.replace("{problem}", problem) for problem in problems]
+    if not chat_template or not tokenizer.chat_template:
+        return [tokenizer(text + "\n").input_ids for text in texts]
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                           add_generation_prompt=True, **template_flags) for text in texts]
+    # The chat template wrote the special tokens; the tokenizer would add a second set
+    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
 def pad_left(rows, pad_id):
@@ -386,11 +374,9 @@ def mask_through_eos(ids, eos_ids):
 def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_size, eos_ids, pad_id,
              temperature=1.0, top_p=1.0, record_k=0):
     """Sample up to max_new_tokens further tokens of every row, on the KV cache that the last call left.
-
     input_ids, attention_mask (B, L), left-padded; cache: a DynamicCache of the first L - 1 columns, or an empty one
     -> new ids (B, n), and if record_k the likeliest tokens at each, best first, (B, n, K), else None.
-    n < max_new_tokens only when all rows have ended; a row that ended goes on as pad_id, see mask_through_eos.
-    temperature 0 is greedy. Draws from torch's global random stream: model.generate takes no generator."""
+    n < max_new_tokens only when all rows ended; those that did go on as pad_id. temperature 0 is greedy."""
     topk = []
 
     def within_vocabulary(_, scores):                         # (B, rows of the head), float32
@@ -400,8 +386,7 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
         return scores
 
     law = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids) or None,
-                              pad_token_id=pad_id, **law)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **law)
     # generate fills what a config leaves open from the one that came with the model. A repetition penalty or suppressed
     # tokens there would make it sample from another law than the one that the loss scores, so that one is put away
     shipped, model.generation_config = model.generation_config, GenerationConfig()
@@ -456,7 +441,6 @@ def topk_overlap(student_logits, teacher_logits, k):
 def alignment(student_logits, teacher_logits, response_mask, k):
     """How well the two models agree where the student went: (B, T, V), (B, T, V), (B, T) -> dict of floats, the means
     over the valid positions. With response_mask None: the values at each position, as tensors.     [Rethinking-OPD]
-
     p, q: probabilities of student and teacher; I: the tokens in the top k of both; _bar: renormalised on I.
         overlap_ratio            |I| / k
         overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0; where I is empty NaN, left out
@@ -498,10 +482,8 @@ def horizon(step, start, growth, every, max_length):
 
 def select_prefixes(score, num_keep):
     """Which candidates go on past the prefix: scores (P, G) -> (P, G) bool, num_keep of them True.           [PG-OPD]
-
-    First the best candidate of every prompt, then the best of all others. At num_keep = P prompts do not compete; every
-    slot above P is won across prompts, so prompts on which the models agree anyway take most of them. Of equal scores
-    the first wins. Raises ValueError unless P <= num_keep <= P * G. Example: [[.9, .8], [.2, .1]], 3 -> .9, .8, .2."""
+    First the best candidate of every prompt, then the best of all others; the first of equals. Prompts compete for the
+    slots above P only. ValueError unless P <= num_keep <= P * G. Example: [[.9, .8], [.2, .1]], 3 -> .9, .8, .2."""
     P, G = score.shape
     if not P <= num_keep <= P * G:
         raise ValueError(f"num_keep must lie between {P} prompts and {P * G} candidates, got {num_keep}")
@@ -516,9 +498,7 @@ def select_prefixes(score, num_keep):
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
     """The reliability w of each token: (B, T), (B, T) -> (B, T) in [0, 1], never rising, 0 off the mask. [Prune-OPD]
-
         w_t = max(0, 1 - w_drop * #{s <= t : overlap_s < threshold})          the loss weight is w_t + w_base
-
     Example: threshold .75, w_drop .1, overlap (1, .5, 0) -> (1, .9, .8)."""
     bad = (overlap < threshold) & response_mask.bool()
     # Cumulative: the teacher judges a token given all before it, so no later token makes up for a wrong turn
@@ -532,7 +512,6 @@ def reliable_length(weights, response_mask):
 
 def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, patience, low, high):
     """The cap of the next rollouts, from the reliable lengths (B,) under this one -> (max_length, misses). [Prune-OPD]
-
     It grows by step once a share hit_ratio of the rows is reliable to within margin of it, and shrinks by step after
     patience misses in a row. Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148."""
     boundary = max(low, max_length - margin)
@@ -547,7 +526,6 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
 # ---- 6. Losses, per token. Contexts are constants: no gradient flows through the sampling. -------------------
 def reverse_kl(student_logits, teacher_logits):
     """KL(student || teacher) over the whole vocabulary: (B, T, V), (B, T, V) -> (B, T).                         [GKD]
-
         sum_v p(v) (log p(v) - log q(v)),   p student, q teacher"""
     # Written out: F.kl_div(a, b) is KL(b || a), and the direction decides whether the student settles on one thing that
     # the teacher does (this one) or spreads over all that it might do
@@ -558,13 +536,10 @@ def reverse_kl(student_logits, teacher_logits):
 
 def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     """Reverse KL on a support S of top-k tokens: (B, T, V), (B, T, V) -> (B, T).        [Rethinking-OPD, released code]
-
         value     sum_S p_bar (log p - log q),   p_bar = p / P_S,   P_S = sum_S p
         gradient  of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
-
     support: the top k of the student | teacher | both (intersection; 0 where empty) | either (union).
-    The gradient is the released code's, not that of the renormalised KL which the paper prints: it can move mass into
-    S and out of it, and it vanishes at p = q."""
+    The released code's gradient, not that of the paper's renormalised KL: it also moves mass into S and out of it."""
     log_p, log_q = F.log_softmax(student_logits.float(), dim=-1), F.log_softmax(teacher_logits.float(), dim=-1)
     student_ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices       # (B, T, K)
     same = student_ids[..., :, None] == teacher_ids[..., None, :]                # (B, T, K, K)
@@ -587,9 +562,7 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
 
 def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
     """The k1 policy-gradient surrogate of the sampled tokens y: (B, T, V), (B, T, V), (B, T) -> (B, T).
-
         - stop_gradient(r) log p(y),   r = log q(y) - log p(y); with the baseline r + KL(p || q)           [vOPD]
-
     Over y ~ p its mean gradient is that of reverse_kl; its value means nothing. The mean of r is -KL, so the baseline
     centres the advantage without changing the mean gradient."""
     log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
@@ -605,9 +578,7 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
 # ---- 7. Extrapolation ----------------------------------------------------------------------------------------
 def extrapolate(weights, anchor, validate, max_tries=5):
     """Go on along the update for as long as a validation score rises.                                        [EffOPD]
-
         try weights + 2k (weights - anchor), k = 1, 2, ..., max_tries; stop at the first that is not strictly better
-
     weights, anchor: dicts of tensors, as they are now and as accepted the last time; validate(dict) -> float.
     Returns the accepted dict, the accepted k (0: plain OPD goes on), and the scores of the weights and of every try."""
     accepted, accepted_k, scores = weights, 0, [validate(weights)]
@@ -652,7 +623,6 @@ def repetition(ids):
 
 def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
-
     prompts: ids of the problems; decoding: keyword arguments of rollout. It runs in a random stream of its own, so how
     often one evaluates does not change how one trains; with one seed all models get the same draws."""
     rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)]
@@ -671,16 +641,16 @@ def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch
                     "correct": is_correct(text, problems[index]["answer"]), "no_box": last_boxed(text) is None,
                     "length": len(response), "truncated": not out["ended"][row].item(),
                     "repetition": repetition(response)})
-    mean = {name: float(np.mean([answer[name] for answer in answers]))
-            for name in ("correct", "no_box", "length", "truncated", "repetition")}
+    means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
+        "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",
+        "repetition": "repetition"}.items()}
     correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)       # (problems, n)
     # Over problems, not answers: answers to one problem are not independent evidence
-    se = correct.mean(1).std(ddof=1) / math.sqrt(len(correct)) if len(correct) > 1 else math.nan
-    pass_at_n = np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)])
-    return {"avg_at_n": mean["correct"], "se": float(se), "pass_at_n": float(pass_at_n), "n": num_samples,
-            "num_problems": len(correct), "mean_length": mean["length"], "truncated_fraction": mean["truncated"],
-            "no_box_fraction": mean["no_box"], "repetition": mean["repetition"], "temperature": decoding["temperature"],
-            "top_p": decoding["top_p"], "max_new_tokens": decoding["max_length"], "seed": seed}, answers
+    se = float(correct.mean(1).std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else math.nan
+    pass_at_n = float(np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)]))
+    return dict(means, se=se, pass_at_n=pass_at_n, n=num_samples, num_problems=len(correct), seed=seed,
+                temperature=decoding["temperature"], top_p=decoding["top_p"],
+                max_new_tokens=decoding["max_length"]), answers
 
 
 # ---- 9. Rollout ----------------------------------------------------------------------------------------------
@@ -697,7 +667,6 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
             drift=()):
     """Sample responses to prompts (B, S), segment by segment, on KV caches that nothing is computed for twice. The
     teacher (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
-
     select_at, probe_window, num_keep: after select_at tokens num_keep rows go on, by overlap in the probe window
     drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
     -> dict, T the longest response: response_ids, response_mask, overlap (B, T); ended, kept (B,) bool: has an EOS, was
@@ -709,12 +678,12 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
     overlap = torch.zeros(B, max_length, device=device)
     ended, kept = torch.zeros(B, dtype=torch.bool, device=device), torch.ones(B, dtype=torch.bool, device=device)
     teacher_hidden, teacher_seconds = [[] for _ in range(B)], 0.0
-    caches = {model: DynamicCache(config=model.config) for model in (student, teacher) if model}
+    student_cache, *teacher_cache = (DynamicCache(config=model.config) for model in (student, teacher) if model)
     rows, start = torch.arange(B, device=device), S                              # who still runs, the next column
     borders = {*range(segment_length, max_length, segment_length), max_length, select_at or max_length}
     for border in sorted(border for border in borders if border <= max_length):
         new_ids, student_topk = generate(
-            student, ids[rows, :start], mask[rows, :start], caches[student], max_new_tokens=S + border - start,
+            student, ids[rows, :start], mask[rows, :start], student_cache, max_new_tokens=S + border - start,
             vocab_size=vocab_size, eos_ids=eos_ids, pad_id=pad_id, temperature=temperature, top_p=top_p,
             record_k=overlap_k)
         new_mask, end = mask_through_eos(new_ids, eos_ids), start + new_ids.shape[1]
@@ -723,7 +692,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
         if teacher:
             before = clock(device)
             # Hidden states are what stays of the teacher: the loss needs its logits, and those are V / H as big
-            hidden = hidden_states(teacher, ids[rows, :end], mask[rows, :end], end - start, caches[teacher])
+            hidden = hidden_states(teacher, ids[rows, :end], mask[rows, :end], end - start, *teacher_cache)
             head = functools.partial(head_logits, teacher, vocab_size=vocab_size)
             shared = student_topk[..., :, None] == topk_in_chunks(hidden, head, overlap_k)[..., None, :]
             overlap[rows, start - S:end - S] = shared.any(-1).float().mean(-1) * new_mask
@@ -743,7 +712,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
         rows, start = rows[stay], end
         if not len(rows) or border == max_length:
             break
-        for cache in caches.values():
+        for cache in (student_cache, *teacher_cache):
             cache.batch_select_indices(stay)
     return {"response_ids": ids[:, S:start], "response_mask": mask[:, S:start], "overlap": overlap[:, :start - S],
             "ended": ended, "kept": kept, "teacher_seconds": teacher_seconds,
@@ -776,10 +745,8 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
 
 def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, autocast=contextlib.nullcontext, **chunk):
     """One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures.
-
     batch: prompt_ids, prompt_mask (B, S), response_ids, loss_mask, token_weight (B, T), teacher_hidden (B tensors);
-    chunk: keyword arguments of backward_in_chunks. Raises FloatingPointError, before it changes a weight, when the loss
-    or the gradient is not finite."""
+    chunk: for backward_in_chunks. Loss or gradient not finite: FloatingPointError, before a weight changes."""
     lengths = batch["loss_mask"].sum(-1)                                         # (B,)
     # Of the whole step: a mean per micro-batch would give the tokens beside short rows a larger weight
     num_tokens = int(lengths.sum())
@@ -809,9 +776,7 @@ def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, au
 
 def step_flops(student_size, teacher_size, prompt, generated, trained):
     """Floating-point operations of a step: sizes (parameters, n_layer, d_model), token counts per row (B,) -> float.
-
-        decode 2 N_S (P + gen), teacher 2 N_T (P + gen), update 6 N_S (P + trained) for rows that are trained on,
-        and attention's 2 n_layer d_model L^2 for each forward over L tokens, three times that in the update"""
+    A forward over L tokens is 2 N L + 2 n_layer d_model L^2: one in decoding and scoring each, three in the update."""
     forward = lambda size, length: 2 * size[0] * length + 2 * size[1] * size[2] * length ** 2
     sampled, updated = (prompt + generated).double(), (prompt + trained).double() * (trained > 0)
     return float((forward(student_size, sampled) + forward(teacher_size, sampled)
@@ -833,12 +798,10 @@ LEXICON = {
 
 
 def tiny_example(rng, steps, habit, slip_rate, lexicon):
-    """A problem of so many steps and one author's solution, drawn from a random.Random
-    -> {"problem": text, "answer": text, "solution": list of (word, trusted)}.
-
-    habit, 0 to 7: which synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
-    goes wrong, in its result, by misreading the operation, or by leaving the step out. What follows is consistent with
-    the slip. Only the slip itself is not trusted: a careful model learns to read on from it, and not to make it."""
+    """A problem of so many steps and an author's solution -> {"problem", "answer", "solution": [(word, trusted)]}.
+    habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
+    goes wrong, in its result or by misreading the operation. What follows is consistent with the slip. Only the slip
+    itself is not trusted: a careful model learns to read on from it, and not to make it."""
     def synonym(kind):
         return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8], True
 
@@ -846,18 +809,16 @@ def tiny_example(rng, steps, habit, slip_rate, lexicon):
         return str((int(value) + int(operation[1:]) if operation[0] == "+" else int(value) * int(operation[1:])) % 10)
 
     first, start = rng.randrange(9 - steps), rng.choice(lexicon["digit"])
-    problem, words, truth, value, skipped = [start], [], start, start, False
+    problem, words, truth, value = [start], [], start, start
     for label in lexicon["label"][first:first + steps]:
         operation = rng.choice(lexicon["operation"])
         problem, truth = problem + [label, operation], apply(truth, operation)
-        slip = rng.choice(("result", "misread", "skip")) if rng.random() < slip_rate else None
-        if slip != "skip":
-            read = rng.choice(lexicon["operation"]) if slip == "misread" else operation
-            result = str((int(apply(value, read)) + (rng.choice((1, 9, 1, 9, 2, 8)) if slip == "result" else 0)) % 10)
-            words += [synonym("opener"), (label, not skipped), (value, True), (read, slip != "misread"),
-                      synonym("verb"), (result, slip != "result"), synonym("closer")]
-            value = result
-        skipped = slip == "skip"
+        slip = rng.choice(("result", "operation")) if rng.random() < slip_rate else None
+        read = rng.choice(lexicon["operation"]) if slip == "operation" else operation
+        result = str((int(apply(value, read)) + (rng.choice((1, 9, 1, 9, 2, 8)) if slip == "result" else 0)) % 10)
+        words += [synonym("opener"), (label, True), (value, True), (read, slip != "operation"), synonym("verb"),
+                  (result, slip != "result"), synonym("closer")]
+        value = result
     words += [synonym("opener"), ("the", True), ("answer", True), synonym("verb"), ("\\boxed{", True), (value, True),
               ("}", True), ("<end>", True)]
     return {"problem": " ".join(problem), "answer": truth, "solution": words}
@@ -900,8 +861,14 @@ def make_world(folder, seed):
     careful author; the student, briefly, from one with other habits, who slips at every fourth step and believes it."""
     tokenizer = tiny_tokenizer([word for words in LEXICON.values() for word in words])
 
-    def author(number, lengths, habit, slip_rate, believes):
-        rng = random.Random(f"{seed} {number}")
+    torch.manual_seed(seed)
+    student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+        initializer_range=0.05, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+    def learn(model, who, steps, lengths, habit, slip_rate, believes=False):
+        rng = random.Random(f"{seed} {who}")
 
         def example():
             liked = rng.randrange(8) if habit is None else habit
@@ -909,29 +876,21 @@ def make_world(folder, seed):
             prompt = encode_prompts(tokenizer, [made["problem"]], "{problem}")[0]
             return (prompt + tokenizer.convert_tokens_to_ids([word for word, _ in made["solution"]]),
                     [0.0] * len(prompt) + [float(trusted or believes) for _, trusted in made["solution"]])
-        return lambda: [example() for _ in range(64)]
+        fit(model, lambda: [example() for _ in range(64)], steps=steps, learning_rate=4e-3,
+            pad_id=tokenizer.pad_token_id, title=f"tiny world: {who}")
 
-    torch.manual_seed(seed)
-    student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        initializer_range=0.05, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    def learn(model, steps, who, *author_settings):
-        fit(model, author(*author_settings), steps=steps, learning_rate=4e-3, pad_id=tokenizer.pad_token_id,
-            title=f"tiny world: {who}")
-
-    learn(student, 250, "base model, short problems", 0, (1, 3), None, .1, False)
-    learn(student, 130, "base model, long problems", 1, (4, 8), None, .1, False)
+    learn(student, "base model, short problems", 250, (1, 3), None, .1)
+    learn(student, "base model, full problems", 130, (4, 8), None, .1)
     teacher = copy.deepcopy(student)
-    learn(teacher, 150, "teacher", 2, (4, 8), 0, .1, False)
-    learn(student, 40, "student", 3, (4, 8), 2, .25, True)
+    learn(teacher, "teacher", 150, (4, 8), 0, .1)
+    learn(student, "student", 40, (4, 8), 2, .25, believes=True)
     partial = f"{folder}.partial"                             # a world that was broken off must not look like one
     shutil.rmtree(partial, ignore_errors=True)
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(os.path.join(partial, name))
         tokenizer.save_pretrained(os.path.join(partial, name))
-    for name, number, count in (("train", 4, 2000), ("eval", 5, 100)):
-        rng = random.Random(f"{seed} {number}")
+    for name, count in (("train", 2000), ("eval", 100)):
+        rng = random.Random(f"{seed} {name}")
         with open(os.path.join(partial, f"{name}.jsonl"), "w", encoding="utf-8") as file:
             for _ in range(count):
                 made = tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)
@@ -945,9 +904,11 @@ def user_mistakes():
     """Inside, a ValueError or OSError is a mistake in flags, files or models: one line on stderr, exit status 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        print("opd.py: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
+    except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        told = "interrupted before the first step" if stopped else " ".join(str(error).split())
+        print(f"opd.py: {told}{'; pip install it' if isinstance(error, ImportError) else ''}", file=sys.stderr)
+        raise SystemExit(130 if stopped else 2) from None
 
 
 def load_pretrained(auto_class, path, **options):
@@ -955,7 +916,7 @@ def load_pretrained(auto_class, path, **options):
     try:
         return auto_class.from_pretrained(path, **options)
     except Exception as error:            # transformers, safetensors and json have errors of their own for a bad folder
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} does not load as {auto_class.__name__}: {type(error).__name__}: {reason}") from None
 
 
@@ -977,7 +938,7 @@ def stop_ids(model, tokenizer):
 
 
 def check_head(own_logits, our_logits, model_type):
-    """Raises ValueError unless our logits, of head_logits on the backbone's output, are those of the model's forward."""
+    """Raises ValueError unless head_logits on the backbone's output gave what the model's own forward gives."""
     if (own_logits - our_logits).abs().max() > 0.05 * own_logits.abs().max():
         raise ValueError(f"{model_type} models are not supported: their logits are not the head on the last hidden "
                          "state, with a scale or softcap that head_logits knows")
@@ -1065,14 +1026,25 @@ def read_inputs(args):
     return run
 
 
+def run_warnings(teacher_log_prob, stops, templates):
+    """What ruins runs in silence -> list of lines. stops, templates: of the student and the teacher."""
+    found = {
+        "the teacher finds what the student writes very unlikely; compare prompts and templates": teacher_log_prob < -3,
+        f"the student stops at {stops[0]}, the teacher at {stops[1]}; a teacher that never writes the student's stop "
+        "token teaches it not to stop": stops[0] != stops[1],
+        "the chat templates differ; both models read the student's": templates[0] != templates[1]}
+    return [f"warning: {text}" for text, true in found.items() if true]
+
+
 def preflight(run, args):
-    """What to look at before a run is paid for -> list of lines. The warnings are about what ruins runs in silence."""
+    """What to look at before a run is paid for -> list of lines."""
     loss = {"reverse_kl": "KL(student || teacher) over the whole vocabulary",
             "topk": f"KL(student || teacher) on top-{args.overlap_k} tokens, support {args.support}",
             "sampled": "log p_student - log p_teacher of the sampled token, as a policy gradient"}[args.loss]
-    lines, stops, templates = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step"], [], []
-    lines.append(f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; evaluation on "
-                 + (", ".join(f"{len(problems)} of {name}" for name, problems in run.eval.items()) or "nothing"))
+    graded = ", ".join(f"{len(problems)} of {name}" for name, problems in run.eval.items()) or "nothing"
+    lines = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step",
+             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; evaluation on {graded}"]
+    stops, templates = [], []
     for role, model, tokenizer in (("student", run.student, run.tokenizer),
                                    ("teacher", run.teacher, run.teacher_tokenizer)):
         stops.append(sorted(stop_ids(model, tokenizer)))
@@ -1097,14 +1069,7 @@ def preflight(run, args):
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
     lines.append(f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} "
                  f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}")
-    if mean < -3:
-        lines.append("warning: the teacher finds what the student writes very unlikely; compare prompts and templates")
-    if stops[0] != stops[1]:
-        lines.append(f"warning: the student stops at {stops[0]}, the teacher at {stops[1]}. A teacher that never "
-                     "writes the student's stop token teaches it not to stop")
-    if templates[0] != templates[1]:
-        lines.append("warning: the chat templates differ; both models read prompts made with the student's")
-    return lines
+    return lines + run_warnings(mean, stops, templates)
 
 
 # ---- 13. Main. With read_inputs and preflight, these are the only functions that see the flags. --------------
@@ -1140,9 +1105,9 @@ def opd_step(run, args, step):
         state["cap"], state["misses"] = next_max_length(
             reliable, state["cap"], state["misses"], step=args.cap_step, margin=args.cap_margin,
             hit_ratio=args.cap_hit_ratio, patience=args.cap_patience, low=args.cap_min, high=args.cap_max)
-    losses = {"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
-              "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
-              "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}
+    token_loss = {"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
+                  "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
+                  "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}[args.loss]
     for group in run.optimizer.param_groups:
         group["lr"] = args.learning_rate * min(1, step / max(1, args.warmup_steps))
     run.student.train(args.gradient_checkpointing)            # transformers recomputes layers in training mode only
@@ -1152,7 +1117,7 @@ def opd_step(run, args, step):
         micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm, autocast=run.autocast,
         student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature,
         teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature,
-        token_loss=losses[args.loss], measure=lambda p, q: alignment(p, q, None, args.overlap_k))
+        token_loss=token_loss, measure=lambda p, q: alignment(p, q, None, args.overlap_k))
     run.student.eval()
     copy_weights(dict(run.student.named_parameters()), run.sampler)
     updated, lengths, trained = clock(run.device), mask.sum(-1), loss_mask.sum(-1)
@@ -1177,19 +1142,55 @@ def step_line(metrics):
             f"| norm {metrics['grad_norm']:6.2f} | {metrics['generated_tokens']:11,} tokens | {seconds:6.2f} s")
 
 
-def final_table(results):
-    """What a run came to -> list of lines."""
-    rows = []
-    for name, after in results["after"].items():
-        teacher, before = results["teacher"][name], results["before"][name]
-        rows += [(f"{who}, {name}", f"avg@{row['n']} {row['avg_at_n']:.3f} ± {row['se']:.3f}")
-                 for who, row in (("teacher", teacher), ("student before", before), ("student after", after))]
-        gap = teacher["avg_at_n"] - before["avg_at_n"]
-        rows.append((f"gap recovered, {name}", f"{(after['avg_at_n'] - before['avg_at_n']) / gap:.0%}" if gap > 0 else
-                     "the student was not behind"))
-    rows += [("overlap, first and last step", f"{results['overlap_before']:.3f} -> {results['overlap_after']:.3f}"),
-             ("tokens generated", f"{results['generated_tokens']:,}"), ("seconds", f"{results['seconds']:.0f}")]
-    return [f"{what:<32} {value}" for what, value in rows]
+def read_run(folder):
+    """A run's metrics.jsonl -> {"name": str, "steps": records of steps, "evals": records of evaluations}."""
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    return {"name": os.path.basename(os.path.normpath(folder)), "steps": [item for item in records if "loss" in item],
+            "evals": [item for item in records if "eval" in item]}
+
+
+def report_table(runs):
+    """Runs, as read_run gives them, side by side -> list of lines."""
+    columns = []
+    for run in runs:
+        first, last = run["steps"][0], run["steps"][-1]
+        teacher, before, *_, after = (record["eval"] for record in run["evals"])
+        column = {"": run["name"]}
+        for name in after:
+            for who, result in (("teacher", teacher), ("student before", before), ("student after", after)):
+                result = result[name]
+                column[f"{name}: {who}, avg@{result['n']}"] = f"{result['avg_at_n']:.3f} ± {result['se'] or 0:.3f}"
+            gap, gained = (result[name]["avg_at_n"] - before[name]["avg_at_n"] for result in (teacher, after))
+            column[f"{name}: gap recovered"] = f"{gained / gap:.0%}" if gap > 0 else "no gap"
+        column["overlap, first and last step"] = f"{first['overlap_ratio']:.3f} -> {last['overlap_ratio']:.3f}"
+        for name in ("generated_tokens", "teacher_tokens", "trained_tokens", "flops"):
+            column[name.replace("_", " ")] = f"{last[name]:,}" if name != "flops" else f"{last[name]:.2e}"
+        for phase in ("rollout", "teacher", "update"):
+            column[f"seconds, {phase}"] = f"{sum(step[f'time_{phase}'] for step in run['steps']):.1f}"
+        columns.append(column)
+    labels = dict.fromkeys(label for column in columns for label in column)
+    return [f"{label:<32}" + "".join(f"{column.get(label, '-'):>20}" for column in columns) for label in labels]
+
+
+def draw_report(runs, path):
+    """Draw accuracy against generated tokens, and overlap by position, of runs as read_run gives them."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, run in enumerate(runs):
+        tokens = {0: 0, **{step["step"]: step["generated_tokens"] for step in run["steps"]}}
+        curve = [(tokens[record["step"]], np.mean([result["avg_at_n"] for result in record["eval"].values()]))
+                 for record in run["evals"] if record["model"] != "teacher"]
+        left.plot(*zip(*curve), "o-", color=f"C{index}", label=run["name"])
+        for style, step, when in ((":", run["steps"][0], "first step"), ("-", run["steps"][-1], "last step")):
+            right.plot(range(1, 9), [math.nan if value is None else value for value in step["overlap_by_position"]],
+                       style, color=f"C{index}", label=f"{run['name']}, {when}")
+    left.set(xlabel="generated tokens", ylabel="accuracy (avg@n)", ylim=(0, 1))
+    right.set(xlabel="eighth of the longest response", ylabel="overlap of the top k", ylim=(0, 1))
+    for axis in (left, right):
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def main(argv=None):
@@ -1198,6 +1199,14 @@ def main(argv=None):
     transformers.utils.logging.set_verbosity_error()
     with user_mistakes():
         args = parse_args(argv)
+        if args.report:
+            folders = sorted(path for path, _, files in os.walk(args.report) if "metrics.jsonl" in files)
+            runs = [run for run in map(read_run, folders) if run["steps"] and len(run["evals"]) > 2]
+            if not runs:
+                raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with evaluations")
+            print("\n".join(report_table(runs)))
+            draw_report(runs, os.path.join(args.report, "report.png"))
+            return {run["name"]: run["evals"][-1]["eval"] for run in runs}
         if not args.student:
             torch.set_num_threads(1)                          # tensors this small run slower on more
             transformers.utils.logging.disable_progress_bar()
@@ -1213,7 +1222,7 @@ def main(argv=None):
         metrics_file, samples_file = (os.path.join(args.output_dir, f"{name}.jsonl") for name in ("metrics", "samples"))
         for path in (metrics_file, samples_file):
             open(path, "w").close()
-    started, last_step, first = clock(run.device), 0, None
+    started, last_step, first, rows_per_batch = clock(run.device), 0, None, args.batch_size * args.num_generations
     anchor = movable_weights(run.student) if args.extrapolate else None
 
     def grade(model, who):
@@ -1222,8 +1231,9 @@ def main(argv=None):
         for name, problems in run.eval.items():
             results[name], answers = evaluate(
                 model, run.tokenizer, problems, run.eval_prompts[name], num_samples=args.eval_samples, seed=args.seed,
-                rows_per_batch=args.batch_size * args.num_generations, title=f"evaluate {who} on {name}",
+                rows_per_batch=rows_per_batch, title=f"evaluate {who} on {name}",
                 decoding=dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
+                              eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer),
                               max_length=args.eval_max_new_tokens))
             shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}"
                      for key, value in results[name].items())
@@ -1235,33 +1245,30 @@ def main(argv=None):
 
     def save():
         folder = os.path.join(args.output_dir, f"checkpoint-{last_step}")
-        save_checkpoint(folder, run.student, run.tokenizer, {
-            "step": last_step, "args": vars(args), "state": run.state, "optimizer": run.optimizer.state_dict(),
-            "anchor": anchor})
+        save_checkpoint(folder, run.student, run.tokenizer, dict(
+            step=last_step, args=vars(args), state=run.state, optimizer=run.optimizer.state_dict(), anchor=anchor))
         return folder
 
     def validate(weights):
-        """EffOPD's judge: the share of right answers to the same few training problems, with the same random stream."""
+        """EffOPD's judge: the share of right answers to the same few training problems, in the same random stream."""
         copy_weights(weights, run.student)
         copy_weights(weights, run.sampler)
         answered = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
         chosen = random.Random(args.seed).sample(answered, args.validation_size)
         problems, prompts = ([items[index] for index in chosen] for items in (run.train, run.prompts))
         score, answers = evaluate(
-            run.sampler, run.tokenizer, problems, prompts, num_samples=1, seed=args.seed, title="validate",
-            rows_per_batch=args.batch_size * args.num_generations,
+            run.sampler, run.tokenizer, problems, prompts, num_samples=1, rows_per_batch=rows_per_batch, seed=args.seed,
             decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
         count = sum(answer["length"] for answer in answers)
-        for name in ("generated_tokens", "validation_tokens"):                   # its samples are part of the price
-            run.state[name] += count
+        run.state["validation_tokens"] += count
+        run.state["generated_tokens"] += count                # its samples are part of the price
         run.state["flops"] += 2 * run.sizes[0][0] * (count + sum(map(len, prompts)))
         return score["avg_at_n"]
 
     if args.eval_only:
         return grade(run.sampler, "student")
-    for line in preflight(run, args):
-        print(line)
     try:
+        print("\n".join(preflight(run, args)))
         results = {"teacher": grade(run.teacher, "teacher"), "before": grade(run.sampler, "student")}
         for step in tqdm(range(1, args.max_steps + 1), desc="train", leave=False):
             metrics = opd_step(run, args, step)
@@ -1283,10 +1290,9 @@ def main(argv=None):
         told = f"step {last_step + 1} is not finite: {error}" if broken else "interrupted"
         print(f"opd.py: {told}; the weights after step {last_step} are in {save()}", file=sys.stderr)
         raise SystemExit(2 if broken else 130) from None
-    results.update(overlap_before=first["overlap_ratio"], overlap_after=metrics["overlap_ratio"],
-                   generated_tokens=run.state["generated_tokens"], seconds=clock(run.device) - started)
-    print("\n".join(final_table(results)))
-    return results
+    print("\n".join(report_table([read_run(args.output_dir)])))
+    print(f"{clock(run.device) - started:.0f} seconds, checkpoint in {results['checkpoint']}")
+    return {**results, "overlap_before": first["overlap_ratio"], "overlap_after": metrics["overlap_ratio"], **run.state}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -516,9 +517,9 @@ def test_the_mask_ends_with_the_first_of_any_eos_ids_which_is_in_it(ids, eos_ids
 
 def sample_first_tokens(model, rows=4000, **changes):
     ids = torch.tensor([[3, 5, 7]]).expand(rows, 3)
-    settings = dict(max_new_tokens=1, vocab_size=V, eos_ids={END}, pad_id=PAD, **changes)
     torch.manual_seed(0)
-    return opd.generate(model, ids, torch.ones_like(ids), transformers.DynamicCache(config=model.config), **settings)[0].flatten()
+    return opd.generate(model, ids, torch.ones_like(ids), transformers.DynamicCache(config=model.config),
+                        **{**dict(max_new_tokens=1, vocab_size=V, eos_ids={END}, pad_id=PAD), **changes})[0].flatten()
 
 
 def chi_square(tokens, probs):
@@ -559,21 +560,22 @@ def plain_generate(model, ids, mask, eos_ids, length):
     return model.generate(ids, attention_mask=mask.long(), generation_config=config)[:, ids.shape[1]:]
 
 
-def three_ends(model, ids, mask):
-    """Two EOS ids chosen so that rows of the greedy decoding end in different segments."""
-    free = plain_generate(model, ids, mask, {V - 1}, 16)
-    return {free[0, 2].item(), free[1, 6].item()}
+def staggered_ends(model, ids, mask):
+    """EOS ids with which greedy rows end in the first and in the second segment of 4, and some row not at all."""
+    free = plain_generate(model, ids, mask, {V}, 12)
+    for eos_ids in itertools.chain.from_iterable(itertools.combinations(range(1, V), size) for size in (2, 3)):
+        first = [next((t for t, token in enumerate(row) if token in eos_ids), 12) // 4 for row in free.tolist()]
+        if {0, 1, 3} <= set(first):
+            return set(eos_ids)
 
 
 @FAMILIES
 def test_greedy_decoding_in_segments_with_rows_leaving_is_one_uninterrupted_generate(family):
     model, (ids, mask) = family(1), prompts(2, 7, 3, 5)
-    eos_ids = three_ends(model, ids, mask)
-    out = opd.rollout(model, None, ids, mask, max_length=16, segment_length=4, vocab_size=V, eos_ids=eos_ids, pad_id=PAD,
+    eos_ids = staggered_ends(model, ids, mask)
+    out = opd.rollout(model, None, ids, mask, max_length=12, segment_length=4, vocab_size=V, eos_ids=eos_ids, pad_id=PAD,
                       temperature=0)
-    expected = plain_generate(model, ids, mask, eos_ids, 16)
-    lengths = out["response_mask"].sum(-1)
-    assert len({length.item() // 4 for length in lengths}) > 1             # rows did leave at different borders
+    expected, lengths = plain_generate(model, ids, mask, eos_ids, 12), out["response_mask"].sum(-1)
     for row, (got, length) in enumerate(zip(out["response_ids"], lengths)):
         assert got[:length].tolist() == expected[row, :length].tolist()
         assert (expected[row, length:] == PAD).all() and (got[length:] == PAD).all()
@@ -593,9 +595,6 @@ def test_padding_is_invisible(family):
 
 
 def test_temperature_zero_ignores_the_seed_and_sampling_repeats_with_it():
-    def ids(seed, temperature):
-        torch.manual_seed(seed)
-        return roll(tiny_llama(0), eos_ids={V}, temperature=temperature, seed=None)["response_ids"].tolist()
     model = tiny_llama(0)
 
     def ids(seed, temperature):
@@ -607,8 +606,8 @@ def test_temperature_zero_ignores_the_seed_and_sampling_repeats_with_it():
 
 def test_an_eos_that_is_also_the_pad_id_stays_in_the_response():
     model, (ids, mask) = tiny_llama(1), prompts(2, 7, 3, 5)
-    end = three_ends(model, ids, mask).pop()
-    out = opd.rollout(model, None, ids, mask, max_length=16, segment_length=4, vocab_size=V, eos_ids={end}, pad_id=end,
+    end = plain_generate(model, ids, mask, {V}, 12)[0, 2].item()
+    out = opd.rollout(model, None, ids, mask, max_length=12, segment_length=4, vocab_size=V, eos_ids={end}, pad_id=end,
                       temperature=0)
     rows = [ids[valid].tolist() for ids, valid in zip(out["response_ids"], out["response_mask"])]
     assert out["ended"].any()
@@ -619,9 +618,7 @@ def test_an_eos_that_is_also_the_pad_id_stays_in_the_response():
 # 6. Rollout and scoring (sections 4 and 9)
 
 STUDENT, TEACHER = tiny_llama(1), tiny_qwen3(2, hidden_size=48)            # read only
-FIRST = opd.rollout(STUDENT, None, *prompts(2, 5, 3, 4), max_length=12, segment_length=12, vocab_size=V, eos_ids={V}, pad_id=PAD,
-                    temperature=0)["response_ids"]
-ENDS = {FIRST[0, 1].item(), FIRST[1, 5].item()}               # with these two EOS ids rows end in different segments
+ENDS = staggered_ends(STUDENT, *prompts(2, 5, 3, 4))
 
 
 def test_the_topk_recorded_while_sampling_is_that_of_a_full_forward():
@@ -680,9 +677,8 @@ def test_rows_that_ended_leave_the_caches_of_both_models_at_the_next_border(who)
     shapes, stop = forward_shapes(who)
     out = roll(STUDENT, TEACHER, eos_ids=ENDS)
     stop()
-    alive = [(out["response_mask"].sum(-1) > border).sum().item() for border in (0, 4, 8)]       # where rows ended exactly at
-    ended = [(out["ended"] & (out["response_mask"].sum(-1) <= border)).sum().item() for border in (0, 4, 8)]
-    assert list(dict.fromkeys(rows for rows, _ in shapes)) == list(dict.fromkeys(4 - n for n in ended)) and alive[0] == 4 != alive[2]
+    still = [4 - (out["ended"] & (out["response_mask"].sum(-1) <= border)).sum().item() for border in (0, 4, 8)]
+    assert sorted({rows for rows, _ in shapes}) == sorted(set(still)) and still[2] < 4
 
 
 def guided(lengths=(3, 3, 3, 3, 3, 3), student=STUDENT, **changes):
@@ -720,8 +716,8 @@ def test_rows_that_ended_in_the_prefix_are_kept_and_take_no_slot_while_another_r
     assert (out["kept"] & ~early).sum() >= 3 - empty_prompts
 
 
-def test_a_short_row_is_judged_on_the_tokens_it_has():
-    """Prune: rows stop at the first border where their reliability is used up; 4 bad tokens of a quarter each."""
+def test_prune_stops_rows_in_flight_at_the_first_border_where_their_reliability_is_used_up():
+    """Four bad tokens of a quarter each, and a border after 3, 6 and 9 tokens."""
     out = roll(STUDENT, TEACHER, eos_ids={V}, segment_length=3, drift=(1.1, .25))
     assert out["response_mask"].sum(-1).tolist() == [6] * 4 and not out["kept"].any() and not out["ended"].any()
 
@@ -759,14 +755,6 @@ def test_head_logits_are_the_logits_of_models_with_a_softcap_or_a_scale(family, 
     torch.testing.assert_close(opd.head_logits(model, model.base_model(ids).last_hidden_state, V), expected)
     plain = model.lm_head(model.base_model(ids).last_hidden_state)
     assert (plain - expected).abs().max() > .1                # so the setting is no decoration
-    opd.check_head(model, ids[0].tolist(), V)
-
-
-def test_a_model_whose_logits_are_made_otherwise_is_refused_by_name():
-    model = tiny("FalconH1", 0, lm_head_multiplier=.3, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1,
-                 mamba_d_state=8)
-    with pytest.raises(ValueError, match="falcon_h1"):
-        opd.check_head(model, [3, 5, 7], V)
 
 
 def test_heads_of_two_widths_are_cut_to_the_vocabulary_they_share():
@@ -797,7 +785,7 @@ def make_batch(student, teacher, **changes):
 def update(student, teacher, batch, loss="reverse_kl", lr=0.0, **changes):
     """train_step with a learning rate of 0 -> (its metrics, the gradient of every parameter)."""
     settings = dict(
-        micro_batch_size=2, max_grad_norm=1e9, token_loss=LOSSES.get(loss, loss), measure=lambda p, q: opd.alignment_per_token(p, q, 4),
+        micro_batch_size=2, max_grad_norm=1e9, token_loss=LOSSES.get(loss, loss), measure=lambda p, q: opd.alignment(p, q, None, 4),
         student_head=lambda hidden: opd.head_logits(student, hidden, V), teacher_head=lambda hidden: opd.head_logits(teacher, hidden, V))
     metrics = opd.train_step(student, torch.optim.SGD(student.parameters(), lr=lr), batch, **{**settings, **changes})
     return metrics, {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
@@ -910,3 +898,437 @@ def test_the_gradient_is_clipped_and_its_norm_before_that_is_reported():
     metrics, grads = update(student, TEACHER, batch, max_grad_norm=.01)
     norm = torch.stack([grad.norm() for grad in grads.values()]).norm().item()
     assert norm == pytest.approx(.01, rel=1e-3) and metrics["grad_norm"] > .1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 8. Data and grading (section 2)
+
+def write(path, *records, text=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text if text is not None else "".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+3?"}]
+DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+        "(without quotes) where $Answer is the answer to the problem.\n\n2+3?\n\nRemember to put your answer on its own line "
+        "after \"Answer:\".")
+
+
+@pytest.mark.parametrize("record, answer", [
+    ({"problem": "2+3?", "answer": "\\frac{5}{1}", "solution": "long"}, "\\frac{5}{1}"),         # MATH-500, AIME
+    ({"problem": "2+3?", "answer": 5}, "5"),
+    ({"question": "2+3?", "answer": "2 and 3 give 5.\n#### 5"}, "5"),                            # GSM8K
+    ({"question": "2+3?", "final_answer": "5"}, "5"),                                            # DeepMath
+    ({"prompt": "2+3?", "solution": "5"}, "5"),                                                  # DAPO, processed
+    ({"prompt": CHAT, "solution": "$5$"}, "5"),                                                  # DeepMath of TRL
+    ({"prompt": CHAT, "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),             # verl
+    ({"prompt": [{"role": "user", "content": DAPO}], "reward_model": {"ground_truth": "5"}}, "5"),
+    ({"problem": "2+3?", "solution": "So \\boxed{4}, no, \\boxed{5}."}, "5"),                    # NuminaMath
+    ({"messages": [*CHAT, {"role": "assistant", "content": "\\boxed{5}"}]}, "5"),
+    ({"problem": "2+3?"}, None)], ids=lambda value: None if isinstance(value, dict) else str(value))
+def test_load_problems_reads_the_shape_of_the_usual_data_sets(tmp_path, record, answer):
+    expected = [{"problem": "2+3?", "answer": answer}]
+    assert opd.load_problems(write(tmp_path / "a.jsonl", record)) == expected
+    assert opd.load_problems(write(tmp_path / "a.json", text=json.dumps([record], indent=2))) == expected
+
+
+def test_duplicate_problems_are_left_out_and_counted(tmp_path):
+    path = write(tmp_path / "a.jsonl", *[{"problem": f"{i % 3}?"} for i in range(10)])
+    with pytest.warns(UserWarning, match="7 duplicates"):
+        assert [problem["problem"] for problem in opd.load_problems(path)] == ["0?", "1?", "2?"]
+
+
+def test_a_line_separator_inside_a_string_does_not_end_a_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", text='{"problem": "a\u2028b"}\n\n{"problem": "c"}\n')
+    assert [problem["problem"] for problem in opd.load_problems(path)] == ["a\u2028b", "c"]
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3"), ('{"text": "a", "id": 1}\n', "text, id"), ('"just a string"\n', "line 1"),
+    ("", "empty"), ("\n\n", "empty"), ('{"problem": null}\n', "problem"), ('{"problem": 5}\n', "line 1"),
+    ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "line 1")])
+def test_a_file_that_cannot_be_read_is_a_value_error_that_says_where(tmp_path, text, says):
+    path = write(tmp_path / "a.jsonl", text=text)
+    with pytest.raises(ValueError) as error:
+        opd.load_problems(path)
+    assert says in str(error.value) and path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parquet_without_pandas_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pandas", None)         # importing it now fails
+    with pytest.raises(ValueError, match="pip install pandas pyarrow"):
+        opd.load_problems(write(tmp_path / "a.parquet", text="x"))
+
+
+@pytest.mark.parametrize("text, content", [
+    (r"\boxed{1} no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{2", "1"), ("42", None), (r"\boxed{", None),
+    (r"\boxed{ \{1,2\} }", r" \{1,2\} "), (r"\boxed {3}", "3"), (r"\boxed{}", ""), (r"\boxed{\left\{ 1 \right\}}", r"\left\{ 1 \right\}")])
+def test_last_boxed_is_the_last_box_that_closes(text, content):
+    assert opd.last_boxed(text) == content
+
+
+@pytest.mark.parametrize("response, gold, right", [
+    (r"so \boxed{33}", "33", True), ("so 33", "33", False), (r"so $12+21=33$ and then", "33", False), (r"\boxed{33", "33", False),
+    (r"\boxed{33} no, \boxed{34}", "33", False), (r"\boxed{34} no, \boxed{33}", "33", True),
+    (r"<think>\boxed{33}</think> 34", "33", False), (r"<think>\boxed{34}</think> \boxed{33}", "33", True),
+    (r"\boxed{033}", "33", True), (r"\boxed{$33$}", r"\boxed{33}", True), (r"\boxed{0.5}", r"\frac{1}{2}", True),
+    (r"\boxed{10\%}", "0.1", True), (r"\boxed{1,234}", "1234", True), (r"\boxed{}", "33", False), (r"\boxed{\frac{}}", "33", False),
+    (r"\boxed{(3, \pi/2)}", r"\left( 3, \frac{\pi}{2} \right)", True), (r"\boxed{3}", r"\left( 3, \frac{\pi}{2} \right)", False),
+    (r"\boxed{(1,2)}", "1<x<2", True)])                       # math-verify says no to gold and answer exchanged
+def test_grading(response, gold, right):
+    """The last balanced box after any </think>, and nothing else, is the answer."""
+    assert opd.is_correct(response, gold) is right
+
+
+def test_grading_works_off_the_main_thread():
+    got = []
+    thread = threading.Thread(target=lambda: got.append(opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")))
+    thread.start()
+    thread.join()
+    assert got == [True]
+
+
+def test_grading_leaves_the_callers_alarm_alone():
+    """math-verify's own time limits are alarms, and would cancel it."""
+    rang = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
+    signal.setitimer(signal.ITIMER_REAL, 60)
+    assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
+    assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 60
+    signal.setitimer(signal.ITIMER_REAL, .05)
+    time.sleep(.1)
+    signal.signal(signal.SIGALRM, before)
+    assert rang
+
+
+def test_an_answer_that_takes_for_ever_is_wrong_after_some_seconds_and_the_next_one_is_graded():
+    begin = time.perf_counter()
+    assert not opd.is_correct(r"\boxed{2003^{2002^{2001}}}", "5")
+    assert time.perf_counter() - begin < 5
+    assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
+
+
+def test_grading_goes_on_when_its_process_has_died():
+    assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
+    opd.GRADER["process"].kill()
+    opd.GRADER["process"].wait()
+    assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
+
+
+SHARED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "shared", "data")
+
+
+@pytest.mark.skipif(not os.path.isdir(SHARED), reason="the project's own data sets are not here")
+@pytest.mark.filterwarnings("ignore:.*duplicates")
+def test_every_gold_answer_of_the_data_sets_is_right_in_a_box_and_wrong_without():
+    for name in sorted(os.listdir(SHARED)):
+        for problem in opd.load_problems(os.path.join(SHARED, name)) if name.endswith(".jsonl") else ():
+            gold = problem["answer"]
+            assert opd.is_correct(f"So \\boxed{{{gold}}}.", gold), problem
+            assert not opd.is_correct(f"So {gold}.", gold), problem
+            assert not opd.is_correct(f"So ${gold}$, that is \\boxed{{{gold}", gold), problem
+            assert not opd.is_correct(f"\\boxed{{{gold}}}, or rather \\boxed{{-{len(gold)}987}}", gold), problem
+            assert opd.is_correct(f"\\boxed{{-{len(gold)}987}}, or rather \\boxed{{{gold}}}", gold), problem
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 9. The command line (sections 1, 12, 13)
+
+def test_defaults_are_the_papers_for_real_models_and_small_for_the_tiny_world():
+    real = opd.parse_args(["--student", "a", "--teacher", "b", "--train_file", "c"])
+    world = opd.parse_args([])
+    assert (real.overlap_k, real.num_generations, real.batch_size, real.learning_rate, real.temperature) == (16, 4, 64, 1e-6, 1)
+    assert (real.drift_threshold, real.w_drop, real.w_base, real.cap_init, real.cap_min, real.cap_max) == (.7, .01, .5, 2048, 1024, 12288)
+    assert (real.eval_samples, real.eval_temperature, real.eval_top_p, real.eval_max_new_tokens) == (16, .7, .95, 31744)
+    assert world.max_new_tokens < 200 and world.learning_rate > 1e-4
+    assert opd.parse_args(["--learning_rate", "0.5"]).learning_rate == .5          # a given flag wins in the tiny world too
+
+
+def test_names_of_other_trainers_are_understood():
+    args = opd.parse_args(["--model_name_or_path", "a", "--teacher_model_name_or_path", "b", "--train_file", "c", "d",
+                           "--max_completion_length", "77"])
+    assert (args.student, args.teacher, args.train_file, args.max_new_tokens) == ("a", "b", ["c", "d"], 77)
+
+
+def test_help_names_every_method_and_a_paper_for_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        opd.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(word in text for word in ("prefix-guided", "PG-OPD", "Prune-OPD", "FastOPD", "POPD", "EffOPD", "Rethinking-OPD"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with two models (the teacher's head has 8 rows more), problems, and what can be wrong with either."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    for name, model, words in (
+            ("student", tiny_qwen3(1), WORDS), ("teacher", tiny_qwen3(2, hidden_size=48, vocab_size=V + 8), WORDS),
+            ("other", tiny_qwen3(3), WORDS[:6] + WORDS[6:][::-1]),
+            ("falcon", tiny("FalconH1", 0, lm_head_multiplier=.3, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+                            mamba_n_groups=1, mamba_d_state=8), WORDS)):
+        model.save_pretrained(folder / name)
+        opd.tiny_tokenizer(words).save_pretrained(folder / name)
+    shutil.copytree(folder / "teacher", folder / "broken")
+    write(folder / "broken" / "model.safetensors", text="cut off")
+    rng = random.Random(0)
+    problems = [{"problem": " ".join(rng.sample(WORDS[6:], 2 + i % 4)), "answer": str(i)} for i in range(9)]
+    write(folder / "train.jsonl", *problems)
+    write(folder / "eval.jsonl", *problems[:3])
+    write(folder / "again" / "eval.jsonl", *problems[3:5])
+    write(folder / "unanswered.jsonl", {"problem": "1 2 3"})
+    write(folder / "empty.jsonl", text="")
+    write(folder / "bad.jsonl", text='{"problem": "1"}\n{"problem": \n')
+    write(folder / "keys.jsonl", {"text": "1", "label": 2})
+    return folder
+
+
+SMALL = dict(prompt_template="{problem}", batch_size=2, num_generations=2, max_new_tokens=12, segment_length=4, prefix_length=6,
+             probe_window=4, overlap_k=4, horizon_start=4, horizon_growth=4, horizon_every=1, cap_init=8, cap_min=4, cap_max=12,
+             cap_step=2, cap_margin=2, max_steps=2, learning_rate=1e-3, eval_samples=1, eval_max_new_tokens=12, eval_every=0,
+             validation_size=3, dtype="float32", device="cpu")
+
+
+def command(world, out, **changes):
+    """A command line for the small world. A change to None leaves the flag out, one to True gives it without a value."""
+    flags = {**SMALL, "student": world / "student", "teacher": world / "teacher", "train_file": world / "train.jsonl",
+             "eval_file": world / "eval.jsonl", "output_dir": out, **changes}
+    argv = []
+    for name, value in flags.items():
+        if value is not None:
+            argv += [f"--{name}"] + ([] if value is True else [str(part) for part in (value if isinstance(value, list) else [value])])
+    return argv
+
+
+def train(world, out, **changes):
+    """-> (what main returns, the lines of metrics.jsonl about training steps, those about evaluations)."""
+    results = opd.main(command(world, out, **changes))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return results, [line for line in lines if "loss" in line], [line for line in lines if "eval" in line]
+
+
+MISTAKES = {
+    "no such training file": (dict(train_file="{world}/nowhere.jsonl"), "nowhere.jsonl"),
+    "an empty file": (dict(train_file="{world}/empty.jsonl"), "empty"),
+    "a line that is not JSON": (dict(train_file="{world}/bad.jsonl"), "line 2"),
+    "a record without a problem": (dict(train_file="{world}/keys.jsonl"), "text, label"),
+    "a model that is nowhere": (dict(student="{world}/nowhere"), "nowhere"),
+    "a model folder that does not load": (dict(teacher="{world}/broken"), "broken"),
+    "different token maps": (dict(teacher="{world}/other"), "'2' (student 8, teacher 21)"),
+    "a model whose logits are made otherwise": (dict(student="{world}/falcon"), "falcon_h1"),
+    "prompts that are all too long": (dict(max_prompt_length=2), "--max_prompt_length 2"),
+    "a keep ratio below one per prompt": (dict(method="prefix-guided", keep_ratio=.3), "--keep_ratio 0.3"),
+    "a probe window over the prefix": (dict(method="prefix-guided", probe_window=7), "--probe_window 7"),
+    "a size of zero": (dict(batch_size=0), "--batch_size 0"),
+    "a negative size": (dict(max_new_tokens=-1), "--max_new_tokens -1"),
+    "a size that is no number": (dict(batch_size="many"), "many"),
+    "an unknown method": (dict(method="magic"), "magic"),
+    "an unknown flag": (dict(magic=1), "--magic"),
+    "evaluation problems without answers": (dict(eval_file="{world}/unanswered.jsonl"), "unanswered"),
+    "a student without a teacher": (dict(teacher=None), "--teacher"),
+    "training without problems": (dict(train_file=None), "--train_file"),
+    "an overlap of more tokens than there are": (dict(overlap_k=V + 1), "--overlap_k 25"),
+    "fewer answers than extrapolation asks for": (dict(extrapolate=True, validation_size=10), "10"),
+    "fewer answers than that once long prompts are left out": (dict(extrapolate=True, validation_size=9, max_prompt_length=5), "9"),
+    "an output folder that cannot be made": (dict(output_dir="{world}/bad.jsonl/out"), "bad.jsonl"),
+    "two evaluation files of one name": (dict(eval_file=["{world}/eval.jsonl", "{world}/again/eval.jsonl"]), "eval"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_users_mistake_ends_in_one_line_and_status_2_with_nothing_written(mistake, world, tmp_path, capfd):
+    changes, says = MISTAKES[mistake]
+    place = lambda value: value.format(world=world) if isinstance(value, str) else value
+    changes = {name: [place(part) for part in value] if isinstance(value, list) else place(value) for name, value in changes.items()}
+    transformers.utils.logging.disable_progress_bar()
+    with pytest.raises(SystemExit) as stop:
+        opd.main(command(world, tmp_path / "out", **changes))
+    out, err = capfd.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("opd.py: ") and err.count("\n") == 1 and says in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_chat_prompt_has_the_templates_special_tokens_once():
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    assert opd.encode_prompts(tokenizer, ["1 2"], "{problem}") == [tokenizer.convert_tokens_to_ids(["<user>", "1", "2", "<solve>"])]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 10. From end to end
+
+@pytest.mark.parametrize("loss", opd.CHOICES["loss"])
+@pytest.mark.parametrize("method", opd.CHOICES["method"])
+def test_every_method_with_every_loss_finishes_with_finite_numbers(method, loss, world, tmp_path):
+    results, steps, evaluations = train(world, tmp_path, method=method, loss=loss)
+    assert [line["step"] for line in steps] == [1, 2] and len(evaluations) == 3
+    numbers = [value for line in steps for value in line.values() if isinstance(value, float)]
+    assert all(math.isfinite(value) for value in numbers) and steps[0]["grad_norm"] > 0
+    assert steps[-1]["teacher_tokens"] <= steps[-1]["generated_tokens"] and steps[-1]["trained_tokens"] > 0
+
+
+@pytest.fixture(scope="module")
+def first_run(world, tmp_path_factory):
+    """One run that several tests look at -> (its folder, results, step lines, evaluation lines)."""
+    out = tmp_path_factory.mktemp("run")
+    return out, *train(world, out, max_steps=4)
+
+
+def repeatable(lines):
+    return [{name: value for name, value in line.items() if not name.startswith(("time", "peak_memory"))} for line in lines]
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(world, tmp_path, first_run):
+    assert repeatable(train(world, tmp_path, max_steps=4)[1]) == repeatable(first_run[2])
+    assert repeatable(train(world, tmp_path, max_steps=4, seed=1)[1]) != repeatable(first_run[2])
+
+
+def test_evaluating_more_often_does_not_change_training(world, tmp_path, first_run):
+    _, steps, evaluations = train(world, tmp_path, max_steps=4, eval_every=1, eval_samples=2)
+    assert len(evaluations) == 6 and repeatable(steps) == repeatable(first_run[2])
+
+
+def test_every_step_logs_the_documented_names(first_run):
+    names = """step loss reverse_kl overlap_ratio overlap_token_advantage overlap_mass_student overlap_mass_teacher entropy_student
+        entropy_teacher entropy_gap overlap_by_position response_length truncated_fraction kept_fraction repetition generated_tokens
+        teacher_tokens trained_tokens flops time_rollout time_teacher time_update peak_memory_gb grad_norm""".split()
+    for line in first_run[2]:
+        assert set(names) <= set(line) and len(line["overlap_by_position"]) == 8
+
+
+def test_every_evaluation_logs_its_result_and_its_sampling_settings(first_run):
+    names = """avg_at_n se pass_at_n mean_length truncated_fraction no_box_fraction temperature top_p max_new_tokens seed""".split()
+    assert [(line["step"], line["model"]) for line in first_run[3]] == [(0, "teacher"), (0, "student"), (4, "student")]
+    assert all(set(names) <= set(line["eval"]["eval"]) for line in first_run[3])
+
+
+def test_every_graded_answer_is_a_line_of_samples(first_run):
+    samples = [json.loads(line) for line in (first_run[0] / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 * 3 and {"problem", "answer", "response", "correct", "truncated"} <= set(samples[0])
+
+
+def test_a_checkpoint_is_a_model_folder_like_any_other(world, first_run):
+    folder = first_run[0] / "checkpoint-4"
+    trained, start = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (folder, world / "student"))
+    assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab() == opd.tiny_tokenizer(WORDS).get_vocab()
+    assert trained.dtype == torch.float32 and not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+
+
+def test_where_everything_sampled_is_trained_on_the_three_token_counts_are_one(first_run):
+    lengths = sum(line["response_length"] * 4 for line in first_run[2])
+    last = first_run[2][-1]
+    assert last["generated_tokens"] == last["teacher_tokens"] == last["trained_tokens"] == lengths
+
+
+def test_distillation_moves_the_student_towards_the_teacher(world, tmp_path):
+    _, steps, _ = train(world, tmp_path, max_steps=60, batch_size=4, learning_rate=3e-3)
+    assert steps[-1]["reverse_kl"] < .8 * steps[0]["reverse_kl"]
+    assert steps[-1]["overlap_ratio"] > steps[0]["overlap_ratio"] + .1
+
+
+def test_a_growing_horizon_and_a_moving_cap_show_in_the_length_of_rollouts(world, tmp_path):
+    def lengths(**changes):
+        return [line["max_length"] for line in train(world, tmp_path, max_steps=4, **changes)[1]]
+    assert lengths(method="progressive") == [4, 8, 12, 12]
+    assert lengths(method="prune", cap_hit_ratio=0) == [8, 10, 12, 12]
+    assert lengths(method="prune", cap_patience=1, drift_threshold=1.1, w_drop=1) == [8, 6, 4, 4]
+
+
+def test_prune_weighs_a_token_by_its_reliability_plus_w_base(world, tmp_path):
+    """Reliability 0 everywhere and 1 everywhere: the losses of the first step are as .5 to 1.5."""
+    def loss(**changes):
+        return train(world, tmp_path, max_steps=1, method="prune", no_prune_in_flight=True, **changes)[1][0]["loss"]
+    assert loss(w_drop=1, drift_threshold=1.1) * 3 == pytest.approx(loss(drift_threshold=0), rel=1e-4)
+
+
+def test_prefixes_of_candidates_that_lost_are_trained_on_only_when_asked_for(world, tmp_path):
+    without = train(world, tmp_path, method="prefix-guided")[1][0]
+    with_them = train(world, tmp_path, method="prefix-guided", train_pruned_prefix=True)[1][0]
+    assert without["generated_tokens"] == with_them["generated_tokens"] == with_them["trained_tokens"]
+    assert without["trained_tokens"] < without["generated_tokens"]
+
+
+@pytest.mark.parametrize("method", ["opd", "prefix-guided"])
+def test_extrapolation_happens_at_powers_of_two_and_pays_for_its_samples(method, world, tmp_path):
+    _, steps, _ = train(world, tmp_path, method=method, extrapolate=True, max_steps=5)
+    assert [line["step"] for line in steps if "extrapolation_k" in line] == [1, 2, 4]
+    assert steps[0]["validation_tokens"] > 0
+    assert steps[0]["generated_tokens"] == steps[0]["teacher_tokens"] + steps[0]["validation_tokens"]
+
+
+def test_a_rejected_extrapolation_leaves_training_as_it_was(world, tmp_path, first_run, monkeypatch):
+    monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)       # no try is ever better
+    steps = train(world, tmp_path, extrapolate=True, max_steps=4)[1]
+    assert [line["loss"] for line in steps] == [line["loss"] for line in first_run[2]]
+    assert {line.get("extrapolation_k", 0) for line in steps} == {0}
+
+
+def test_eval_only_grades_a_model_file_by_file(world, tmp_path):
+    results = opd.main(command(world, tmp_path, eval_only=True, teacher=None, train_file=None,
+                               eval_file=[world / "eval.jsonl", world / "train.jsonl"]))
+    assert {name: row["num_problems"] for name, row in results.items()} == {"eval": 3, "train": 9}
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("checkpoint")]
+
+
+def test_evaluation_draws_from_a_random_stream_of_its_own():
+    def evaluate():
+        return opd.evaluate(
+            STUDENT, opd.tiny_tokenizer(WORDS), [{"problem": "1", "answer": "1"}] * 2, [[2, 7, 3]] * 2, num_samples=3, rows_per_batch=4,
+            seed=5, decoding=dict(max_length=8, segment_length=4, vocab_size=V, eos_ids={END}, pad_id=PAD, temperature=1.0, top_p=1.0))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert str(evaluate()) == str(first)
+
+
+def test_the_standard_error_is_over_problems_and_pass_at_n_is_any_right_answer(monkeypatch):
+    """Two problems, three answers each, of which 3 and 0 are right: the answers to one problem are not six independent ones."""
+    monkeypatch.setattr(opd, "is_correct", lambda text, gold: gold == "yes")
+    metrics, answers = opd.evaluate(
+        STUDENT, opd.tiny_tokenizer(WORDS), [{"problem": "1", "answer": "yes"}, {"problem": "2", "answer": "no"}], [[2, 7, 3]] * 2,
+        num_samples=3, rows_per_batch=4, seed=5,
+        decoding=dict(max_length=4, segment_length=4, vocab_size=V, eos_ids={END}, pad_id=PAD, temperature=1.0, top_p=1.0))
+    assert (metrics["avg_at_n"], metrics["pass_at_n"], len(answers)) == (.5, .5, 6)
+    assert metrics["se"] == pytest.approx(math.sqrt(.5 / 2))  # the deviation of (1, 0) over the root of 2
+
+
+def same_weights(a, b):
+    a, b = (transformers.AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (a, b))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def after_one_step(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    train(world, out, max_steps=1, loss="reverse_kl")
+    return out / "checkpoint-1"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_last_good_weights(
+        world, tmp_path, monkeypatch, capfd, after_one_step):
+    losses = iter([opd.reverse_kl, lambda p, q: p.sum(-1) * float("nan")])
+    monkeypatch.setattr(opd, "reverse_kl", lambda p, q: next(losses)(p, q))
+    with pytest.raises(SystemExit) as stop:
+        train(world, tmp_path, loss="reverse_kl", max_steps=5)
+    message = [line for line in capfd.readouterr().err.splitlines() if line.startswith("opd.py")]
+    assert stop.value.code == 2 and len(message) == 1 and "step 2" in message[0]
+    assert same_weights(tmp_path / "checkpoint-1", after_one_step)
+
+
+def test_control_c_saves_a_checkpoint_and_exits_with_one_line(world, tmp_path, monkeypatch, capfd, after_one_step):
+    opd_step = opd.opd_step
+
+    def interrupted(run, args, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return opd_step(run, args, step)
+    monkeypatch.setattr(opd, "opd_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train(world, tmp_path, loss="reverse_kl", max_steps=5)
+    message = [line for line in capfd.readouterr().err.splitlines() if line.startswith("opd.py")]
+    assert stop.value.code == 130 and len(message) == 1 and "checkpoint-1" in message[0]
+    assert same_weights(tmp_path / "checkpoint-1", after_one_step)
