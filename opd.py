@@ -28,22 +28,8 @@ length, T response length, V vocabulary, K the top k, H hidden size, N response 
 
 Not here: vLLM, several GPUs, two tokenizers, tools, dialogues. The README says who has them.
 """
-import argparse
-import contextlib
-import copy
-import functools
-import inspect
-import json
-import math
-import os
-import random
-import re
-import shutil
-import subprocess
-import sys
-import threading
-import time
-import warnings
+import argparse, contextlib, copy, functools, inspect, json, math, os
+import random, re, shutil, subprocess, sys, threading, time, warnings
 
 import numpy as np
 import torch
@@ -186,9 +172,8 @@ def check_args(args):
         need(kept >= args.batch_size,
              f"--keep_ratio {args.keep_ratio} keeps {kept} of {rows} candidates, fewer than one for each of the "
              f"{args.batch_size} prompts; use at least {1 / args.num_generations:.4g}")
-        need(args.probe_window <= args.prefix_length < args.max_new_tokens,
-             f"--probe_window {args.probe_window} must be at most --prefix_length {args.prefix_length}, and that below "
-             f"--max_new_tokens {args.max_new_tokens}")
+        need(args.probe_window <= args.prefix_length < args.max_new_tokens, f"--probe_window {args.probe_window} must "
+             f"be at most --prefix_length {args.prefix_length}, and that below --max_new_tokens {args.max_new_tokens}")
     need(args.eval_only or bool(args.student) == bool(args.teacher),
          "give both --student and --teacher, or neither (then a tiny world is made)")
     need(not args.student or (args.eval_file if args.eval_only else args.train_file),
@@ -254,13 +239,14 @@ def load_problems(path):
     for number, record in records:
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: needs an object with named fields, not {str(record)[:40]!r}")
-        fields = {**(record.get("reward_model") or {}), **record}
+        nested = record.get("reward_model")
+        fields = {**nested, **record} if isinstance(nested, dict) else record
         problem, answer = (
             next((fields[name] for name in names if fields.get(name) is not None), None)
             for names in (("problem", "question", "prompt", "messages"),
                           ("answer", "final_answer", "ground_truth", "solution")))
-        if problem is not None and not isinstance(problem, str):
-            turns = {turn["role"]: turn["content"] for turn in problem}      # of a chat: the last turn of each role
+        if isinstance(problem, (list, np.ndarray)):           # a chat: the last turn of each role
+            turns = {turn.get("role"): turn.get("content") for turn in problem if isinstance(turn, dict)}
             problem, answer = turns.get("user"), turns.get("assistant") if answer is None else answer
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(f"{path}, line {number}: no problem; its fields are {', '.join(record) or 'none'}, and "
@@ -296,7 +282,7 @@ def ask_math_verify(gold, answer, seconds=3.0):
     2003^{2002^{2001}} keeps sympy busy for ever in one C call: no signal and no thread can stop it, and signals cancel
     the caller's alarm. A process can be killed. One serves all answers, because sympy imports slowly."""
     with GRADER["lock"]:
-        if GRADER["process"] is None:
+        if GRADER["process"] is None or GRADER["process"].poll() is not None:
             loop = ("import json, sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    try:\n"
                     "        equal = math_equal(*json.loads(line))\n    except Exception:\n        equal = False\n"
                     "    print(json.dumps(equal), flush=True)\n")
@@ -501,7 +487,7 @@ def drift_weights(overlap, response_mask, threshold, w_drop):
         w_t = max(0, 1 - w_drop * #{s <= t : overlap_s < threshold})          the loss weight is w_t + w_base
     Example: threshold .75, w_drop .1, overlap (1, .5, 0) -> (1, .9, .8)."""
     bad = (overlap < threshold) & response_mask.bool()
-    # Cumulative: the teacher judges a token given all before it, so no later token makes up for a wrong turn
+    # Cumulative: the teacher judges a token given all before it, so nothing makes up for a wrong turn
     return (1 - w_drop * bad.cumsum(-1)).clamp(min=0) * response_mask
 
 
@@ -516,7 +502,7 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
     patience misses in a row. Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148."""
     boundary = max(low, max_length - margin)
     # A row that ends early cannot hit: growth needs responses that are long and still reliable
-    if (reliable >= boundary).float().mean().item() >= hit_ratio:
+    if (reliable >= boundary).double().mean().item() >= hit_ratio:
         return min(max_length + step, high), 0
     if misses + 1 >= patience:
         return max(max_length - step, low), 0
@@ -544,13 +530,14 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     student_ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices       # (B, T, K)
     same = student_ids[..., :, None] == teacher_ids[..., None, :]                # (B, T, K, K)
     everywhere = torch.ones_like(student_ids, dtype=torch.bool)
-    if support not in ("student", "teacher", "intersection", "union"):
-        raise ValueError(f"support must be student, teacher, intersection or union, got {support!r}")
-    ids, inside = {
+    supports = {
         "student": (student_ids, everywhere), "teacher": (teacher_ids, everywhere),
         "intersection": (student_ids, same.any(-1)),
         # Teacher tokens that the student has too must not count twice                         (B, T, 2K)
-        "union": (torch.cat([student_ids, teacher_ids], -1), torch.cat([everywhere, ~same.any(-2)], -1))}[support]
+        "union": (torch.cat([student_ids, teacher_ids], -1), torch.cat([everywhere, ~same.any(-2)], -1))}
+    if support not in supports:
+        raise ValueError(f"support must be one of {', '.join(supports)}, got {support!r}")
+    ids, inside = supports[support]
     log_p, log_q = log_p.gather(-1, ids), log_q.gather(-1, ids)
     p = log_p.exp() * inside
     constant = p / p.sum(-1, keepdim=True).clamp(min=1e-20) * (log_p - log_q)    # p_bar rho
@@ -702,9 +689,11 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
         if border == select_at:
             window = mask[:, S:S + probe_window]              # a row that ended inside it is judged on what it has
             score = (overlap[:, :probe_window] * window).sum(-1) / window.sum(-1)
-            # Rows that ended are complete and cost nothing: they stay, and take a slot only if nobody else wants it
+            # Rows that ended are complete and cost nothing: they stay, and take a slot only if nobody else wants it. A
+            # prompt whose rows all ended has one by the prompt minimum, so there is one more
             score = torch.where(ended, -1, score).view(-1, num_generations)      # (P, G)
-            kept &= select_prefixes(score, num_keep).flatten() | ended
+            slots = min(B, num_keep + int((score == -1).all(1).sum()))
+            kept &= select_prefixes(score, slots).flatten() | ended
         if drift:
             reliability = drift_weights(overlap[:, :end - S], mask[:, S:end], *drift)[rows, -1]
             kept[rows] &= (reliability > 1e-8) | ended[rows]
@@ -760,8 +749,9 @@ def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, au
         mask = torch.cat([batch["prompt_mask"][rows, -S:], loss_mask], dim=1)
         with autocast():
             hidden = hidden_states(student, ids, mask, T)[loss_mask]             # (N, H)
+            teacher_hidden = torch.cat([batch["teacher_hidden"][row][:lengths[row]] for row in rows.tolist()])
             grad, value, measured = backward_in_chunks(
-                hidden, torch.cat([batch["teacher_hidden"][row] for row in rows.tolist()]), response_ids[loss_mask],
+                hidden, teacher_hidden, response_ids[loss_mask],
                 batch["token_weight"][rows, :T][loss_mask] / num_tokens, **chunk)
         hidden.backward(grad)
         loss += value
@@ -901,13 +891,14 @@ def make_world(folder, seed):
 # ---- 12. Set-up, preflight, checkpoints ----------------------------------------------------------------------
 @contextlib.contextmanager
 def user_mistakes():
-    """Inside, a ValueError or OSError is a mistake in flags, files or models: one line on stderr, exit status 2."""
+    """Inside, these errors are mistakes in flags, files or models: one line on stderr, exit status 2."""
     try:
         yield
     except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
+        told = f"{error.filename}: {error.strerror}; check the path" if getattr(error, "filename", None) else str(error)
+        told += "; install it with pip" if isinstance(error, ImportError) else ""
         stopped = isinstance(error, KeyboardInterrupt)
-        told = "interrupted before the first step" if stopped else " ".join(str(error).split())
-        print(f"opd.py: {told}{'; pip install it' if isinstance(error, ImportError) else ''}", file=sys.stderr)
+        print(f"opd.py: {'interrupted before the first step' if stopped else ' '.join(told.split())}", file=sys.stderr)
         raise SystemExit(130 if stopped else 2) from None
 
 
@@ -916,8 +907,8 @@ def load_pretrained(auto_class, path, **options):
     try:
         return auto_class.from_pretrained(path, **options)
     except Exception as error:            # transformers, safetensors and json have errors of their own for a bad folder
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} does not load as {auto_class.__name__}: {type(error).__name__}: {reason}") from None
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} does not load with {auto_class.__name__}: {type(error).__name__}: {reason}") from None
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
@@ -972,15 +963,19 @@ def peak_memory_gb(device):
 
 def read_inputs(args):
     """The files and models that the flags name -> a namespace of what a run needs. Mistakes in them come out here."""
-    run = argparse.Namespace(device=torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    run = argparse.Namespace()
+    try:
+        run.device = torch.zeros(1, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {args.device}: torch has no such device here; leave it out, or use cpu") from None
     bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and run.device.type == "cuda"
     run.train = [problem for path in args.train_file for problem in load_problems(path)]
     run.eval = {os.path.splitext(os.path.basename(path))[0]: load_problems(path) for path in args.eval_file}
+    if len(run.eval) < len(args.eval_file):
+        raise ValueError("--eval_file names two files of one name; results go by the name, so rename one")
     for name, problems in run.eval.items():
         if any(problem["answer"] is None for problem in problems):
             raise ValueError(f"--eval_file {name}: some problems have no answer, and evaluation needs one for each")
-    if args.extrapolate and sum(problem["answer"] is not None for problem in run.train) < args.validation_size:
-        raise ValueError(f"--extrapolate needs {args.validation_size} training problems with answers to judge by")
     run.tokenizer = load_pretrained(AutoTokenizer, args.student)
     # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
     run.student = load_pretrained(AutoModelForCausalLM, args.student, dtype=torch.float32).to(run.device).eval()
@@ -990,19 +985,18 @@ def read_inputs(args):
     if args.teacher and not args.eval_only:
         run.teacher_tokenizer = load_pretrained(AutoTokenizer, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        run.teacher = load_pretrained(AutoModelForCausalLM, args.teacher, dtype=dtype).to(run.device).eval()
+        run.teacher = load_pretrained(AutoModelForCausalLM, args.teacher, dtype=run.sampler.dtype).to(run.device).eval()
         models.append(run.teacher)
-    rows = [model.get_output_embeddings().weight.shape[0] for model in models]
-    run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1, *rows, rows[0])
+    run.vocab_size = min([max(run.tokenizer.get_vocab().values()) + 1]
+                         + [model.get_output_embeddings().weight.shape[0] for model in models])
     if args.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     eos_ids, pad_id = stop_ids(run.student, run.tokenizer), run.tokenizer.pad_token_id
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         pad_id=min(eos_ids, default=0) if pad_id is None else pad_id)
-    encode = functools.partial(
-        encode_prompts, run.tokenizer, template=args.prompt_template, chat_template=not args.no_chat_template,
-        **({"enable_thinking": True} if args.enable_thinking else {}))
+    thinking = {"enable_thinking": True} if args.enable_thinking else {}
+    encode = functools.partial(encode_prompts, run.tokenizer, template=args.prompt_template,
+                               chat_template=not args.no_chat_template, **thinking)
     run.eval_prompts = {name: encode([item["problem"] for item in problems]) for name, problems in run.eval.items()}
     prompts = encode([problem["problem"] for problem in run.train])
     fits = [index for index, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_length]
@@ -1010,19 +1004,22 @@ def read_inputs(args):
         raise ValueError(f"all {len(prompts)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
     run.too_long = len(prompts) - len(fits)
     run.train, run.prompts = [run.train[index] for index in fits], [prompts[index] for index in fits]
+    run.answered = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
+    if args.extrapolate and len(run.answered) < args.validation_size:
+        raise ValueError(f"--extrapolate needs {args.validation_size} answered problems, there are {len(run.answered)}")
     ids = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0]], device=run.device)
     for model in models:
-        with torch.no_grad():
-            ours = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, run.vocab_size)
-            check_head(model(input_ids=ids).logits[..., :run.vocab_size].float(), ours, model.config.model_type)
-    configs = [model.config.get_text_config() for model in models]
+        ours = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, run.vocab_size)
+        check_head(model(input_ids=ids).logits[..., :run.vocab_size].float(), ours, model.config.model_type)
     run.sizes = [(model.num_parameters(), config.num_hidden_layers, config.hidden_size)
-                 for model, config in zip(models, configs)]
+                 for model, config in ((model, model.config.get_text_config()) for model in models)]
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    run.state = {"cap": args.cap_init, "misses": 0, "generated_tokens": 0, "teacher_tokens": 0, "trained_tokens": 0,
-                 "validation_tokens": 0, "flops": 0.0}
+        for dropout in (module for module in run.student.modules() if isinstance(module, torch.nn.Dropout)):
+            dropout.p = 0.0                                   # it needs training mode, and sampling had no dropout
+    run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
+                     validation_tokens=0, flops=0.0)
     return run
 
 
@@ -1055,10 +1052,9 @@ def preflight(run, args):
                      f"{'a' if templates[-1] else 'no'} chat template")
         if rows != run.vocab_size:
             lines.append(f"{role}: cut to the first {run.vocab_size} of its rows, in sampling and in the loss")
-    golds = [problem["answer"] for problem in run.train[:500] if problem["answer"] is not None]
-    if golds:
-        readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
-        lines.append(f"training answers: {readable} of the first {len(golds)} can be read")
+    golds = [run.train[index]["answer"] for index in run.answered[:500]]
+    readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
+    lines.append(f"training answers: {readable} of the first {len(golds)} can be read")
     lines.append(f"first prompt: {run.tokenizer.decode(run.prompts[0])!r}")
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -1135,7 +1131,7 @@ def opd_step(run, args, step):
 
 def step_line(metrics):
     """A step's metrics in fixed columns, for the screen."""
-    seconds = sum(metrics[f"time_{phase}"] for phase in ("rollout", "teacher", "update"))
+    seconds = metrics["time_rollout"] + metrics["time_teacher"] + metrics["time_update"]
     return (f"step {metrics['step']:5} | loss {metrics['loss']:8.4f} | kl {metrics['reverse_kl']:7.4f} "
             f"| overlap {metrics['overlap_ratio']:.3f} | kept {metrics['kept_fraction']:4.0%} "
             f"| length {metrics['response_length']:7.1f} | cut {metrics['truncated_fraction']:4.0%} "
@@ -1253,8 +1249,7 @@ def main(argv=None):
         """EffOPD's judge: the share of right answers to the same few training problems, in the same random stream."""
         copy_weights(weights, run.student)
         copy_weights(weights, run.sampler)
-        answered = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
-        chosen = random.Random(args.seed).sample(answered, args.validation_size)
+        chosen = random.Random(args.seed).sample(run.answered, args.validation_size)
         problems, prompts = ([items[index] for index in chosen] for items in (run.train, run.prompts))
         score, answers = evaluate(
             run.sampler, run.tokenizer, problems, prompts, num_samples=1, rows_per_batch=rows_per_batch, seed=args.seed,
@@ -1268,15 +1263,19 @@ def main(argv=None):
     if args.eval_only:
         return grade(run.sampler, "student")
     try:
-        print("\n".join(preflight(run, args)))
+        print("\n".join(preflight(run, args)), flush=True)
         results = {"teacher": grade(run.teacher, "teacher"), "before": grade(run.sampler, "student")}
         for step in tqdm(range(1, args.max_steps + 1), desc="train", leave=False):
             metrics = opd_step(run, args, step)
             last_step, first = step, first or metrics
             if args.extrapolate and step & (step - 1) == 0:
-                anchor, tried, scores = extrapolate(movable_weights(run.student), anchor, validate)
-                copy_weights(anchor, run.student)             # what was accepted is the next anchor
-                copy_weights(anchor, run.sampler)
+                accepted = movable_weights(run.student)
+                try:
+                    anchor, tried, scores = extrapolate(accepted, anchor, validate)
+                    accepted = anchor                         # what was accepted is the next anchor
+                finally:                                      # interrupted or not, no tried weights stay
+                    copy_weights(accepted, run.student)
+                    copy_weights(accepted, run.sampler)
                 metrics.update(run.state, extrapolation_k=tried, validation_scores=scores)
             append_json(metrics_file, metrics)
             tqdm.write(step_line(metrics))
@@ -1291,7 +1290,7 @@ def main(argv=None):
         print(f"opd.py: {told}; the weights after step {last_step} are in {save()}", file=sys.stderr)
         raise SystemExit(2 if broken else 130) from None
     print("\n".join(report_table([read_run(args.output_dir)])))
-    print(f"{clock(run.device) - started:.0f} seconds, checkpoint in {results['checkpoint']}")
+    print(f"{'seconds in all':<32}{clock(run.device) - started:>20.1f}\ncheckpoint in {results['checkpoint']}")
     return {**results, "overlap_before": first["overlap_ratio"], "overlap_after": metrics["overlap_ratio"], **run.state}
 
 

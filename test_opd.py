@@ -1,8 +1,8 @@
 """
 What opd.py promises, one claim a test. Read the names first: python -m pytest --collect-only -q test_opd.py
 
-Everything runs offline on random models with 2 layers and 24 tokens. Where there is a second way to get a number (every
-token enumerated, autograd on full logits, one uninterrupted model.generate), the test goes that way.
+Everything runs offline on random models with 2 layers and 24 tokens. Where there is a second way to get a
+number (every token tried, autograd on full logits, one uninterrupted model.generate), the test goes that way.
 """
 import torch
 torch.set_num_threads(1)                                      # 30 times slower on two: the tensors are tiny
@@ -27,13 +27,17 @@ import opd
 
 WORDS = "<pad> <end> <user> <solve> \\boxed{ } 0 1 2 3 4 5 6 7 8 9 a b c d e f g h".split()
 PAD, END, V = 0, 1, len(WORDS)                                # V = 24: small enough to try every token
+TOKENS = dict(bos_token_id=None, eos_token_id=END, pad_token_id=PAD)
 SIZES = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=256, bos_token_id=None, eos_token_id=END,
-             pad_token_id=PAD, initializer_range=0.3, tie_word_embeddings=False)
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.3,
+             tie_word_embeddings=False, **TOKENS)
+FALCON = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8,
+              lm_head_multiplier=.3)                          # a scale that head_logits does not know
+close = torch.testing.assert_close
 
 
 def tiny(family, seed, **changes):
-    """A random model; initializer_range .3, because smaller ones repeat one token for ever when decoded greedily."""
+    """A random model. initializer_range .3: with less, greedy decoding repeats one token for ever."""
     torch.manual_seed(seed)
     config = getattr(transformers, family + "Config")(**{**SIZES, **changes})
     return getattr(transformers, family + "ForCausalLM")(config).eval()
@@ -51,8 +55,7 @@ def tiny_gpt2(seed):
     """Absolute positions: the one kind of model that notices wrong position_ids."""
     torch.manual_seed(seed)
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=END,
-        pad_token_id=PAD, initializer_range=0.3)).eval()
+        vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **TOKENS)).eval()
 
 
 FAMILIES = pytest.mark.parametrize("family", [tiny_llama, tiny_qwen3, tiny_gpt2])
@@ -73,27 +76,27 @@ def prompts(*lengths):
     return opd.pad_left([[rng.randrange(2, V) for _ in range(length)] for length in lengths], PAD)
 
 
-def roll(student, teacher=None, lengths=(2, 5, 3, 4), **changes):
+SAMPLING = dict(segment_length=4, vocab_size=V, eos_ids={END}, pad_id=PAD)
+
+
+def roll(student, teacher=None, lengths=(2, 5, 3, 4), prompt=None, **changes):
     """A rollout of 12 tokens in segments of 4, greedy unless said otherwise."""
-    settings = dict(max_length=12, segment_length=4, vocab_size=V, eos_ids={END}, pad_id=PAD, temperature=0,
-                    overlap_k=4 if teacher else 0)
-    return opd.rollout(student, teacher, *prompts(*lengths), **{**settings, **changes})
+    settings = dict(SAMPLING, max_length=12, temperature=0, overlap_k=4 if teacher else 0)
+    return opd.rollout(student, teacher, *(prompt or prompts(*lengths)), **{**settings, **changes})
 
 
 def rows_of(out, lengths):
     """Each row without any padding, as (ids of prompt and response (1, L), length of the prompt)."""
-    ids, mask = prompts(*lengths)
-    return [(torch.cat([ids[b][mask[b]], out["response_ids"][b][out["response_mask"][b]]])[None], int(mask[b].sum()))
-            for b in range(len(ids))]
+    (ids, mask), new, valid = prompts(*lengths), out["response_ids"], out["response_mask"]
+    return [(torch.cat([ids[b][mask[b]], new[b][valid[b]]])[None], lengths[b]) for b in range(len(ids))]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Losses (section 6 of opd.py)
+# ---- 1. Losses (section 6 of opd.py) -----------------------------------------------------------------------
 
 def test_reverse_kl_is_the_kl_divergence_of_torch_distributions():
     z, t = logits(2, 5, seed=1), logits(2, 5, seed=2)
     expected = kl_divergence(Categorical(logits=z), Categorical(logits=t))
-    torch.testing.assert_close(opd.reverse_kl(z, t), expected)
+    close(opd.reverse_kl(z, t), expected)
 
 
 def test_reverse_kl_is_zero_for_equal_logits_and_positive_otherwise():
@@ -103,7 +106,7 @@ def test_reverse_kl_is_zero_for_equal_logits_and_positive_otherwise():
 
 
 def test_reverse_kl_punishes_mass_where_the_teacher_has_none_and_not_a_missed_mode():
-    """A student that settles on one of two modes pays log 2; one that invents a third mode pays without limit."""
+    """Settling on one of two modes costs log 2; inventing a third mode costs without limit."""
     never = -50.0
     teacher = torch.tensor([[[0.0, 0.0, never]]])
     one_mode, third_mode = torch.tensor([[[0.0, never, never]]]), torch.tensor([[[0.0, 0.0, 0.0]]])
@@ -115,7 +118,7 @@ def test_reverse_kl_of_bfloat16_logits_is_computed_in_float32():
     z, t = logits(4, 4, seed=1, scale=8).bfloat16(), logits(4, 4, seed=2, scale=8).bfloat16()
     value = opd.reverse_kl(z, t)
     assert value.dtype == torch.float32
-    torch.testing.assert_close(value, opd.reverse_kl(z.float(), t.float()), rtol=1e-6, atol=1e-6)
+    close(value, opd.reverse_kl(z.float(), t.float()), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("baseline", [False, True])
@@ -123,8 +126,10 @@ def test_the_sampled_loss_has_the_gradient_of_reverse_kl_on_average(baseline):
     """All 24 tokens are tried, each weighted by its probability: no sampling noise is left."""
     z, t = logits(1, 1, seed=1).double(), logits(1, 1, seed=2).double()
     p = z.softmax(-1).flatten()
-    mean = sum(p[y] * gradient(lambda z: opd.reverse_kl_sampled(z, t, torch.tensor([[y]]), baseline), z) for y in range(V))
-    torch.testing.assert_close(mean, gradient(lambda z: opd.reverse_kl(z, t), z), rtol=1e-4, atol=1e-6)
+    mean = 0
+    for y in range(V):
+        mean += p[y] * gradient(lambda z: opd.reverse_kl_sampled(z, t, torch.tensor([[y]]), baseline), z)
+    close(mean, gradient(lambda z: opd.reverse_kl(z, t), z), rtol=1e-4, atol=1e-6)
 
 
 def advantages(z, t, baseline):
@@ -132,12 +137,6 @@ def advantages(z, t, baseline):
     y = torch.arange(V)[:, None]
     value = opd.reverse_kl_sampled(z.expand(V, 1, V), t.expand(V, 1, V), y, baseline)
     return (-value / z.log_softmax(-1).expand(V, 1, V).gather(-1, y[..., None]).squeeze(-1)).flatten()
-
-
-def test_the_sampled_advantage_is_what_the_teacher_gives_the_token_over_the_student():
-    z, t = logits(1, 1, seed=1), logits(1, 1, seed=2)
-    torch.testing.assert_close(advantages(z, t, False), (t.log_softmax(-1) - z.log_softmax(-1)).flatten(),
-                               rtol=1e-4, atol=1e-5)
 
 
 def test_the_closed_form_baseline_centres_the_advantage_and_shrinks_its_variance():
@@ -152,7 +151,7 @@ def test_the_closed_form_baseline_centres_the_advantage_and_shrinks_its_variance
 
 
 def test_minus_kl_in_place_of_the_advantage_teaches_nothing_on_average():
-    """Why the baseline is added to the advantage: alone, a constant of the context has a mean gradient of 0."""
+    """Why the baseline is added: alone, a constant of the context has a mean gradient of 0."""
     z, t = logits(1, 1, seed=1), logits(1, 1, seed=2)
     p, kl = z.softmax(-1).flatten(), opd.reverse_kl(z, t)
     mean = sum(p[y] * gradient(lambda z: kl * z.log_softmax(-1)[..., y], z) for y in range(V))
@@ -164,8 +163,8 @@ SUPPORTS = pytest.mark.parametrize("support", ["student", "teacher", "intersecti
 
 def support_set(z, t, k, support):
     """The same set of tokens, by Python's sorting and sets."""
-    p_top, q_top = ({*sorted(range(V), key=lambda v: -row[v])[:k]} for row in (z.flatten(), t.flatten()))
-    return {"student": p_top, "teacher": q_top, "intersection": p_top & q_top, "union": p_top | q_top}[support]
+    p, q = ({*sorted(range(V), key=lambda v: -row[v])[:k]} for row in (z.flatten(), t.flatten()))
+    return {"student": p, "teacher": q, "intersection": p & q, "union": p | q}[support]
 
 
 @SUPPORTS
@@ -173,7 +172,7 @@ def test_the_topk_loss_is_the_mean_of_log_p_minus_log_q_on_its_support(support):
     z, t = logits(1, 1, seed=1), logits(1, 1, seed=2)
     S = sorted(support_set(z, t, 8, support))
     p, rho = z.softmax(-1).flatten()[S], (z.log_softmax(-1) - t.log_softmax(-1)).flatten()[S]
-    assert opd.reverse_kl_topk(z, t, 8, support).item() == pytest.approx(((p * rho).sum() / p.sum()).item(), rel=1e-5)
+    close(opd.reverse_kl_topk(z, t, 8, support).flatten(), ((p * rho).sum() / p.sum())[None])
 
 
 @SUPPORTS
@@ -184,7 +183,7 @@ def test_the_gradient_of_the_topk_loss_is_the_stop_gradient_one_over_the_mass_of
     p, rho = z.softmax(-1).flatten().tolist(), (z.log_softmax(-1) - t.log_softmax(-1)).flatten().tolist()
     inside = sum(p[v] * rho[v] for v in S)
     expected = [(p[u] * rho[u] * (u in S) - p[u] * inside) / sum(p[v] for v in S) for u in range(V)]
-    torch.testing.assert_close(gradient(lambda z: opd.reverse_kl_topk(z, t, 8, support), z).flatten(),
+    close(gradient(lambda z: opd.reverse_kl_topk(z, t, 8, support), z).flatten(),
                                torch.tensor(expected), rtol=1e-4, atol=1e-6)
 
 
@@ -210,17 +209,12 @@ def test_the_topk_loss_moves_mass_between_support_and_tail_and_the_renormalised_
     z, t = logits(1, 1, seed=1), logits(1, 1, seed=2)
     S = sorted(support_set(z, t, 5, "student"))
     tail = [v for v in range(V) if v not in S]
-    renormalised = gradient(lambda z: kl_divergence(Categorical(logits=z[..., S]), Categorical(logits=t[..., S])), z).flatten()
+    teacher = Categorical(logits=t[..., S])
+    renormalised = gradient(lambda z: kl_divergence(Categorical(logits=z[..., S]), teacher), z).flatten()
     released = gradient(lambda z: opd.reverse_kl_topk(z, t, 5), z).flatten()
     assert renormalised[S].sum().abs() < 1e-6 and renormalised[tail].abs().max() == 0
     assert released[tail].abs().max() > 1e-4
     assert released.sum().abs() < 1e-5                        # it sums to 0 over the whole vocabulary
-
-
-def test_the_topk_loss_on_the_whole_vocabulary_is_reverse_kl_with_its_gradient():
-    z, t = logits(2, 3, seed=1), logits(2, 3, seed=2)
-    torch.testing.assert_close(opd.reverse_kl_topk(z, t, V), opd.reverse_kl(z, t))
-    torch.testing.assert_close(gradient(lambda z: opd.reverse_kl_topk(z, t, V), z), gradient(lambda z: opd.reverse_kl(z, t), z))
 
 
 def test_an_empty_intersection_costs_nothing_and_pulls_nowhere():
@@ -230,14 +224,13 @@ def test_an_empty_intersection_costs_nothing_and_pulls_nowhere():
 
 
 def test_an_unknown_support_is_a_value_error_that_names_the_four():
-    with pytest.raises(ValueError, match="student, teacher, intersection or union"):
+    with pytest.raises(ValueError, match="student, teacher, intersection, union"):
         opd.reverse_kl_topk(logits(1, 1), logits(1, 1), 3, "neither")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Overlap and alignment (section 4)
+# ---- 2. Overlap and alignment (section 4) ------------------------------------------------------------------
 
-P4, Q4 = [.5, .3, .15, .05], [.4, .1, .3, .2]                 # top two of the student: 0, 1; of the teacher: 0, 2
+P4, Q4 = [.5, .3, .15, .05], [.4, .1, .3, .2]                 # top two: tokens 0 and 1; tokens 0 and 2
 
 
 def test_topk_overlap_by_hand():
@@ -246,9 +239,7 @@ def test_topk_overlap_by_hand():
     assert opd.topk_overlap(student, student.flip(-1).flip(-1), 2).tolist() == [[1, 1]]
 
 
-def test_the_overlap_ignores_rank_and_scale():
-    z = logits(2, 3)
-    assert opd.topk_overlap(z, z * 7 + 1, 5).min() == 1
+def test_the_overlap_ignores_the_rank_inside_the_top_k():
     assert opd.topk_overlap(torch.tensor([[[2., 1, 0, 0]]]), torch.tensor([[[1., 2, 0, 0]]]), 2).item() == 1
 
 
@@ -260,7 +251,8 @@ def test_unrelated_models_overlap_by_k_over_v_and_not_by_zero():
 def test_every_alignment_metric_by_hand():
     """One valid position, k = 2, both shared: p_bar, q_bar are the first two tokens renormalised."""
     p, q, k = [.6, .2, .15, .05], [.3, .4, .2, .1], 2
-    got = opd.alignment(torch.tensor([[p, P4]]).log(), torch.tensor([[q, Q4]]).log(), torch.tensor([[1, 0]]), k)
+    student, teacher = torch.tensor([[p, P4]]).log(), torch.tensor([[q, Q4]]).log()
+    got = opd.alignment(student, teacher, torch.tensor([[1, 0]]), k)
     entropy_p, entropy_q = (-sum(x * math.log(x) for x in row) for row in (p, q))
     expected = {
         "overlap_ratio": 1.0, "overlap_mass_student": .8, "overlap_mass_teacher": .7,
@@ -273,25 +265,20 @@ def test_every_alignment_metric_by_hand():
 def test_alignment_is_the_mean_over_the_valid_positions_of_the_batch():
     z, t = logits(2, 3, seed=1), logits(2, 3, seed=2)
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    each = [opd.alignment(z[b:b + 1, i:i + 1], t[b:b + 1, i:i + 1], torch.ones(1, 1), 12) for b, i in mask.nonzero()]
+    one = torch.ones(1, 1)
+    each = [opd.alignment(z[b, i][None, None], t[b, i][None, None], one, 12) for b, i in mask.nonzero()]
     expected = {name: sum(row[name] for row in each) / 4 for name in each[0]}
     assert opd.alignment(z, t, mask, 12) == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_entropy_gap_does_not_cancel_between_positions():
-    flat, sharp = torch.zeros(V), torch.arange(V).float()
-    a, b = torch.stack([flat, sharp])[None], torch.stack([sharp, flat])[None]
-    got = opd.alignment(a, b, torch.ones(1, 2), 4)
-    assert got["entropy_student"] == pytest.approx(got["entropy_teacher"]) and got["entropy_gap"] > 1
 
 
 def test_a_position_where_nothing_is_shared_is_left_out_of_the_advantage():
     shared, disjoint = torch.tensor(P4).log(), torch.tensor([.05, .15, .3, .5]).log()
     student, ones = shared.expand(1, 2, 4), torch.ones(1, 2)
-    both = opd.alignment(student, torch.stack([torch.tensor(Q4).log(), disjoint])[None], ones, 2)
-    alone = opd.alignment(student[:, :1], torch.tensor([[Q4]]).log(), ones[:, :1], 2)
-    assert both["overlap_token_advantage"] == pytest.approx(alone["overlap_token_advantage"])
-    assert both["overlap_ratio"] == .25                       # while in the overlap it counts as 0
+    teacher = torch.stack([torch.tensor([.2, .6, .15, .05]).log(), disjoint])[None]
+    both = opd.alignment(student, teacher, ones, 2)
+    alone = opd.alignment(student[:, :1], teacher[:, :1], ones[:, :1], 2)
+    assert both["overlap_token_advantage"] == pytest.approx(alone["overlap_token_advantage"]) != 0
+    assert both["overlap_ratio"] == .5                        # while in the overlap it counts as 0
 
 
 def test_overlap_by_position_averages_eight_parts_and_skips_padding():
@@ -303,21 +290,17 @@ def test_overlap_by_position_averages_eight_parts_and_skips_padding():
     assert opd.overlap_by_position(overlap, torch.zeros(2, 16)) == [None] * 8
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Who goes on (section 5)
+# ---- 3. Who goes on (section 5) ----------------------------------------------------------------------------
 
 def test_the_horizon_is_a_staircase_up_to_the_cap():
     steps = {0: 512, 9: 512, 10: 768, 19: 768, 20: 1024, 1000: 2048}
     assert {step: opd.horizon(step, 512, 256, 10, 2048) for step in steps} == steps
-
-
-def test_a_horizon_without_growth_is_a_fixed_prefix():
-    assert {opd.horizon(step, 512, 0, 10, 2048) for step in range(100)} == {512}
-    assert opd.horizon(0, 512, 0, 10, 100) == 100
+    assert {opd.horizon(step, 512, 0, 10, 2048) for step in range(99)} == {512}    # a fixed prefix
 
 
 def test_select_prefixes_docstring_example():
-    assert opd.select_prefixes(torch.tensor([[.9, .8], [.2, .1]]), 3).tolist() == [[True, True], [True, False]]
+    keep = opd.select_prefixes(torch.tensor([[.9, .8], [.2, .1]]), 3)
+    assert keep.tolist() == [[True, True], [True, False]]
 
 
 def test_with_as_many_slots_as_prompts_each_prompt_keeps_exactly_its_best():
@@ -330,8 +313,9 @@ def test_with_as_many_slots_as_prompts_each_prompt_keeps_exactly_its_best():
 def test_slots_above_one_per_prompt_go_to_the_best_of_all_the_others(num_keep):
     score = torch.rand(8, 4, generator=torch.Generator().manual_seed(num_keep))
     best = [(p, int(score[p].argmax())) for p in range(8)]
-    others = sorted((pg for pg in itertools.product(range(8), range(4)) if pg not in best), key=lambda pg: -score[pg])
-    kept = {tuple(pg) for pg in opd.select_prefixes(score, num_keep).nonzero().tolist()}
+    others = {*itertools.product(range(8), range(4))} - {*best}
+    others = sorted(others, key=lambda place: -score[place])
+    kept = {tuple(place) for place in opd.select_prefixes(score, num_keep).nonzero().tolist()}
     assert kept == {*best, *others[:num_keep - 8]}
 
 
@@ -347,8 +331,8 @@ def test_select_prefixes_refuses_fewer_slots_than_prompts_or_more_than_candidate
 
 def test_drift_weights_by_hand_are_those_of_the_released_unit_test():
     w = opd.drift_weights(torch.tensor([[1, .5, 0]]), torch.ones(1, 3), .75, .1)
-    torch.testing.assert_close(w, torch.tensor([[1, .9, .8]]))
-    torch.testing.assert_close(w + .5, torch.tensor([[1.5, 1.4, 1.3]]))
+    close(w, torch.tensor([[1, .9, .8]]))
+    close(w + .5, torch.tensor([[1.5, 1.4, 1.3]]))
 
 
 def test_an_overlap_at_the_threshold_is_not_a_bad_event():
@@ -359,7 +343,8 @@ def test_reliability_never_recovers():
     overlap = torch.rand(4, 50, generator=torch.Generator().manual_seed(0))
     w = opd.drift_weights(overlap, torch.ones(4, 50), .5, .01)
     assert (w.diff(dim=-1) <= 0).all() and w[:, -1].max() < .9
-    assert (opd.drift_weights(torch.cat([overlap, torch.ones(4, 50)], 1), torch.ones(4, 100), .5, .01)[:, -1] == w[:, -1]).all()
+    longer = opd.drift_weights(torch.cat([overlap, torch.ones(4, 50)], 1), torch.ones(4, 100), .5, .01)
+    assert longer[:, -1].tolist() == w[:, -1].tolist()
 
 
 def test_a_hundred_bad_events_of_a_hundredth_use_reliability_up_and_end_the_reliable_length():
@@ -382,7 +367,15 @@ def test_the_cap_grows_when_a_tenth_of_the_rows_is_reliable_to_within_the_margin
     hits = torch.tensor([1948] + [0] * 9)
     assert opd.next_max_length(hits, 2048, 2, **CAP) == (2148, 0)          # and patience starts again
     assert opd.next_max_length(hits - 1, 2048, 0, **CAP) == (2048, 1)      # one token short of the boundary
-    assert opd.next_max_length(torch.tensor([2048] + [0] * 10), 2048, 0, **CAP) == (2048, 1)     # one in eleven
+    eleven = torch.tensor([2048] + [0] * 10)
+    assert opd.next_max_length(eleven, 2048, 0, **CAP) == (2048, 1)
+
+
+@pytest.mark.parametrize("ratio, hits, rows", [(.25, 1, 4), (.7, 7, 10)])
+def test_a_share_of_rows_that_equals_the_hit_ratio_is_a_hit(ratio, hits, rows):
+    """In float32 the share 7/10 is below .7."""
+    reliable = torch.tensor([2048] * hits + [0] * (rows - hits))
+    assert opd.next_max_length(reliable, 2048, 0, **{**CAP, "hit_ratio": ratio}) == (2148, 0)
 
 
 def test_the_cap_shrinks_after_three_misses_in_a_row():
@@ -400,8 +393,7 @@ def test_the_cap_stays_between_its_ends():
     assert opd.next_max_length(torch.full((4,), 1000), 1024, 0, **CAP) == (1024, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. Extrapolation, evaluation and cost (sections 7, 8, 10)
+# ---- 4. Extrapolation, evaluation and cost (sections 7, 8, 10) ---------------------------------------------
 
 def test_extrapolation_tries_1_plus_2k_times_the_update_from_the_anchor():
     seen = []
@@ -417,16 +409,17 @@ def test_extrapolation_tries_1_plus_2k_times_the_update_from_the_anchor():
     ([.5, .4], 0, 3.0), ([.5, .5], 0, 3.0), ([.5, .6, .6], 1, 5.0), ([.5, .6, .7, .1, 1], 2, 7.0)])
 def test_extrapolation_stops_at_the_first_try_that_is_not_strictly_better(scores, k, value):
     left = iter(scores)
-    accepted, got, tried = opd.extrapolate({"w": torch.tensor(3.0)}, {"w": torch.tensor(2.0)}, lambda weights: next(left))
+    now, anchor = {"w": torch.tensor(3.0)}, {"w": torch.tensor(2.0)}
+    accepted, got, tried = opd.extrapolate(now, anchor, lambda weights: next(left))
     assert (got, accepted["w"].item(), tried) == (k, value, scores[:k + 2])
 
 
 @FAMILIES
 def test_attention_and_mlp_move_and_embeddings_head_and_input_norms_stay(family):
-    names = set(opd.movable_weights(family(0)))
-    assert any("attn" in name for name in names) and any("mlp" in name for name in names)
-    assert not [name for name in names if any(
-        part in name for part in ("embed", "wte", "wpe", "lm_head", "input_layernorm", "ln_1", "ln_f", "model.norm"))]
+    names = " ".join(opd.movable_weights(family(0)))
+    assert "attn" in names and "mlp" in names
+    for part in ("embed", "wte", "wpe", "lm_head", "input_layernorm", "ln_1", "ln_f", "model.norm"):
+        assert part not in names
 
 
 def test_movable_weights_are_copies_that_later_updates_do_not_change():
@@ -470,39 +463,33 @@ def test_the_order_of_problems_depends_on_the_arguments_alone():
 
 
 def test_the_flops_of_a_step_by_hand():
-    """Models of 10 and 100 parameters with one layer of width 1; 2 prompt, 3 sampled tokens; the second row not trained on."""
-    two_rows = opd.step_flops((10, 1, 1), (100, 1, 1), torch.tensor([2, 2]), torch.tensor([3, 3]), torch.tensor([3, 0]))
+    """10 and 100 parameters, one layer of width 1; 2 + 3 tokens; the second row is not trained on."""
+    prompt, sampled, trained = torch.tensor([2, 2]), torch.tensor([3, 3]), torch.tensor([3, 0])
     student, teacher = 2 * 10 * 5 + 2 * 25, 2 * 100 * 5 + 2 * 25
-    assert two_rows == 2 * student + 2 * teacher + 3 * student
+    flops = opd.step_flops((10, 1, 1), (100, 1, 1), prompt, sampled, trained)
+    assert flops == 2 * student + 2 * teacher + 3 * student
 
 
-def leaf_calls():
-    z, t, mask = logits(2, 3, seed=1), logits(2, 3, seed=2), torch.ones(2, 3, dtype=torch.bool)
-    overlap, ids = torch.rand(2, 3), torch.randint(0, V, (2, 3))
-    return {
-        "topk_overlap": (z, t, 4), "alignment": (z, t, mask, 4), "overlap_by_position": (overlap, mask),
-        "select_prefixes": (overlap, 3), "drift_weights": (overlap, mask, .5, .1), "reliable_length": (overlap, mask),
-        "reverse_kl": (z, t), "reverse_kl_topk": (z, t, 4, "union"), "reverse_kl_sampled": (z, t, ids, True),
-        "mask_through_eos": (ids, {3, 5}), "extrapolate": ({"w": z}, {"w": t}, lambda weights: weights["w"].mean().item())}
+Z, T, OVERLAP, MASK = logits(2, 3, seed=1), logits(2, 3, seed=2), torch.rand(2, 3), torch.ones(2, 3).bool()
+LEAVES = {
+    "topk_overlap": (Z, T, 4), "alignment": (Z, T, MASK, 4), "overlap_by_position": (OVERLAP, MASK),
+    "select_prefixes": (OVERLAP, 3), "drift_weights": (OVERLAP, MASK, .5, .1),
+    "reliable_length": (OVERLAP, MASK), "reverse_kl": (Z, T), "reverse_kl_topk": (Z, T, 4, "union"),
+    "reverse_kl_sampled": (Z, T, MASK.long(), True), "mask_through_eos": (MASK.long(), {0}),
+    "extrapolate": ({"w": Z}, {"w": T}, lambda weights: weights["w"].sum())}
 
 
-@pytest.mark.parametrize("name", leaf_calls())
+@pytest.mark.parametrize("name", LEAVES)
 def test_a_leaf_function_changes_none_of_its_arguments(name):
-    arguments = leaf_calls()[name]
-    before = copy.deepcopy(arguments)
-    getattr(opd, name)(*arguments)
-    for now, then in zip(arguments, before):
-        if isinstance(now, torch.Tensor):
-            assert torch.equal(now, then)
-        elif isinstance(now, dict):
-            assert all(torch.equal(now[key], then[key]) for key in then)
+    before = str(LEAVES[name])
+    getattr(opd, name)(*LEAVES[name])
+    assert str(LEAVES[name]) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 5. Sampling (section 3)
+# ---- 5. Sampling (section 3) -------------------------------------------------------------------------------
 
 def test_pad_left_puts_padding_on_the_left_and_marks_it_by_length():
-    ids, mask = opd.pad_left([[PAD, 5], [6, 7, PAD]], PAD)    # a pad id inside a row is a token like the others
+    ids, mask = opd.pad_left([[PAD, 5], [6, 7, PAD]], PAD)    # inside a row the pad id is a token
     assert ids.tolist() == [[PAD, PAD, 5], [6, 7, PAD]]
     assert mask.tolist() == [[False, True, True], [True, True, True]]
 
@@ -515,83 +502,74 @@ def test_the_mask_ends_with_the_first_of_any_eos_ids_which_is_in_it(ids, eos_ids
     assert opd.mask_through_eos(torch.tensor([ids]), eos_ids).tolist() == [[t < length for t in range(4)]]
 
 
-def sample_first_tokens(model, rows=4000, **changes):
-    ids = torch.tensor([[3, 5, 7]]).expand(rows, 3)
+def chi_square_of_first_tokens(model, probs, **changes):
+    """4000 sampled first tokens against their probabilities: above 50 at p = .001."""
+    ids = torch.tensor([[3, 5, 7]]).expand(4000, 3)
+    settings = {**dict(max_new_tokens=1, vocab_size=V, eos_ids={END}, pad_id=PAD), **changes}
     torch.manual_seed(0)
-    return opd.generate(model, ids, torch.ones_like(ids), transformers.DynamicCache(config=model.config),
-                        **{**dict(max_new_tokens=1, vocab_size=V, eos_ids={END}, pad_id=PAD), **changes})[0].flatten()
+    cache = transformers.DynamicCache(config=model.config)
+    tokens = opd.generate(model, ids, torch.ones_like(ids), cache, **settings)[0].flatten()
+    assert tokens.max() < len(probs)
+    return ((torch.bincount(tokens, minlength=len(probs)) - 4000 * probs) ** 2 / (4000 * probs)).sum().item()
 
 
-def chi_square(tokens, probs):
-    expected = probs * len(tokens)
-    return ((torch.bincount(tokens, minlength=V)[:V] - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+FLAT = tiny_llama(0, initializer_range=.1)                    # every token is likely enough to be counted
+FLAT_LOGITS = FLAT(torch.tensor([[3, 5, 7]])).logits[0, -1].detach()
 
 
-def test_generation_settings_that_came_with_a_model_do_not_change_the_law_of_sampling():
-    """Any of them would make the samples off-policy to the logits that the loss is about, and nobody would notice."""
-    model = tiny_llama(0, initializer_range=.1)
+def test_generation_settings_that_came_with_a_model_do_not_change_the_law_of_sampling(monkeypatch):
+    """Each of them would make the samples off-policy to the logits that the loss is about, in silence."""
     shipped = transformers.GenerationConfig(
-        do_sample=True, temperature=.1, top_k=1, top_p=.3, repetition_penalty=5.0, suppress_tokens=[5, 6, 7, 8],
-        no_repeat_ngram_size=1, min_new_tokens=9, forced_eos_token_id=9, eos_token_id=END, pad_token_id=PAD)
-    model.generation_config = shipped
+        do_sample=True, temperature=.1, top_k=1, top_p=.3, repetition_penalty=5.0, suppress_tokens=[5, 6, 7],
+        no_repeat_ngram_size=1, min_new_tokens=9, forced_eos_token_id=9, **TOKENS)
+    monkeypatch.setattr(FLAT, "generation_config", shipped)
     before = shipped.to_dict()
-    probs = model(torch.tensor([[3, 5, 7]])).logits[0, -1].softmax(-1)
-    assert chi_square(sample_first_tokens(model), probs) < 50              # 23 degrees of freedom: p = .001
-    assert model.generation_config is shipped and shipped.to_dict() == before
+    assert chi_square_of_first_tokens(FLAT, FLAT_LOGITS.softmax(-1)) < 50
+    assert FLAT.generation_config is shipped and shipped.to_dict() == before
 
 
 def test_temperature_divides_the_logits_in_sampling():
-    model = tiny_llama(0, initializer_range=.1)
-    probs = (model(torch.tensor([[3, 5, 7]])).logits[0, -1] / .5).softmax(-1)
-    assert chi_square(sample_first_tokens(model, temperature=.5), probs) < 50
+    assert chi_square_of_first_tokens(FLAT, (FLAT_LOGITS / .5).softmax(-1), temperature=.5) < 50
 
 
 def test_rows_of_the_head_that_are_no_tokens_are_never_sampled():
     """The law is then the softmax over the first rows alone, as in the loss."""
-    model = tiny_llama(0, initializer_range=.1)
-    tokens = sample_first_tokens(model, vocab_size=6)
-    assert tokens.max() < 6
-    assert chi_square(tokens, torch.cat([model(torch.tensor([[3, 5, 7]])).logits[0, -1, :6].softmax(-1), torch.zeros(V - 6)])) < 25
+    assert chi_square_of_first_tokens(FLAT, FLAT_LOGITS[:6].softmax(-1), vocab_size=6) < 25
 
 
 def plain_generate(model, ids, mask, eos_ids, length):
     """One uninterrupted model.generate, with its own cache and its own positions."""
-    config = transformers.GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=sorted(eos_ids), pad_token_id=PAD)
+    config = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=length, eos_token_id=sorted(eos_ids), pad_token_id=PAD)
     return model.generate(ids, attention_mask=mask.long(), generation_config=config)[:, ids.shape[1]:]
 
 
 def staggered_ends(model, ids, mask):
-    """EOS ids with which greedy rows end in the first and in the second segment of 4, and some row not at all."""
-    free = plain_generate(model, ids, mask, {V}, 12)
-    for eos_ids in itertools.chain.from_iterable(itertools.combinations(range(1, V), size) for size in (2, 3)):
-        first = [next((t for t, token in enumerate(row) if token in eos_ids), 12) // 4 for row in free.tolist()]
-        if {0, 1, 3} <= set(first):
-            return set(eos_ids)
+    """EOS ids with which greedy rows end in the first and in the second segment of 4, and one not at all."""
+    free = plain_generate(model, ids, mask, {V}, 12).tolist()
+    for eos_ids in map(set, itertools.combinations(range(1, V), 3)):
+        ends = [next((t // 4 for t, token in enumerate(row) if token in eos_ids), None) for row in free]
+        if {0, 1, None} <= set(ends):
+            return eos_ids
 
 
 @FAMILIES
 def test_greedy_decoding_in_segments_with_rows_leaving_is_one_uninterrupted_generate(family):
     model, (ids, mask) = family(1), prompts(2, 7, 3, 5)
     eos_ids = staggered_ends(model, ids, mask)
-    out = opd.rollout(model, None, ids, mask, max_length=12, segment_length=4, vocab_size=V, eos_ids=eos_ids, pad_id=PAD,
-                      temperature=0)
-    expected, lengths = plain_generate(model, ids, mask, eos_ids, 12), out["response_mask"].sum(-1)
-    for row, (got, length) in enumerate(zip(out["response_ids"], lengths)):
-        assert got[:length].tolist() == expected[row, :length].tolist()
-        assert (expected[row, length:] == PAD).all() and (got[length:] == PAD).all()
+    out = roll(model, prompt=(ids, mask), eos_ids=eos_ids)
+    assert out["response_ids"].tolist() == plain_generate(model, ids, mask, eos_ids, 12).tolist()
 
 
 @FAMILIES
 def test_padding_is_invisible(family):
     student, teacher, lengths = family(1), family(2), (2, 7, 3, 5)
-    together = roll(student, teacher, lengths)
-    ids, mask = prompts(*lengths)
-    for row in range(4):
-        alone = opd.rollout(student, teacher, ids[row:row + 1, 7 - lengths[row]:], mask[row:row + 1, 7 - lengths[row]:],
-                            max_length=12, segment_length=4, vocab_size=V, eos_ids={END}, pad_id=PAD, temperature=0, overlap_k=4)
-        length = alone["response_mask"].sum()
-        assert together["response_ids"][row, :length].tolist() == alone["response_ids"][0, :length].tolist()
-        torch.testing.assert_close(together["teacher_hidden"][row], alone["teacher_hidden"][0], rtol=1e-3, atol=1e-4)
+    together, (ids, mask) = roll(student, teacher, lengths), prompts(*lengths)
+    for row, length in enumerate(lengths):
+        alone = roll(student, teacher, prompt=(ids[[row], -length:], mask[[row], -length:]))
+        n = alone["response_mask"].sum()
+        assert together["response_ids"][row, :n].tolist() == alone["response_ids"][0, :n].tolist()
+        close(together["teacher_hidden"][row], alone["teacher_hidden"][0], rtol=1e-3, atol=1e-4)
 
 
 def test_temperature_zero_ignores_the_seed_and_sampling_repeats_with_it():
@@ -607,15 +585,13 @@ def test_temperature_zero_ignores_the_seed_and_sampling_repeats_with_it():
 def test_an_eos_that_is_also_the_pad_id_stays_in_the_response():
     model, (ids, mask) = tiny_llama(1), prompts(2, 7, 3, 5)
     end = plain_generate(model, ids, mask, {V}, 12)[0, 2].item()
-    out = opd.rollout(model, None, ids, mask, max_length=12, segment_length=4, vocab_size=V, eos_ids={end}, pad_id=end,
-                      temperature=0)
+    out = roll(model, prompt=(ids, mask), eos_ids={end}, pad_id=end)
     rows = [ids[valid].tolist() for ids, valid in zip(out["response_ids"], out["response_mask"])]
     assert out["ended"].any()
     assert [row[-1] == end and row.count(end) == 1 for row in rows] == out["ended"].tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 6. Rollout and scoring (sections 4 and 9)
+# ---- 6. Rollout and scoring (sections 4 and 9) -------------------------------------------------------------
 
 STUDENT, TEACHER = tiny_llama(1), tiny_qwen3(2, hidden_size=48)            # read only
 ENDS = staggered_ends(STUDENT, *prompts(2, 5, 3, 4))
@@ -623,8 +599,9 @@ ENDS = staggered_ends(STUDENT, *prompts(2, 5, 3, 4))
 
 def test_the_topk_recorded_while_sampling_is_that_of_a_full_forward():
     ids, mask = prompts(4, 4)
-    new_ids, topk = opd.generate(STUDENT, ids, mask, transformers.DynamicCache(config=STUDENT.config), max_new_tokens=6,
-                                 vocab_size=V, eos_ids={V}, pad_id=PAD, temperature=1.0, record_k=5)
+    cache = transformers.DynamicCache(config=STUDENT.config)
+    new_ids, topk = opd.generate(
+        STUDENT, ids, mask, cache, max_new_tokens=6, vocab_size=V, eos_ids={V}, pad_id=PAD, record_k=5)
     full = STUDENT(torch.cat([ids, new_ids], 1)).logits[:, 3:-1]
     assert topk.tolist() == full.topk(5).indices.tolist()
 
@@ -634,7 +611,7 @@ def test_hidden_states_predict_the_column_they_are_asked_for():
     ids, mask = prompts(9)
     got = opd.head_logits(STUDENT, opd.hidden_states(STUDENT, ids, mask, 4), V)
     for column, row in zip(range(5, 9), got[0]):
-        torch.testing.assert_close(row, STUDENT(ids[:, :column]).logits[0, -1], rtol=1e-4, atol=1e-5)
+        close(row, STUDENT(ids[:, :column]).logits[0, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_states_of_the_teacher_from_segments_are_those_of_each_row_alone():
@@ -643,7 +620,8 @@ def test_hidden_states_of_the_teacher_from_segments_are_those_of_each_row_alone(
     out = roll(STUDENT, TEACHER, lengths, eos_ids=ENDS)
     assert 0 < out["ended"].sum() < 4
     for (ids, prompt), states in zip(rows_of(out, lengths), out["teacher_hidden"]):
-        torch.testing.assert_close(states, TEACHER.model(ids).last_hidden_state[0, prompt - 1:-1], rtol=1e-3, atol=1e-4)
+        expected = TEACHER.model(ids).last_hidden_state[0, prompt - 1:-1]
+        close(states, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_overlap_of_every_row_is_topk_overlap_on_full_logits():
@@ -651,12 +629,12 @@ def test_the_overlap_of_every_row_is_topk_overlap_on_full_logits():
     lengths = (2, 5, 3, 4)
     out = roll(STUDENT, TEACHER, lengths, eos_ids=ENDS)
     for row, (ids, prompt) in enumerate(rows_of(out, lengths)):
-        expected = opd.topk_overlap(STUDENT(ids).logits[:, prompt - 1:-1], TEACHER(ids).logits[:, prompt - 1:-1], 4)[0]
-        torch.testing.assert_close(out["overlap"][row], torch.nn.functional.pad(expected, (0, out["overlap"].shape[1] - len(expected))))
+        expected = opd.topk_overlap(STUDENT(ids).logits, TEACHER(ids).logits, 4)[0, prompt - 1:-1].tolist()
+        assert out["overlap"][row].tolist() == expected + [0] * (12 - len(expected))
 
 
 def forward_shapes(model):
-    """A list that fills with the (rows, columns) of every forward of the model; call the second value to stop."""
+    """A list that fills with (rows, columns) at every forward of the model, and a function that stops it."""
     shapes = []
     hook = model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
@@ -677,8 +655,9 @@ def test_rows_that_ended_leave_the_caches_of_both_models_at_the_next_border(who)
     shapes, stop = forward_shapes(who)
     out = roll(STUDENT, TEACHER, eos_ids=ENDS)
     stop()
-    still = [4 - (out["ended"] & (out["response_mask"].sum(-1) <= border)).sum().item() for border in (0, 4, 8)]
-    assert sorted({rows for rows, _ in shapes}) == sorted(set(still)) and still[2] < 4
+    lengths = out["response_mask"].sum(-1)
+    still = {4 - (out["ended"] & (lengths <= border)).sum().item() for border in (0, 4, 8)}
+    assert {rows for rows, _ in shapes} == still and len(still) == 3
 
 
 def guided(lengths=(3, 3, 3, 3, 3, 3), student=STUDENT, **changes):
@@ -701,25 +680,22 @@ def test_the_probe_window_is_all_that_counts_for_the_score():
     assert out["kept"].tolist() == opd.select_prefixes(out["overlap"][:, 0].view(3, 2), 4).flatten().tolist()
 
 
-def test_rows_that_ended_in_the_prefix_are_kept_and_take_no_slot_while_another_row_wants_it():
-    for seed in range(20):                                    # until some rows end early and some do not
+def test_rows_that_ended_in_the_prefix_stay_and_take_no_slot_from_others():
+    for seed in range(99):                                    # until just one row ends in its prefix
         torch.manual_seed(seed)
-        out = guided(eos_ids={2, 3, 4})
+        out = guided(eos_ids={2, 3}, probe_window=3)
         early = out["ended"] & (out["response_mask"].sum(-1) <= 6)
-        if 2 <= early.sum() <= 3 and (early.view(3, 2).sum(-1) == 2).any() is not True:
+        if early.sum() == 1:
             break
-    assert 2 <= early.sum() <= 3 and out["kept"][early].all()
-    pairs = early.view(3, 2)
-    wanting = (~early).sum().item()
-    empty_prompts = pairs.all(-1).sum().item()                # a prompt whose candidates all ended needs no slot
-    assert (out["kept"] & ~early).sum().item() == min(wanting, 4 - empty_prompts)
-    assert (out["kept"] & ~early).sum() >= 3 - empty_prompts
+    assert out["kept"][early].all()
+    assert (out["kept"] & ~early).sum() == 4                  # all four slots went to rows that can use them
 
 
 def test_prune_stops_rows_in_flight_at_the_first_border_where_their_reliability_is_used_up():
     """Four bad tokens of a quarter each, and a border after 3, 6 and 9 tokens."""
     out = roll(STUDENT, TEACHER, eos_ids={V}, segment_length=3, drift=(1.1, .25))
-    assert out["response_mask"].sum(-1).tolist() == [6] * 4 and not out["kept"].any() and not out["ended"].any()
+    assert out["response_mask"].sum(-1).tolist() == [6] * 4
+    assert not out["kept"].any() and not out["ended"].any()
 
 
 def test_prune_stops_no_row_in_flight_without_drift_and_none_that_is_reliable():
@@ -732,27 +708,20 @@ def test_a_row_that_ended_is_not_called_dropped_by_drift():
     assert out["kept"].tolist() == out["ended"].tolist() and out["ended"].any()
 
 
-def test_the_rollout_of_a_prefix_is_the_start_of_the_full_rollout():
-    torch.manual_seed(0)
-    full = roll(STUDENT, TEACHER, eos_ids={V}, temperature=1.0)
-    torch.manual_seed(0)
-    prefix = roll(STUDENT, TEACHER, eos_ids={V}, temperature=1.0, max_length=4)
-    assert prefix["response_ids"].tolist() == full["response_ids"][:, :4].tolist()
-    torch.testing.assert_close(prefix["overlap"], full["overlap"][:, :4])
-
-
 def test_the_tokens_do_not_depend_on_the_segment_length_nor_on_a_teacher():
     expected = roll(STUDENT, eos_ids=ENDS)["response_ids"].tolist()
     for segment_length in (1, 5, 12, 100):
-        assert roll(STUDENT, TEACHER, eos_ids=ENDS, segment_length=segment_length)["response_ids"].tolist() == expected
+        out = roll(STUDENT, TEACHER, eos_ids=ENDS, segment_length=segment_length)
+        assert out["response_ids"].tolist() == expected
 
 
 @pytest.mark.parametrize("family, setting", [
-    ("Gemma2", {"final_logit_softcapping": .5}), ("Cohere", {"logit_scale": .3}), ("Granite", {"logits_scaling": 4.0})])
+    ("Gemma2", {"final_logit_softcapping": .5}), ("Cohere", {"logit_scale": .3}),
+    ("Granite", {"logits_scaling": 4.0})])
 def test_head_logits_are_the_logits_of_models_with_a_softcap_or_a_scale(family, setting):
     model, (ids, mask) = tiny(family, 0, **setting), prompts(6)
     expected = model(ids).logits
-    torch.testing.assert_close(opd.head_logits(model, model.base_model(ids).last_hidden_state, V), expected)
+    close(opd.head_logits(model, model.base_model(ids).last_hidden_state, V), expected)
     plain = model.lm_head(model.base_model(ids).last_hidden_state)
     assert (plain - expected).abs().max() > .1                # so the setting is no decoration
 
@@ -761,15 +730,15 @@ def test_heads_of_two_widths_are_cut_to_the_vocabulary_they_share():
     wide = tiny_llama(0, vocab_size=V + 8)
     ids, _ = prompts(6)
     cut = opd.head_logits(wide, wide.base_model(ids).last_hidden_state, V)
-    torch.testing.assert_close(cut, wide(ids).logits[..., :V])
+    close(cut, wide(ids).logits[..., :V])
     assert roll(wide, TEACHER, eos_ids={V}, temperature=3.0)["response_ids"].max() < V
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 7. One update (section 10)
+# ---- 7. One update (section 10) ----------------------------------------------------------------------------
 
 LENGTHS = (2, 5, 3, 4)
-LOSSES = {"reverse_kl": lambda p, q, ids: opd.reverse_kl(p, q), "topk": lambda p, q, ids: opd.reverse_kl_topk(p, q, 4),
+LOSSES = {"reverse_kl": lambda p, q, ids: opd.reverse_kl(p, q),
+          "topk": lambda p, q, ids: opd.reverse_kl_topk(p, q, 4),
           "sampled": lambda p, q, ids: opd.reverse_kl_sampled(p, q, ids)}
 
 
@@ -779,16 +748,23 @@ def make_batch(student, teacher, **changes):
     out = roll(student, teacher, LENGTHS, **{**dict(eos_ids={2, 3}, temperature=1.0), **changes})
     prompt_ids, prompt_mask = prompts(*LENGTHS)
     weight = torch.rand(out["overlap"].shape, generator=torch.Generator().manual_seed(0)) + .5
-    return {**out, "prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "loss_mask": out["response_mask"], "token_weight": weight}
+    return dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=out["response_mask"],
+                token_weight=weight)
+
+
+def gradients_of(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def update(student, teacher, batch, loss="reverse_kl", lr=0.0, **changes):
     """train_step with a learning rate of 0 -> (its metrics, the gradient of every parameter)."""
     settings = dict(
-        micro_batch_size=2, max_grad_norm=1e9, token_loss=LOSSES.get(loss, loss), measure=lambda p, q: opd.alignment(p, q, None, 4),
-        student_head=lambda hidden: opd.head_logits(student, hidden, V), teacher_head=lambda hidden: opd.head_logits(teacher, hidden, V))
-    metrics = opd.train_step(student, torch.optim.SGD(student.parameters(), lr=lr), batch, **{**settings, **changes})
-    return metrics, {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+        micro_batch_size=2, max_grad_norm=1e9, token_loss=LOSSES.get(loss, loss),
+        measure=lambda p, q: opd.alignment(p, q, None, 4),
+        student_head=lambda hidden: opd.head_logits(student, hidden, V),
+        teacher_head=lambda hidden: opd.head_logits(teacher, hidden, V))
+    optimizer = torch.optim.SGD(student.parameters(), lr=lr)
+    return opd.train_step(student, optimizer, batch, **{**settings, **changes}), gradients_of(student)
 
 
 def plain_gradients(student, teacher, batch, token_loss):
@@ -801,13 +777,13 @@ def plain_gradients(student, teacher, batch, token_loss):
             weight = batch["token_weight"][row, :ids.shape[1] - prompt]
             total = total + (token_loss(p, q, ids[:, prompt:]) * weight).sum() / count
     total.backward()
-    return total.item(), {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    return total.item(), gradients_of(student)
 
 
 def assert_same(a, b, tolerance=1e-6):
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=tolerance)
+        close(a[name], b[name], rtol=1e-4, atol=tolerance)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -821,7 +797,8 @@ def test_the_gradients_are_those_of_plain_autograd_on_full_logits(family, loss):
     assert_same(grads, plain, tolerance=3e-6)
 
 
-@pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"chunk_tokens": 1}, {"chunk_tokens": 5}], ids=str)
+@pytest.mark.parametrize("change", [
+    {"micro_batch_size": 1}, {"micro_batch_size": 3}, {"chunk_tokens": 1}, {"chunk_tokens": 5}], ids=str)
 def test_the_gradients_do_not_depend_on_how_the_step_is_cut_into_pieces(change):
     """The normaliser is of the whole step: a mean per micro-batch would favour the tokens of short rows."""
     student = tiny_llama(1)
@@ -862,15 +839,15 @@ def test_rows_outside_the_loss_mask_give_no_gradient_and_do_not_count():
 def test_a_loss_on_the_prefix_of_a_full_rollout_is_the_loss_on_a_truncated_rollout():
     """So what a prefix method does not train on it need not sample. The normaliser is the only difference."""
     student = tiny_llama(1)
-    full, prefix = make_batch(student, TEACHER, eos_ids={V}), make_batch(student, TEACHER, eos_ids={V}, max_length=4)
+    full, prefix = (make_batch(student, TEACHER, eos_ids={V}, max_length=length) for length in (12, 4))
     prefix["token_weight"] = torch.ones(4, 4)
-    full["token_weight"] = (torch.arange(12) < 4).float().expand(4, 12) * 3          # 12 tokens to count instead of 4
+    full["token_weight"] = (torch.arange(12) < 4).float().expand(4, 12) * 3      # 12 tokens count, not 4
     assert_same(update(student, TEACHER, full)[1], update(student, TEACHER, prefix)[1])
 
 
 def test_a_loss_mask_shorter_than_the_rollout_takes_the_matching_teacher_states():
     student = tiny_llama(1)
-    full, prefix = make_batch(student, TEACHER, eos_ids={V}), make_batch(student, TEACHER, eos_ids={V}, max_length=4)
+    full, prefix = (make_batch(student, TEACHER, eos_ids={V}, max_length=length) for length in (12, 4))
     full["loss_mask"] = full["response_mask"] & (torch.arange(12) < 4)
     full["token_weight"], prefix["token_weight"] = torch.ones(4, 12), torch.ones(4, 4)
     assert_same(update(student, TEACHER, full)[1], update(student, TEACHER, prefix)[1])
@@ -878,8 +855,8 @@ def test_a_loss_mask_shorter_than_the_rollout_takes_the_matching_teacher_states(
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(loss):
-    student = tiny_llama(1)
-    metrics, grads = update(student, copy.deepcopy(student), make_batch(student, copy.deepcopy(student)), loss)
+    student, teacher = tiny_llama(1), tiny_llama(1)
+    metrics, grads = update(student, teacher, make_batch(student, teacher), loss)
     assert abs(metrics["loss"]) < 1e-5 and metrics["grad_norm"] < 1e-3
     assert metrics["overlap_ratio"] == 1 and abs(metrics["reverse_kl"]) < 1e-5
 
@@ -892,16 +869,7 @@ def test_a_loss_that_is_not_finite_is_raised_before_any_weight_changes():
     assert_same(before, dict(student.named_parameters()), tolerance=0)
 
 
-def test_the_gradient_is_clipped_and_its_norm_before_that_is_reported():
-    student = tiny_llama(1)
-    batch = make_batch(student, TEACHER)
-    metrics, grads = update(student, TEACHER, batch, max_grad_norm=.01)
-    norm = torch.stack([grad.norm() for grad in grads.values()]).norm().item()
-    assert norm == pytest.approx(.01, rel=1e-3) and metrics["grad_norm"] > .1
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 8. Data and grading (section 2)
+# ---- 8. Data and grading (section 2) -----------------------------------------------------------------------
 
 def write(path, *records, text=None):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -910,21 +878,21 @@ def write(path, *records, text=None):
 
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+3?"}]
-DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
-        "(without quotes) where $Answer is the answer to the problem.\n\n2+3?\n\nRemember to put your answer on its own line "
-        "after \"Answer:\".")
+DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form "
+        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n2+3?\n\n"
+        "Remember to put your answer on its own line after \"Answer:\".")
 
 
 @pytest.mark.parametrize("record, answer", [
-    ({"problem": "2+3?", "answer": "\\frac{5}{1}", "solution": "long"}, "\\frac{5}{1}"),         # MATH-500, AIME
+    ({"problem": "2+3?", "answer": "\\frac{5}{1}", "solution": "long"}, "\\frac{5}{1}"),   # MATH-500, AIME
     ({"problem": "2+3?", "answer": 5}, "5"),
-    ({"question": "2+3?", "answer": "2 and 3 give 5.\n#### 5"}, "5"),                            # GSM8K
-    ({"question": "2+3?", "final_answer": "5"}, "5"),                                            # DeepMath
-    ({"prompt": "2+3?", "solution": "5"}, "5"),                                                  # DAPO, processed
-    ({"prompt": CHAT, "solution": "$5$"}, "5"),                                                  # DeepMath of TRL
-    ({"prompt": CHAT, "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),             # verl
+    ({"question": "2+3?", "answer": "2 and 3 give 5.\n#### 5"}, "5"),   # GSM8K
+    ({"question": "2+3?", "final_answer": "5"}, "5"),   # DeepMath
+    ({"prompt": "2+3?", "solution": "5"}, "5"),   # DAPO, processed
+    ({"prompt": CHAT, "solution": "$5$"}, "5"),   # DeepMath of TRL
+    ({"prompt": CHAT, "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),   # verl
     ({"prompt": [{"role": "user", "content": DAPO}], "reward_model": {"ground_truth": "5"}}, "5"),
-    ({"problem": "2+3?", "solution": "So \\boxed{4}, no, \\boxed{5}."}, "5"),                    # NuminaMath
+    ({"problem": "2+3?", "solution": "So \\boxed{4}, no, \\boxed{5}."}, "5"),   # NuminaMath
     ({"messages": [*CHAT, {"role": "assistant", "content": "\\boxed{5}"}]}, "5"),
     ({"problem": "2+3?"}, None)], ids=lambda value: None if isinstance(value, dict) else str(value))
 def test_load_problems_reads_the_shape_of_the_usual_data_sets(tmp_path, record, answer):
@@ -945,7 +913,8 @@ def test_a_line_separator_inside_a_string_does_not_end_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
-    ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3"), ('{"text": "a", "id": 1}\n', "text, id"), ('"just a string"\n', "line 1"),
+    ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3"), ('{"text": "a", "id": 1}\n', "text, id"),
+    ('"just a string"\n', "line 1"),
     ("", "empty"), ("\n\n", "empty"), ('{"problem": null}\n', "problem"), ('{"problem": 5}\n', "line 1"),
     ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "line 1")])
 def test_a_file_that_cannot_be_read_is_a_value_error_that_says_where(tmp_path, text, says):
@@ -962,20 +931,24 @@ def test_parquet_without_pandas_says_what_to_install(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text, content", [
-    (r"\boxed{1} no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{2", "1"), ("42", None), (r"\boxed{", None),
-    (r"\boxed{ \{1,2\} }", r" \{1,2\} "), (r"\boxed {3}", "3"), (r"\boxed{}", ""), (r"\boxed{\left\{ 1 \right\}}", r"\left\{ 1 \right\}")])
+    (r"\boxed{1} no, \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{2", "1"), ("42", None),
+    (r"\boxed{", None), (r"\boxed{ \{1,2\} }", r" \{1,2\} "), (r"\boxed {3}", "3"), (r"\boxed{}", ""),
+    (r"\boxed{\left\{ 1 \right)}", r"\left\{ 1 \right)")])
 def test_last_boxed_is_the_last_box_that_closes(text, content):
     assert opd.last_boxed(text) == content
 
 
 @pytest.mark.parametrize("response, gold, right", [
-    (r"so \boxed{33}", "33", True), ("so 33", "33", False), (r"so $12+21=33$ and then", "33", False), (r"\boxed{33", "33", False),
+    (r"so \boxed{33}", "33", True), ("so 33", "33", False), (r"so $12+21=33$ and", "33", False),
+    (r"so \boxed{33", "33", False),
     (r"\boxed{33} no, \boxed{34}", "33", False), (r"\boxed{34} no, \boxed{33}", "33", True),
     (r"<think>\boxed{33}</think> 34", "33", False), (r"<think>\boxed{34}</think> \boxed{33}", "33", True),
-    (r"\boxed{033}", "33", True), (r"\boxed{$33$}", r"\boxed{33}", True), (r"\boxed{0.5}", r"\frac{1}{2}", True),
-    (r"\boxed{10\%}", "0.1", True), (r"\boxed{1,234}", "1234", True), (r"\boxed{}", "33", False), (r"\boxed{\frac{}}", "33", False),
-    (r"\boxed{(3, \pi/2)}", r"\left( 3, \frac{\pi}{2} \right)", True), (r"\boxed{3}", r"\left( 3, \frac{\pi}{2} \right)", False),
-    (r"\boxed{(1,2)}", "1<x<2", True)])                       # math-verify says no to gold and answer exchanged
+    (r"\boxed{033}", "33", True), (r"\boxed{$33$}", r"\boxed{33}", True),
+    (r"\boxed{0.5}", r"\frac{1}{2}", True),
+    (r"\boxed{10\%}", "0.1", True), (r"\boxed{1,234}", "1234", True), (r"\boxed{}", "33", False),
+    (r"\boxed{\frac{}}", "33", False), (r"\boxed{(3, \pi/2)}", r"\left( 3, \frac{\pi}{2} \right)", True),
+    (r"\boxed{3}", r"\left( 3, \frac{\pi}{2} \right)", False),
+    (r"\boxed{(1,2)}", "1<x<2", True), (r"\boxed{1<x<2}", "(1,2)", False)])    # math-verify is not symmetric
 def test_grading(response, gold, right):
     """The last balanced box after any </think>, and nothing else, is the answer."""
     assert opd.is_correct(response, gold) is right
@@ -1028,47 +1001,37 @@ def test_every_gold_answer_of_the_data_sets_is_right_in_a_box_and_wrong_without(
             assert opd.is_correct(f"So \\boxed{{{gold}}}.", gold), problem
             assert not opd.is_correct(f"So {gold}.", gold), problem
             assert not opd.is_correct(f"So ${gold}$, that is \\boxed{{{gold}", gold), problem
-            assert not opd.is_correct(f"\\boxed{{{gold}}}, or rather \\boxed{{-{len(gold)}987}}", gold), problem
-            assert opd.is_correct(f"\\boxed{{-{len(gold)}987}}, or rather \\boxed{{{gold}}}", gold), problem
+            assert not opd.is_correct(f"\\boxed{{{gold}}} or rather \\boxed{{-98765}}", gold), problem
+            assert opd.is_correct(f"\\boxed{{-98765}} or rather \\boxed{{{gold}}}", gold), problem
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 9. The command line (sections 1, 12, 13)
+# ---- 9. The command line (sections 1, 12, 13) --------------------------------------------------------------
 
 def test_defaults_are_the_papers_for_real_models_and_small_for_the_tiny_world():
-    real = opd.parse_args(["--student", "a", "--teacher", "b", "--train_file", "c"])
-    world = opd.parse_args([])
-    assert (real.overlap_k, real.num_generations, real.batch_size, real.learning_rate, real.temperature) == (16, 4, 64, 1e-6, 1)
-    assert (real.drift_threshold, real.w_drop, real.w_base, real.cap_init, real.cap_min, real.cap_max) == (.7, .01, .5, 2048, 1024, 12288)
-    assert (real.eval_samples, real.eval_temperature, real.eval_top_p, real.eval_max_new_tokens) == (16, .7, .95, 31744)
+    real, world = opd.parse_args("--student a --teacher b --train_file c".split()), opd.parse_args([])
+    papers = dict(
+        overlap_k=16, num_generations=4, batch_size=64, learning_rate=1e-6, temperature=1, drift_threshold=.7,
+        w_drop=.01, w_base=.5, cap_init=2048, cap_min=1024, cap_max=12288, eval_samples=16,
+        eval_temperature=.7, eval_top_p=.95, eval_max_new_tokens=31744)
+    assert {name: vars(real)[name] for name in papers} == papers
     assert world.max_new_tokens < 200 and world.learning_rate > 1e-4
-    assert opd.parse_args(["--learning_rate", "0.5"]).learning_rate == .5          # a given flag wins in the tiny world too
+    assert opd.parse_args(["--learning_rate", "0.5"]).learning_rate == .5        # a flag that is given wins
 
 
 def test_names_of_other_trainers_are_understood():
-    args = opd.parse_args(["--model_name_or_path", "a", "--teacher_model_name_or_path", "b", "--train_file", "c", "d",
-                           "--max_completion_length", "77"])
+    args = opd.parse_args("--model_name_or_path a --teacher_model_name_or_path b --train_file c d "
+                          "--max_completion_length 77".split())
     assert (args.student, args.teacher, args.train_file, args.max_new_tokens) == ("a", "b", ["c", "d"], 77)
-
-
-def test_help_names_every_method_and_a_paper_for_it(capsys):
-    with pytest.raises(SystemExit) as stop:
-        opd.parse_args(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert all(word in text for word in ("prefix-guided", "PG-OPD", "Prune-OPD", "FastOPD", "POPD", "EffOPD", "Rethinking-OPD"))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with two models (the teacher's head has 8 rows more), problems, and what can be wrong with either."""
+    """Two models (the teacher's head has 8 rows more), problems, and what can be wrong with either."""
     folder = tmp_path_factory.mktemp("world")
-    tokenizer = opd.tiny_tokenizer(WORDS)
     for name, model, words in (
-            ("student", tiny_qwen3(1), WORDS), ("teacher", tiny_qwen3(2, hidden_size=48, vocab_size=V + 8), WORDS),
-            ("other", tiny_qwen3(3), WORDS[:6] + WORDS[6:][::-1]),
-            ("falcon", tiny("FalconH1", 0, lm_head_multiplier=.3, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
-                            mamba_n_groups=1, mamba_d_state=8), WORDS)):
+            ("student", tiny_qwen3(1), WORDS), ("other", tiny_qwen3(3), WORDS[:6] + WORDS[6:][::-1]),
+            ("teacher", tiny_qwen3(2, hidden_size=48, vocab_size=V + 8), WORDS),
+            ("falcon", tiny("FalconH1", 0, **FALCON), WORDS)):
         model.save_pretrained(folder / name)
         opd.tiny_tokenizer(words).save_pretrained(folder / name)
     shutil.copytree(folder / "teacher", folder / "broken")
@@ -1085,20 +1048,22 @@ def world(tmp_path_factory):
     return folder
 
 
-SMALL = dict(prompt_template="{problem}", batch_size=2, num_generations=2, max_new_tokens=12, segment_length=4, prefix_length=6,
-             probe_window=4, overlap_k=4, horizon_start=4, horizon_growth=4, horizon_every=1, cap_init=8, cap_min=4, cap_max=12,
-             cap_step=2, cap_margin=2, max_steps=2, learning_rate=1e-3, eval_samples=1, eval_max_new_tokens=12, eval_every=0,
-             validation_size=3, dtype="float32", device="cpu")
+SMALL = dict(
+    prompt_template="{problem}", batch_size=2, num_generations=2, max_new_tokens=12, segment_length=4,
+    prefix_length=6, probe_window=4, overlap_k=4, horizon_start=4, horizon_growth=4, horizon_every=1,
+    cap_init=8, cap_min=4, cap_max=12, cap_step=2, cap_margin=2, max_steps=2, learning_rate=1e-3,
+    eval_samples=1, eval_max_new_tokens=12, eval_every=0, validation_size=3, dtype="float32", device="cpu")
 
 
 def command(world, out, **changes):
-    """A command line for the small world. A change to None leaves the flag out, one to True gives it without a value."""
-    flags = {**SMALL, "student": world / "student", "teacher": world / "teacher", "train_file": world / "train.jsonl",
-             "eval_file": world / "eval.jsonl", "output_dir": out, **changes}
+    """A command line for the small world. A change to None leaves a flag out, to True gives it no value."""
+    flags = {**SMALL, **{name: world / name for name in ("student", "teacher")}, "output_dir": out,
+             **{f"{name}_file": world / f"{name}.jsonl" for name in ("train", "eval")}, **changes}
     argv = []
     for name, value in flags.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
         if value is not None:
-            argv += [f"--{name}"] + ([] if value is True else [str(part) for part in (value if isinstance(value, list) else [value])])
+            argv += [f"--{name}", *(str(part).replace("{world}", str(world)) for part in values)]
     return argv
 
 
@@ -1131,17 +1096,17 @@ MISTAKES = {
     "training without problems": (dict(train_file=None), "--train_file"),
     "an overlap of more tokens than there are": (dict(overlap_k=V + 1), "--overlap_k 25"),
     "fewer answers than extrapolation asks for": (dict(extrapolate=True, validation_size=10), "10"),
-    "fewer answers than that once long prompts are left out": (dict(extrapolate=True, validation_size=9, max_prompt_length=5), "9"),
+    "fewer answers once long prompts are left out":
+        (dict(extrapolate=True, validation_size=9, max_prompt_length=5), "9"),
     "an output folder that cannot be made": (dict(output_dir="{world}/bad.jsonl/out"), "bad.jsonl"),
-    "two evaluation files of one name": (dict(eval_file=["{world}/eval.jsonl", "{world}/again/eval.jsonl"]), "eval"),
+    "two evaluation files of one name":
+        (dict(eval_file=["{world}/eval.jsonl", "{world}/again/eval.jsonl"]), "eval"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_users_mistake_ends_in_one_line_and_status_2_with_nothing_written(mistake, world, tmp_path, capfd):
     changes, says = MISTAKES[mistake]
-    place = lambda value: value.format(world=world) if isinstance(value, str) else value
-    changes = {name: [place(part) for part in value] if isinstance(value, list) else place(value) for name, value in changes.items()}
     transformers.utils.logging.disable_progress_bar()
     with pytest.raises(SystemExit) as stop:
         opd.main(command(world, tmp_path / "out", **changes))
@@ -1152,12 +1117,11 @@ def test_a_users_mistake_ends_in_one_line_and_status_2_with_nothing_written(mist
 
 
 def test_a_chat_prompt_has_the_templates_special_tokens_once():
-    tokenizer = opd.tiny_tokenizer(WORDS)
-    assert opd.encode_prompts(tokenizer, ["1 2"], "{problem}") == [tokenizer.convert_tokens_to_ids(["<user>", "1", "2", "<solve>"])]
+    ids = opd.encode_prompts(opd.tiny_tokenizer(WORDS), ["1 2"], "{problem}")
+    assert [[WORDS[token] for token in row] for row in ids] == [["<user>", "1", "2", "<solve>"]]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 10. From end to end
+# ---- 10. From end to end -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss", opd.CHOICES["loss"])
 @pytest.mark.parametrize("method", opd.CHOICES["method"])
@@ -1176,8 +1140,13 @@ def first_run(world, tmp_path_factory):
     return out, *train(world, out, max_steps=4)
 
 
+def same_weights(a, b):
+    a, b = (transformers.AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (a, b))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
 def repeatable(lines):
-    return [{name: value for name, value in line.items() if not name.startswith(("time", "peak_memory"))} for line in lines]
+    return [{name: line[name] for name in line if not name.startswith(("time", "peak"))} for line in lines]
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(world, tmp_path, first_run):
@@ -1191,29 +1160,32 @@ def test_evaluating_more_often_does_not_change_training(world, tmp_path, first_r
 
 
 def test_every_step_logs_the_documented_names(first_run):
-    names = """step loss reverse_kl overlap_ratio overlap_token_advantage overlap_mass_student overlap_mass_teacher entropy_student
-        entropy_teacher entropy_gap overlap_by_position response_length truncated_fraction kept_fraction repetition generated_tokens
-        teacher_tokens trained_tokens flops time_rollout time_teacher time_update peak_memory_gb grad_norm""".split()
+    names = """step loss reverse_kl overlap_ratio overlap_token_advantage overlap_mass_student
+        overlap_mass_teacher entropy_student entropy_teacher entropy_gap overlap_by_position response_length
+        truncated_fraction kept_fraction repetition generated_tokens teacher_tokens trained_tokens flops
+        time_rollout time_teacher time_update peak_memory_gb grad_norm""".split()
     for line in first_run[2]:
         assert set(names) <= set(line) and len(line["overlap_by_position"]) == 8
 
 
 def test_every_evaluation_logs_its_result_and_its_sampling_settings(first_run):
-    names = """avg_at_n se pass_at_n mean_length truncated_fraction no_box_fraction temperature top_p max_new_tokens seed""".split()
-    assert [(line["step"], line["model"]) for line in first_run[3]] == [(0, "teacher"), (0, "student"), (4, "student")]
+    names = """avg_at_n se pass_at_n mean_length truncated_fraction no_box_fraction temperature top_p
+        max_new_tokens seed""".split()
+    graded = [(line["step"], line["model"]) for line in first_run[3]]
+    assert graded == [(0, "teacher"), (0, "student"), (4, "student")]
     assert all(set(names) <= set(line["eval"]["eval"]) for line in first_run[3])
 
 
 def test_every_graded_answer_is_a_line_of_samples(first_run):
-    samples = [json.loads(line) for line in (first_run[0] / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 3 * 3 and {"problem", "answer", "response", "correct", "truncated"} <= set(samples[0])
+    samples = [json.loads(line) for line in open(first_run[0] / "samples.jsonl")]
+    assert len(samples) == 3 * 3 and {"problem", "answer", "response", "correct"} <= set(samples[0])
 
 
 def test_a_checkpoint_is_a_model_folder_like_any_other(world, first_run):
     folder = first_run[0] / "checkpoint-4"
-    trained, start = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (folder, world / "student"))
-    assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab() == opd.tiny_tokenizer(WORDS).get_vocab()
-    assert trained.dtype == torch.float32 and not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == opd.tiny_tokenizer(WORDS).get_vocab() and tokenizer.chat_template
+    assert not same_weights(folder, world / "student")
 
 
 def test_where_everything_sampled_is_trained_on_the_three_token_counts_are_one(first_run):
@@ -1239,13 +1211,22 @@ def test_a_growing_horizon_and_a_moving_cap_show_in_the_length_of_rollouts(world
 def test_prune_weighs_a_token_by_its_reliability_plus_w_base(world, tmp_path):
     """Reliability 0 everywhere and 1 everywhere: the losses of the first step are as .5 to 1.5."""
     def loss(**changes):
-        return train(world, tmp_path, max_steps=1, method="prune", no_prune_in_flight=True, **changes)[1][0]["loss"]
+        changes.update(max_steps=1, method="prune", no_prune_in_flight=True)
+        return train(world, tmp_path, **changes)[1][0]["loss"]
     assert loss(w_drop=1, drift_threshold=1.1) * 3 == pytest.approx(loss(drift_threshold=0), rel=1e-4)
 
 
+def test_temperature_divides_the_logits_of_both_models_in_the_loss(world, tmp_path):
+    """So that the loss scores the law that was sampled from. At a huge temperature both are uniform."""
+    step = train(world, tmp_path, max_steps=1, temperature=1e6)[1][0]
+    assert step["entropy_student"] == pytest.approx(math.log(V)) == step["entropy_teacher"]
+    assert abs(step["loss"]) < 1e-4
+
+
 def test_prefixes_of_candidates_that_lost_are_trained_on_only_when_asked_for(world, tmp_path):
-    without = train(world, tmp_path, method="prefix-guided")[1][0]
-    with_them = train(world, tmp_path, method="prefix-guided", train_pruned_prefix=True)[1][0]
+    flags = dict(method="prefix-guided", num_generations=8)
+    without = train(world, tmp_path, **flags)[1][0]
+    with_them = train(world, tmp_path, **flags, train_pruned_prefix=True)[1][0]
     assert without["generated_tokens"] == with_them["generated_tokens"] == with_them["trained_tokens"]
     assert without["trained_tokens"] < without["generated_tokens"]
 
@@ -1272,33 +1253,28 @@ def test_eval_only_grades_a_model_file_by_file(world, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith("checkpoint")]
 
 
+def evaluate(*golds):
+    problems = [{"problem": "1", "answer": gold} for gold in golds]
+    return opd.evaluate(
+        STUDENT, opd.tiny_tokenizer(WORDS), problems, [[2, 7, 3]] * len(golds), num_samples=3, seed=5,
+        rows_per_batch=4, decoding=dict(SAMPLING, max_length=8, temperature=1.0, top_p=1.0))
+
+
 def test_evaluation_draws_from_a_random_stream_of_its_own():
-    def evaluate():
-        return opd.evaluate(
-            STUDENT, opd.tiny_tokenizer(WORDS), [{"problem": "1", "answer": "1"}] * 2, [[2, 7, 3]] * 2, num_samples=3, rows_per_batch=4,
-            seed=5, decoding=dict(max_length=8, segment_length=4, vocab_size=V, eos_ids={END}, pad_id=PAD, temperature=1.0, top_p=1.0))
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = evaluate()
+    first = evaluate("1", "2")
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert str(evaluate()) == str(first)
+    assert str(evaluate("1", "2")) == str(first)
 
 
 def test_the_standard_error_is_over_problems_and_pass_at_n_is_any_right_answer(monkeypatch):
-    """Two problems, three answers each, of which 3 and 0 are right: the answers to one problem are not six independent ones."""
+    """Two problems, three answers each, of which 3 and 0 are right: not the evidence of six problems."""
     monkeypatch.setattr(opd, "is_correct", lambda text, gold: gold == "yes")
-    metrics, answers = opd.evaluate(
-        STUDENT, opd.tiny_tokenizer(WORDS), [{"problem": "1", "answer": "yes"}, {"problem": "2", "answer": "no"}], [[2, 7, 3]] * 2,
-        num_samples=3, rows_per_batch=4, seed=5,
-        decoding=dict(max_length=4, segment_length=4, vocab_size=V, eos_ids={END}, pad_id=PAD, temperature=1.0, top_p=1.0))
+    metrics, answers = evaluate("yes", "no")
     assert (metrics["avg_at_n"], metrics["pass_at_n"], len(answers)) == (.5, .5, 6)
     assert metrics["se"] == pytest.approx(math.sqrt(.5 / 2))  # the deviation of (1, 0) over the root of 2
-
-
-def same_weights(a, b):
-    a, b = (transformers.AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (a, b))
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -1319,7 +1295,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_la
     assert same_weights(tmp_path / "checkpoint-1", after_one_step)
 
 
-def test_control_c_saves_a_checkpoint_and_exits_with_one_line(world, tmp_path, monkeypatch, capfd, after_one_step):
+def test_control_c_saves_a_checkpoint_and_exits_with_one_line(
+        world, tmp_path, monkeypatch, capfd, after_one_step):
     opd_step = opd.opd_step
 
     def interrupted(run, args, step):
@@ -1332,3 +1309,30 @@ def test_control_c_saves_a_checkpoint_and_exits_with_one_line(world, tmp_path, m
     message = [line for line in capfd.readouterr().err.splitlines() if line.startswith("opd.py")]
     assert stop.value.code == 130 and len(message) == 1 and "checkpoint-1" in message[0]
     assert same_weights(tmp_path / "checkpoint-1", after_one_step)
+
+
+def test_control_c_during_an_extrapolation_saves_no_weights_that_were_only_tried(
+        world, tmp_path, monkeypatch, after_one_step):
+    def interrupted(weights, anchor, validate):
+        validate({name: value + 1 for name, value in weights.items()})
+        raise KeyboardInterrupt
+    monkeypatch.setattr(opd, "extrapolate", interrupted)
+    with pytest.raises(SystemExit):
+        train(world, tmp_path, loss="reverse_kl", extrapolate=True)
+    assert same_weights(tmp_path / "checkpoint-1", after_one_step)
+
+
+def test_the_anchor_of_an_extrapolation_is_what_was_accepted_the_last_time(world, tmp_path, monkeypatch):
+    """Else each try would repeat the jumps before it. The first anchor is the student at the start."""
+    start = opd.movable_weights(transformers.AutoModelForCausalLM.from_pretrained(world / "student"))
+    accepted, anchors = [start], []
+
+    def extrapolate(weights, anchor, validate):
+        anchors.append(anchor)
+        accepted.append({name: value + .01 for name, value in weights.items()})
+        return accepted[-1], 1, [0.0, 1.0]
+    monkeypatch.setattr(opd, "extrapolate", extrapolate)
+    train(world, tmp_path, extrapolate=True, max_steps=4)
+    assert len(anchors) == 3
+    for anchor, expected in zip(anchors, accepted):
+        assert_same(anchor, expected, tolerance=0)
