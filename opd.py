@@ -1175,17 +1175,17 @@ def draw_report(runs, path):
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, run in enumerate(runs):
-        tokens = {0: 0, **{step["step"]: step["generated_tokens"] for step in run["steps"]}}
+        tokens = {0: 0, **{step["step"]: step["generated_tokens"] / 1000 for step in run["steps"]}}
         curve = [(tokens[record["step"]], np.mean([result["avg_at_n"] for result in record["eval"].values()]))
                  for record in run["evals"] if record["model"] != "teacher"]
-        left.plot(*zip(*curve), "o-", color=f"C{index}", label=run["name"])
-        for style, step, when in ((":", run["steps"][0], "first step"), ("-", run["steps"][-1], "last step")):
-            right.plot(range(1, 9), [math.nan if value is None else value for value in step["overlap_by_position"]],
-                       style, color=f"C{index}", label=f"{run['name']}, {when}")
-    left.set(xlabel="generated tokens", ylabel="accuracy (avg@n)", ylim=(0, 1))
-    right.set(xlabel="eighth of the longest response", ylabel="overlap of the top k", ylim=(0, 1))
-    for axis in (left, right):
-        axis.legend(fontsize=7)
+        left.plot(*zip(*curve), "o-", color=f"C{index}", markersize=4, label=run["name"])
+        for style, step in ((":", run["steps"][0]), ("-", run["steps"][-1])):
+            right.plot([math.nan if value is None else value for value in step["overlap_by_position"]], style,
+                       color=f"C{index}", label=run["name"] if style == "-" else None)
+    left.set(xlabel="thousands of generated tokens", ylabel="accuracy (avg@n)", ylim=(0, 1))
+    right.set(xlabel="position: start to end of the longest response, in 8 parts", ylabel="top-k overlap", ylim=(0, 1),
+              title="dotted: first step, solid: last step")
+    right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
