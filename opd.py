@@ -125,7 +125,7 @@ FLAGS = {
 def parse_args(argv=None):
     """Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work.
     Without --student and --teacher the defaults are the tiny world's."""
-    parser = argparse.ArgumentParser(prog="opd.py", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(usage="python opd.py [flags]", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def fail(message):                    # argparse would print its whole usage before the one line that matters
@@ -1217,7 +1217,8 @@ def main(argv=None):
         os.makedirs(args.output_dir, exist_ok=True)
         metrics_file, samples_file = (os.path.join(args.output_dir, f"{name}.jsonl") for name in ("metrics", "samples"))
         for path in (metrics_file, samples_file):
-            open(path, "w").close()
+            if os.path.exists(path) and not args.eval_only:   # a night's work may be in them
+                os.replace(path, f"{path}.old")
     started, last_step, first, rows_per_batch = clock(run.device), 0, None, args.batch_size * args.num_generations
     anchor = movable_weights(run.student) if args.extrapolate else None
 

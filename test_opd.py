@@ -845,6 +845,32 @@ def test_a_loss_on_the_prefix_of_a_full_rollout_is_the_loss_on_a_truncated_rollo
     assert_same(update(student, TEACHER, full)[1], update(student, TEACHER, prefix)[1])
 
 
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes inside it."""
+    numel = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        out = operation(*arguments, **(keywords or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_tensor_of_all_tokens_times_the_vocabulary_ever_exists(loss):
+    """python test_opd.py memory shows it at full size, in GiB."""
+    wide = 2000
+    student, teacher = (tiny_qwen3(seed, vocab_size=wide) for seed in (1, 2))
+    with LargestTensor() as largest:
+        batch = make_batch(student, teacher, vocab_size=wide, max_length=160, segment_length=80, eos_ids=set())
+        heads = {f"{name}_head": lambda hidden, model=model: opd.head_logits(model, hidden, wide)
+                 for name, model in (("student", student), ("teacher", teacher))}
+        update(student, teacher, batch, loss, micro_batch_size=4, **heads)
+    tokens = int(batch["loss_mask"].sum())
+    assert tokens == 4 * 160
+    assert largest.numel == 256 * wide < tokens * wide / 2        # the logits of one chunk
+
+
 def test_a_loss_mask_shorter_than_the_rollout_takes_the_matching_teacher_states():
     student = tiny_llama(1)
     full, prefix = (make_batch(student, TEACHER, eos_ids={V}, max_length=length) for length in (12, 4))
@@ -1336,3 +1362,36 @@ def test_the_anchor_of_an_extrapolation_is_what_was_accepted_the_last_time(world
     assert len(anchors) == 3
     for anchor, expected in zip(anchors, accepted):
         assert_same(anchor, expected, tolerance=0)
+
+
+def show_memory(tokens=1024, rows=8, vocabulary=151_936):
+    """Peak resident memory of one step at the vocabulary of Qwen, for each loss in a process of its own."""
+    import multiprocessing
+    import resource
+
+    def step(loss):
+        student, teacher = (tiny_qwen3(seed, vocab_size=vocabulary, hidden_size=64, intermediate_size=128, head_dim=16,
+                                       max_position_embeddings=2048) for seed in (1, 2))
+        heads = {f"{name}_head": lambda hidden, model=model: opd.head_logits(model, hidden, vocabulary)
+                 for name, model in (("student", student), ("teacher", teacher))}
+        begin = time.time()
+        batch = make_batch(student, teacher, vocab_size=vocabulary, max_length=tokens, segment_length=512, eos_ids=set(),
+                           overlap_k=16, prompt=prompts(*[16] * rows))
+        middle = time.time()
+        update(student, teacher, {**batch, **dict(zip(("prompt_ids", "prompt_mask"), prompts(*[16] * rows)))}, loss,
+               micro_batch_size=rows, **heads)
+        print(f"{loss:>10}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB, rollout "
+              f"{middle - begin:.0f} s, update {time.time() - middle:.0f} s", flush=True)
+
+    print(f"V {vocabulary:,}, {rows} rows of {tokens} response tokens, two models with 2 layers, 64 wide")
+    for loss in LOSSES:
+        process = multiprocessing.get_context("fork").Process(target=step, args=(loss,))
+        process.start()
+        process.join()
+
+
+if __name__ == "__main__":
+    import sys
+    if sys.argv[1:] != ["memory"]:
+        sys.exit("python test_opd.py memory shows the peak memory of a step; the tests run with make test")
+    show_memory()
