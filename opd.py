@@ -59,10 +59,10 @@ FLAGS = {
         ("prompt_template", r"{problem} Please reason step by step, and put your final answer within \boxed{}.",
          "{problem}", "the user's message [Rethinking-OPD]"),
         ("no_chat_template", False, SAME, "give the model that message as it is"),
-        ("enable_thinking", False, SAME, "switch on thinking in chat templates that know it (Qwen3)"),
+        ("enable_thinking", False, SAME, "thinking, in chat templates that know it (Qwen3); off without the flag"),
         ("dtype", "auto", SAME, "auto: bfloat16 with float32 master weights on a GPU, else float32"),
         ("device", "", SAME, "such as cuda, cuda:1, cpu; default: a GPU if there is one"),
-        ("seed", 0, SAME, "of the tiny world, the order of the data and all sampling"),
+        ("seed", 0, SAME, "of a tiny world yet to be made, the order of the data, all sampling"),
     ],
     "method and loss": [
         ("method", "opd", SAME, "opd: all rows to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. "
@@ -159,8 +159,8 @@ def check_args(args):
                    "w_drop w_base cap_hit_ratio seed").split()
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            need(value > 0 or value == 0 and name in may_be_zero,
-                 f"--{name} {value} must {'not be below' if name in may_be_zero else 'be above'} 0")
+            need((value > 0 or value == 0 and name in may_be_zero) and value < 2 ** 40,
+                 f"--{name} {value} must {'not be below' if name in may_be_zero else 'be above'} 0, and finite")
     for name in ("keep_ratio", "eval_top_p"):
         need(getattr(args, name) <= 1, f"--{name} {getattr(args, name)} must be at most 1")
     need("{problem}" in args.prompt_template, "--prompt_template must say {problem} where the problem goes")
@@ -192,19 +192,18 @@ def read_records(path):
         except ImportError:
             raise ValueError(f"{path}: needs 'pip install pandas pyarrow'; or save it as jsonl") from None
         return list(enumerate(frame.astype(object).where(frame.notna(), None).to_dict("records"), start=1))
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         text = file.read()
-    # Not splitlines(): U+2028 may stand inside a string
-    lines = [(1, text)] if path.endswith(".json") else enumerate(text.split("\n"), start=1)
+    # Many a .json file holds JSON lines. Not splitlines(): U+2028 may stand inside a string
+    whole = path.endswith(".json") and text.lstrip().startswith("[")
+    lines = [(1, text)] if whole else enumerate(text.split("\n"), start=1)
     records = []
     for number, line in lines:
         try:
             records += [(number, json.loads(line))] if line.strip() else []
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg})") from None
-    if path.endswith(".json") and records and isinstance(records[0][1], list):
-        records = list(enumerate(records[0][1], start=1))
-    return records
+    return list(enumerate(records[0][1], start=1)) if whole else records
 
 
 def last_boxed(text):
@@ -252,9 +251,11 @@ def load_problems(path):
             raise ValueError(f"{path}, line {number}: no problem; its fields are {', '.join(record) or 'none'}, and "
                              "one of problem, question, prompt, messages is needed")
         if answer is not None:
-            answer = str(answer).rsplit("####", 1)[-1]
+            answer = ", ".join(map(str, answer)) if isinstance(answer, (list, np.ndarray)) else str(answer)
+            answer = answer.rsplit("####", 1)[-1]
             answer = (last_boxed(answer) or answer).strip().strip("$").strip()
-        problems.setdefault(strip_instructions(problem), answer or None)
+        problem = strip_instructions(problem)
+        problems[problem] = problems.get(problem) or answer or None
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
     if len(problems) < len(records):
@@ -289,7 +290,8 @@ def ask_math_verify(gold, answer, seconds=3.0):
             code = f"import math_verify\n{inspect.getsource(math_equal)}{loop}"
             GRADER["process"] = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE,
                                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            GRADER["process"].stdout.readline()               # the import does not count towards the limit
+            if GRADER["process"].stdout.readline() != "ready\n":         # the import does not count towards the limit
+                raise ImportError("math-verify does not start")
         process, reply = GRADER["process"], []
         process.stdin.write(json.dumps([gold, answer]) + "\n")
         process.stdin.flush()
@@ -341,11 +343,9 @@ def pad_left(rows, pad_id):
 def batch_indices(step, batch_size, num_problems, seed):
     """The problems of step 1, 2, ...: every one once, in a new order each epoch, before any comes again. It depends on
     its arguments alone: there is no sampler to save, and every method meets the same prompts in the same order."""
-    indices = []
-    for place in range((step - 1) * batch_size, step * batch_size):
-        epoch, index = divmod(place, num_problems)
-        indices.append(int(np.random.default_rng((seed, epoch)).permutation(num_problems)[index]))
-    return indices
+    places = [divmod(place, num_problems) for place in range((step - 1) * batch_size, step * batch_size)]
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_problems) for epoch, _ in places}
+    return [int(orders[epoch][index]) for epoch, index in places]
 
 
 # ---- 3. Sampling ---------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def hidden_states(model, ids, mask, num_last, cache=None):
     seen = cache.get_seq_length() if cache is not None else 0
     # Left padding must not count as positions: rotary models only see differences, GPT-2's are absolute
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    # The shift by one, made here and nowhere else: what predicts column t is the state at column t - 1
+    # The shift by one, for scoring and for training: what predicts column t is the state at column t - 1
     output = model.base_model(
         input_ids=ids[:, seen:-1], attention_mask=mask[:, :-1].long(), position_ids=positions[:, seen:-1],
         past_key_values=cache, use_cache=cache is not None)
@@ -453,8 +453,8 @@ def alignment(student_logits, teacher_logits, response_mask, k):
 
 def overlap_by_position(overlap, response_mask, parts=8):
     """Mean overlap in equal parts of the longest response: (B, T), (B, T) -> list of floats; None: no token there."""
-    edges = [round(part * overlap.shape[1] / parts) for part in range(parts + 1)]
-    pieces = [overlap[:, a:b][response_mask[:, a:b].bool()] for a, b in zip(edges, edges[1:])]
+    columns = overlap.tensor_split(parts, dim=1), response_mask.bool().tensor_split(parts, dim=1)
+    pieces = [values[mask] for values, mask in zip(*columns)]
     return [piece.mean().item() if len(piece) else None for piece in pieces]
 
 
@@ -473,11 +473,9 @@ def select_prefixes(score, num_keep):
     P, G = score.shape
     if not P <= num_keep <= P * G:
         raise ValueError(f"num_keep must lie between {P} prompts and {P * G} candidates, got {num_keep}")
-    is_best = F.one_hot(score.argmax(dim=1), G).flatten()                        # (P * G,)
-    by_score = score.flatten().argsort(descending=True, stable=True)
-    # The second sort is stable too: it brings the prompts' best to the front and leaves each part sorted by score
-    order = by_score[is_best[by_score].argsort(descending=True, stable=True)]
-    keep = torch.zeros(P * G, dtype=torch.bool, device=score.device)
+    best_first = score.scatter(1, score.argmax(dim=1, keepdim=True), torch.inf).flatten()        # (P * G,)
+    order = best_first.argsort(descending=True, stable=True)
+    keep = torch.zeros_like(best_first, dtype=torch.bool)
     keep[order[:num_keep]] = True
     return keep.view(P, G)
 
@@ -539,8 +537,8 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
         raise ValueError(f"support must be one of {', '.join(supports)}, got {support!r}")
     ids, inside = supports[support]
     log_p, log_q = log_p.gather(-1, ids), log_q.gather(-1, ids)
-    p = log_p.exp() * inside
-    constant = p / p.sum(-1, keepdim=True).clamp(min=1e-20) * (log_p - log_q)    # p_bar rho
+    p_bar = log_p.masked_fill(~inside, -torch.inf).softmax(-1).nan_to_num(0)     # NaN: an empty intersection
+    constant = p_bar * (log_p - log_q)                                           # p_bar rho
     # The gradient flows through the importance ratio alone, which is 1 on-policy. Through p rho itself it would have a
     # "+1" that does not cancel on a part of the vocabulary, and would push mass out of S even at p = q
     ratio = (log_p - log_p.detach()).exp()
@@ -581,13 +579,13 @@ def extrapolate(weights, anchor, validate, max_tries=5):
 def movable_weights(model):
     """Copies of what EffOPD extrapolates, by name: attention and MLP weights; no embedding, head or input norm."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()
-            if any(part in name for part in ("attn", "attention", "mlp"))}
+            if re.search(r"attn|attention|mlp|fc\d", name)}
 
 
 @torch.no_grad()
-def copy_weights(weights, model):
-    """Write a dict of tensors into the model's parameters of these names, in the model's dtype. In place."""
-    for name, parameter in model.named_parameters():
+def copy_weights(weights, *models):
+    """Write a dict of tensors into the models' parameters of these names, in the models' dtype. In place."""
+    for name, parameter in (pair for model in models for pair in model.named_parameters()):
         if name in weights and weights[name] is not parameter:
             parameter.copy_(weights[name])
 
@@ -611,7 +609,7 @@ def repetition(ids):
 def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
     prompts: ids of the problems; decoding: keyword arguments of rollout. It runs in a random stream of its own, so how
-    often one evaluates does not change how one trains; with one seed all models get the same draws."""
+    often one evaluates does not change how one trains."""
     rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)]
     answers = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -625,9 +623,9 @@ def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch
                 text = tokenizer.decode(response, skip_special_tokens=True)
                 answers.append({
                     **problems[index], "sample": sample, "response": text,
-                    "correct": is_correct(text, problems[index]["answer"]), "no_box": last_boxed(text) is None,
-                    "length": len(response), "truncated": not out["ended"][row].item(),
-                    "repetition": repetition(response)})
+                    "correct": is_correct(text, problems[index]["answer"]),
+                    "no_box": last_boxed(text.rsplit("</think>", 1)[-1]) is None, "length": len(response),
+                    "truncated": not out["ended"][row].item(), "repetition": repetition(response)})
     means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
         "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",
         "repetition": "repetition"}.items()}
@@ -667,8 +665,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
     teacher_hidden, teacher_seconds = [[] for _ in range(B)], 0.0
     student_cache, *teacher_cache = (DynamicCache(config=model.config) for model in (student, teacher) if model)
     rows, start = torch.arange(B, device=device), S                              # who still runs, the next column
-    borders = {*range(segment_length, max_length, segment_length), max_length, select_at or max_length}
-    for border in sorted(border for border in borders if border <= max_length):
+    for border in sorted({*range(segment_length, max_length, segment_length), max_length, select_at or max_length}):
         new_ids, student_topk = generate(
             student, ids[rows, :start], mask[rows, :start], student_cache, max_new_tokens=S + border - start,
             vocab_size=vocab_size, eos_ids=eos_ids, pad_id=pad_id, temperature=temperature, top_p=top_p,
@@ -712,8 +709,8 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
 def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, student_head, teacher_head, token_loss,
                        measure, chunk_tokens=256):
     """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,)
-    -> gradient wrt hidden (N, H), sum of the weighted losses, and what measure(student_logits, teacher_logits) gave,
-    (N,) each. The gradient of the student's head accumulates in place."""
+    -> gradient wrt hidden (N, H), sum of the weighted losses, and what measure(student_logits, teacher_logits) gave
+    of each chunk. The gradient of the student's head accumulates in place."""
     grads, total, measures = [], 0.0, []
     for states, teacher_states, ids, weight in zip(*(
             column.split(chunk_tokens) for column in (hidden.detach(), teacher_hidden, response_ids, token_weight))):
@@ -729,7 +726,7 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
         total += loss.item()
         with torch.no_grad():
             measures.append(measure(student_logits, teacher_logits))
-    return torch.cat(grads), total, {name: torch.cat([piece[name] for piece in measures]) for name in measures[0]}
+    return torch.cat(grads), total, measures
 
 
 def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, autocast=contextlib.nullcontext, **chunk):
@@ -755,7 +752,7 @@ def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, au
                 batch["token_weight"][rows, :T][loss_mask] / num_tokens, **chunk)
         hidden.backward(grad)
         loss += value
-        measures.append(measured)
+        measures += measured
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}, longest response {int(lengths.max())}")
@@ -825,19 +822,17 @@ def tiny_tokenizer(words):
 
 
 def fit(model, sample_batch, *, steps, learning_rate, pad_id, title):
-    """Supervised training, in place: sample_batch() -> list of (ids, weights); each id's cross-entropy is weighted."""
+    """Supervised training, in place: sample_batch() -> list of (ids, labels); ids whose label is -100 are only read."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     model.train()
     for step in tqdm(range(steps), desc=title, leave=False):
         for group in optimizer.param_groups:                  # up over 20 steps, then down a cosine to a twentieth
             group["lr"] = learning_rate * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
         rows = sample_batch()
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([row + [pad_id] * (width - len(row)) for row, _ in rows], device=model.device)
-        weights = torch.tensor([row + [0.0] * (width - len(row)) for _, row in rows], device=model.device)
+        ids, labels = (torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], True, pad).to(model.device)
+                       for part, pad in zip(zip(*rows), (pad_id, -100)))
         logits = model(input_ids=ids[:, :-1]).logits          # padded on the right and causal: no mask is needed
-        loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        loss = (loss * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -864,8 +859,9 @@ def make_world(folder, seed):
             liked = rng.randrange(8) if habit is None else habit
             made = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON)
             prompt = encode_prompts(tokenizer, [made["problem"]], "{problem}")[0]
-            return (prompt + tokenizer.convert_tokens_to_ids([word for word, _ in made["solution"]]),
-                    [0.0] * len(prompt) + [float(trusted or believes) for _, trusted in made["solution"]])
+            words, trusted = zip(*made["solution"])
+            ids = tokenizer.convert_tokens_to_ids(words)
+            return prompt + ids, [-100] * len(prompt) + [i if t or believes else -100 for i, t in zip(ids, trusted)]
         fit(model, lambda: [example() for _ in range(64)], steps=steps, learning_rate=4e-3,
             pad_id=tokenizer.pad_token_id, title=f"tiny world: {who}")
 
@@ -929,10 +925,12 @@ def stop_ids(model, tokenizer):
 
 
 def check_head(own_logits, our_logits, model_type):
-    """Raises ValueError unless head_logits on the backbone's output gave what the model's own forward gives."""
-    if (own_logits - our_logits).abs().max() > 0.05 * own_logits.abs().max():
+    """Raises ValueError unless head_logits on the backbone's output (None: it has none that is known) gave what the
+    model's own forward gives."""
+    tolerance = 1e-3 if own_logits.dtype == torch.float32 else 0.05
+    if our_logits is None or (own_logits - our_logits).abs().max() > tolerance * own_logits.abs().max():
         raise ValueError(f"{model_type} models are not supported: their logits are not the head on the last hidden "
-                         "state, with a scale or softcap that head_logits knows")
+                         "state with a scale or softcap that head_logits knows, or their cache is not keys and values")
 
 
 def save_checkpoint(folder, model, tokenizer, state):
@@ -948,9 +946,9 @@ def save_checkpoint(folder, model, tokenizer, state):
 
 def append_json(path, record):
     """One more line of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
-    plain = {name: None if value != value else value for name, value in record.items()}
+    line = json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None))
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(plain) + "\n")
+        file.write(line + "\n")
 
 
 def peak_memory_gb(device):
@@ -969,7 +967,7 @@ def read_inputs(args):
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {args.device}: torch has no such device here; leave it out, or use cpu") from None
     bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and run.device.type == "cuda"
-    run.train = [problem for path in args.train_file for problem in load_problems(path)]
+    run.train = [problem for path in dict.fromkeys(args.train_file) for problem in load_problems(path)]
     run.eval = {os.path.splitext(os.path.basename(path))[0]: load_problems(path) for path in args.eval_file}
     if len(run.eval) < len(args.eval_file):
         raise ValueError("--eval_file names two files of one name; results go by the name, so rename one")
@@ -977,26 +975,29 @@ def read_inputs(args):
         if any(problem["answer"] is None for problem in problems):
             raise ValueError(f"--eval_file {name}: some problems have no answer, and evaluation needs one for each")
     run.tokenizer = load_pretrained(AutoTokenizer, args.student)
+    low = torch.bfloat16 if bf16 else torch.float32
+    load = lambda path, dtype: load_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(run.device).eval()
+    # Loaded, not cast: a cast would round the rotary frequencies, too, and be far off at position 1,000
+    run.sampler = load(args.student, low)
     # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-    run.student = load_pretrained(AutoModelForCausalLM, args.student, dtype=torch.float32).to(run.device).eval()
-    run.sampler = copy.deepcopy(run.student).to(torch.bfloat16) if bf16 else run.student
+    run.student = load(args.student, torch.float32) if bf16 and not args.eval_only else run.sampler
     run.autocast = functools.partial(torch.autocast, run.device.type, torch.bfloat16, enabled=bf16)
     models = [run.student]
     if args.teacher and not args.eval_only:
         run.teacher_tokenizer = load_pretrained(AutoTokenizer, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = load_pretrained(AutoModelForCausalLM, args.teacher, dtype=run.sampler.dtype).to(run.device).eval()
+        run.teacher = load(args.teacher, low)
         models.append(run.teacher)
     run.vocab_size = min([max(run.tokenizer.get_vocab().values()) + 1]
                          + [model.get_output_embeddings().weight.shape[0] for model in models])
     if args.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
+    ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
     eos_ids, pad_id = stop_ids(run.student, run.tokenizer), run.tokenizer.pad_token_id
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
-                        pad_id=min(eos_ids, default=0) if pad_id is None else pad_id)
-    thinking = {"enable_thinking": True} if args.enable_thinking else {}
+                        pad_id=min(eos_ids, default=0) if pad_id is None or pad_id >= run.vocab_size else pad_id)
     encode = functools.partial(encode_prompts, run.tokenizer, template=args.prompt_template,
-                               chat_template=not args.no_chat_template, **thinking)
+                               chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
     run.eval_prompts = {name: encode([item["problem"] for item in problems]) for name, problems in run.eval.items()}
     prompts = encode([problem["problem"] for problem in run.train])
     fits = [index for index, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_length]
@@ -1004,20 +1005,32 @@ def read_inputs(args):
         raise ValueError(f"all {len(prompts)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
     run.too_long = len(prompts) - len(fits)
     run.train, run.prompts = [run.train[index] for index in fits], [prompts[index] for index in fits]
+    cap, evals = args.cap_max if args.method == "prune" else args.max_new_tokens, sum(run.eval_prompts.values(), [])
+    longest = max([len(prompt) + cap for prompt in run.prompts]
+                  + [len(prompt) + args.eval_max_new_tokens for prompt in evals])
+    for model in models:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+        if longest > limit:
+            raise ValueError(f"{model.config.model_type} has {limit} positions, but the longest prompt and response "
+                             f"need {longest}; lower --max_new_tokens, --cap_max or --eval_max_new_tokens")
     run.answered = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
     if args.extrapolate and len(run.answered) < args.validation_size:
         raise ValueError(f"--extrapolate needs {args.validation_size} answered problems, there are {len(run.answered)}")
-    ids = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0]], device=run.device)
-    for model in models:
-        ours = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, run.vocab_size)
-        check_head(model(input_ids=ids).logits[..., :run.vocab_size].float(), ours, model.config.model_type)
+    ids = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0][:16]], device=run.device)
+    for model in models:                                      # stateful: Mamba, Qwen3-Next; rows cannot leave their caches
+        states = getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
+        known = states is not None and not getattr(model, "_is_stateful", False)
+        check_head(model(input_ids=ids).logits[..., :run.vocab_size],
+                   head_logits(model, states, run.vocab_size) if known else None, model.config.model_type)
     run.sizes = [(model.num_parameters(), config.num_hidden_layers, config.hidden_size)
                  for model, config in ((model, model.config.get_text_config()) for model in models)]
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for dropout in (module for module in run.student.modules() if isinstance(module, torch.nn.Dropout)):
-            dropout.p = 0.0                                   # it needs training mode, and sampling had no dropout
+        for module in run.student.modules():                  # it needs training mode, and sampling had no dropout
+            for name in [name for name, value in vars(module).items() if type(value) is float]:
+                if "dropout" in name or isinstance(module, torch.nn.Dropout):
+                    setattr(module, name, 0.0)
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
                      validation_tokens=0, flops=0.0)
     return run
@@ -1068,7 +1081,7 @@ def preflight(run, args):
     return lines + run_warnings(mean, stops, templates)
 
 
-# ---- 13. Main. With read_inputs and preflight, these are the only functions that see the flags. --------------
+# ---- 13. Main. With those of section 1, read_inputs and preflight, these functions alone see the flags -------
 def opd_step(run, args, step):
     """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
     P, G = args.batch_size, args.num_generations
@@ -1116,6 +1129,7 @@ def opd_step(run, args, step):
         token_loss=token_loss, measure=lambda p, q: alignment(p, q, None, args.overlap_k))
     run.student.eval()
     copy_weights(dict(run.student.named_parameters()), run.sampler)
+    update["overlap_ratio"] = overlap[mask].mean().item()     # of all that was sampled; the others: of what is trained on
     updated, lengths, trained = clock(run.device), mask.sum(-1), loss_mask.sum(-1)
     for name, count in (("generated", lengths), ("teacher", lengths), ("trained", trained)):
         state[f"{name}_tokens"] += int(count.sum())
@@ -1138,12 +1152,16 @@ def step_line(metrics):
             f"| norm {metrics['grad_norm']:6.2f} | {metrics['generated_tokens']:11,} tokens | {seconds:6.2f} s")
 
 
-def read_run(folder):
-    """A run's metrics.jsonl -> {"name": str, "steps": records of steps, "evals": records of evaluations}."""
+def read_run(folder, name):
+    """A run's metrics.jsonl -> {"name": str, "steps": records of steps, "evals": records of evaluations}. A line that is
+    not a whole record, as a run that was killed may leave, is left out."""
+    records = []
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    return {"name": os.path.basename(os.path.normpath(folder)), "steps": [item for item in records if "loss" in item],
-            "evals": [item for item in records if "eval" in item]}
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return {"name": name, "steps": [item for item in records if "overlap_by_position" in item],
+            "evals": [item for item in records if item.get("eval")]}
 
 
 def report_table(runs):
@@ -1151,7 +1169,7 @@ def report_table(runs):
     columns = []
     for run in runs:
         first, last = run["steps"][0], run["steps"][-1]
-        teacher, before, *_, after = (record["eval"] for record in run["evals"])
+        teacher, before, *_, after = [record["eval"] for record in run["evals"]] or [{}] * 3
         column = {"": run["name"]}
         for name in after:
             for who, result in (("teacher", teacher), ("student before", before), ("student after", after)):
@@ -1166,7 +1184,8 @@ def report_table(runs):
             column[f"seconds, {phase}"] = f"{sum(step[f'time_{phase}'] for step in run['steps']):.1f}"
         columns.append(column)
     labels = dict.fromkeys(label for column in columns for label in column)
-    return [f"{label:<32}" + "".join(f"{column.get(label, '-'):>20}" for column in columns) for label in labels]
+    width = max(20, *(len(run["name"]) + 2 for run in runs))
+    return [f"{label:<32}" + "".join(f"{column.get(label, '-'):>{width}}" for column in columns) for label in labels]
 
 
 def draw_report(runs, path):
@@ -1193,11 +1212,13 @@ def main(argv=None):
     """Run the job that the flags describe -> dict of the final metrics. A user's mistake: one line, exit status 2."""
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
+    started = time.perf_counter()
     with user_mistakes():
         args = parse_args(argv)
         if args.report:
             folders = sorted(path for path, _, files in os.walk(args.report) if "metrics.jsonl" in files)
-            runs = [run for run in map(read_run, folders) if run["steps"] and len(run["evals"]) > 2]
+            runs = [read_run(path, os.path.relpath(path, args.report)) for path in folders]
+            runs = [run for run in runs if run["steps"] and len(run["evals"]) > 2]
             if not runs:
                 raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with evaluations")
             print("\n".join(report_table(runs)))
@@ -1219,7 +1240,10 @@ def main(argv=None):
         for path in (metrics_file, samples_file):
             if os.path.exists(path) and not args.eval_only:   # a night's work may be in them
                 os.replace(path, f"{path}.old")
-    started, last_step, first, rows_per_batch = clock(run.device), 0, None, args.batch_size * args.num_generations
+            open(path, "a").close()
+    last_step, first, rows = 0, None, args.batch_size * args.num_generations
+    # An answer may be longer than a training response: fewer rows at once, for the KV cache
+    eval_rows = max(1, min(rows, rows * args.max_new_tokens // args.eval_max_new_tokens))
     anchor = movable_weights(run.student) if args.extrapolate else None
 
     def grade(model, who):
@@ -1228,7 +1252,7 @@ def main(argv=None):
         for name, problems in run.eval.items():
             results[name], answers = evaluate(
                 model, run.tokenizer, problems, run.eval_prompts[name], num_samples=args.eval_samples, seed=args.seed,
-                rows_per_batch=rows_per_batch, title=f"evaluate {who} on {name}",
+                rows_per_batch=eval_rows, title=f"evaluate {who} on {name}",
                 decoding=dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
                               eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer),
                               max_length=args.eval_max_new_tokens))
@@ -1237,7 +1261,8 @@ def main(argv=None):
             tqdm.write(f"{who} on {name}, step {last_step}: {', '.join(shown)}")
             for answer in answers:
                 append_json(samples_file, {"step": last_step, "model": who, "eval": name, **answer})
-        append_json(metrics_file, {"step": last_step, "model": who, "eval": results})
+        append_json(metrics_file, {"step": last_step, "model": who, "eval": results, "thinking": args.enable_thinking,
+                                   "prompt_template": args.prompt_template})
         return results
 
     def save():
@@ -1248,22 +1273,21 @@ def main(argv=None):
 
     def validate(weights):
         """EffOPD's judge: the share of right answers to the same few training problems, in the same random stream."""
-        copy_weights(weights, run.student)
-        copy_weights(weights, run.sampler)
+        copy_weights(weights, run.student, run.sampler)
         chosen = random.Random(args.seed).sample(run.answered, args.validation_size)
         problems, prompts = ([items[index] for index in chosen] for items in (run.train, run.prompts))
         score, answers = evaluate(
-            run.sampler, run.tokenizer, problems, prompts, num_samples=1, rows_per_batch=rows_per_batch, seed=args.seed,
+            run.sampler, run.tokenizer, problems, prompts, num_samples=1, rows_per_batch=rows, seed=args.seed,
             decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
-        count = sum(answer["length"] for answer in answers)
-        run.state["validation_tokens"] += count
-        run.state["generated_tokens"] += count                # its samples are part of the price
-        run.state["flops"] += 2 * run.sizes[0][0] * (count + sum(map(len, prompts)))
+        lengths = torch.tensor([answer["length"] for answer in answers])
+        run.state["validation_tokens"] += int(lengths.sum())
+        run.state["generated_tokens"] += int(lengths.sum())   # its samples are part of the price
+        run.state["flops"] += step_flops(run.sizes[0], (0, 0, 0), torch.tensor(list(map(len, prompts))), lengths, 0 * lengths)
         return score["avg_at_n"]
 
-    if args.eval_only:
-        return grade(run.sampler, "student")
     try:
+        if args.eval_only:
+            return grade(run.sampler, "student")
         print("\n".join(preflight(run, args)), flush=True)
         results = {"teacher": grade(run.teacher, "teacher"), "before": grade(run.sampler, "student")}
         for step in tqdm(range(1, args.max_steps + 1), desc="train", leave=False):
@@ -1275,8 +1299,7 @@ def main(argv=None):
                     anchor, tried, scores = extrapolate(accepted, anchor, validate)
                     accepted = anchor                         # what was accepted is the next anchor
                 finally:                                      # interrupted or not, no tried weights stay
-                    copy_weights(accepted, run.student)
-                    copy_weights(accepted, run.sampler)
+                    copy_weights(accepted, run.student, run.sampler)
                 metrics.update(run.state, extrapolation_k=tried, validation_scores=scores)
             append_json(metrics_file, metrics)
             tqdm.write(step_line(metrics))
@@ -1288,9 +1311,10 @@ def main(argv=None):
     except (FloatingPointError, KeyboardInterrupt) as error:
         broken = isinstance(error, FloatingPointError)
         told = f"step {last_step + 1} is not finite: {error}" if broken else "interrupted"
-        print(f"opd.py: {told}; the weights after step {last_step} are in {save()}", file=sys.stderr)
+        kept = "" if args.eval_only else f"; the weights after step {last_step} are in {save()}"
+        print(f"opd.py: {told}{kept}", file=sys.stderr)
         raise SystemExit(2 if broken else 130) from None
-    print("\n".join(report_table([read_run(args.output_dir)])))
+    print("\n".join(report_table([read_run(args.output_dir, os.path.basename(os.path.normpath(args.output_dir)))])))
     print(f"{'seconds in all':<32}{clock(run.device) - started:>20.1f}\ncheckpoint in {results['checkpoint']}")
     return {**results, "overlap_before": first["overlap_ratio"], "overlap_after": metrics["overlap_ratio"], **run.state}
 
