@@ -25,11 +25,9 @@ compares (4) and decides who goes on (5) -> train_step (10) with a loss (6) -> e
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row p * G + g), S prompt
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
-
-Not here: vLLM, several GPUs, two tokenizers, tools, dialogues. The README says who has them.
 """
 import argparse, contextlib, copy, functools, inspect, json, math, os
-import random, re, shutil, subprocess, sys, threading, time, warnings
+import random, re, select, shutil, subprocess, sys, threading, time, warnings
 
 import numpy as np
 import torch
@@ -38,20 +36,14 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-# ---- 1. Flags. One row each: name, default for real models, default for the tiny world (SAME if not another), help. 
+# ---- 1. Flags. One row each: name/alias, default (of a tuple of choices the first), tiny world's default, help ---
 #    A tag in the help says whose value the default is. "our choice": we saw no published value.
 
 SAME = object()
-CHOICES = {"method": ("opd", "prefix", "progressive", "prefix-guided", "prune"),
-           "loss": ("reverse_kl", "topk", "sampled"),
-           "support": ("student", "teacher", "intersection", "union"),
-           "dtype": ("auto", "float32", "bfloat16")}
-ALIASES = {"student": ("--model_name_or_path",), "teacher": ("--teacher_model_name_or_path",),
-           "max_new_tokens": ("--max_completion_length",)}
 FLAGS = {
     "models and data": [
-        ("student", "", SAME, "model folder or hub name; no --student and no --teacher: the tiny world"),
-        ("teacher", "", SAME, "model folder or hub name, with the student's tokenizer map"),
+        ("student/model_name_or_path", "", SAME, "model folder or hub name; without it and --teacher: tiny world"),
+        ("teacher/teacher_model_name_or_path", "", SAME, "model folder or hub name, with the student's tokenizer map"),
         ("train_file", [], SAME, "problems to train on: jsonl, json, parquet; answers are not needed"),
         ("eval_file", [], SAME, "problems with answers to evaluate on; one result per file"),
         ("output_dir", "out", SAME, "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
@@ -60,17 +52,19 @@ FLAGS = {
          "{problem}", "the user's message [Rethinking-OPD]"),
         ("no_chat_template", False, SAME, "give the model that message as it is"),
         ("enable_thinking", False, SAME, "thinking, in chat templates that know it (Qwen3); off without the flag"),
-        ("dtype", "auto", SAME, "auto: bfloat16 with float32 master weights on a GPU, else float32"),
+        ("dtype", ("auto", "float32", "bfloat16"), SAME, "auto: on a GPU bfloat16 with float32 master weights"),
         ("device", "", SAME, "such as cuda, cuda:1, cpu; default: a GPU if there is one"),
         ("seed", 0, SAME, "of a tiny world yet to be made, the order of the data, all sampling"),
     ],
     "method and loss": [
-        ("method", "opd", SAME, "opd: all rows to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. "
-         "progressive: to a growing horizon [FastOPD, POPD]. prefix-guided: past the prefix only what overlaps most "
-         "[PG-OPD]. prune: tokens after drift weigh less, unreliable rows stop, the cap follows [Prune-OPD]"),
-        ("loss", "topk", "reverse_kl", "reverse_kl: KL(student || teacher), whole vocabulary [GKD]. topk: on top-k "
-         "tokens, with the released gradient [Rethinking-OPD]. sampled: k1 policy gradient"),
-        ("support", "student", SAME, "whose top k --loss topk sums over [Rethinking-OPD]"),
+        ("method", ("opd", "prefix", "progressive", "prefix-guided", "prune"), SAME,
+         "opd: all rows to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. progressive: to a growing horizon"
+         " [FastOPD, POPD]. prefix-guided: past the prefix only what overlaps most [PG-OPD]. prune: tokens after drift "
+         "weigh less, unreliable rows stop, the cap follows [Prune-OPD]"),
+        ("loss", ("topk", "reverse_kl", "sampled"), "reverse_kl", "topk: KL(student || teacher) on top-k tokens, with "
+         "the released gradient [Rethinking-OPD]. reverse_kl: whole vocabulary [GKD]. sampled: k1 policy gradient"),
+        ("support", ("student", "teacher", "intersection", "union"), SAME, "whose top k --loss topk sums over "
+         "[Rethinking-OPD]"),
         ("baseline", False, SAME, "subtract the closed-form baseline in --loss sampled [vOPD]"),
         ("overlap_k", 16, 4, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
     ],
@@ -78,7 +72,7 @@ FLAGS = {
         ("batch_size", 64, 16, "prompts per step [Rethinking-OPD]"),
         ("num_generations", 4, SAME, "candidates per prompt [Rethinking-OPD, PG-OPD, Prune-OPD]"),
         ("max_prompt_length", 1024, 64, "longer training prompts are left out [Rethinking-OPD]"),
-        ("max_new_tokens", 7168, 96, "cap of a training response [Rethinking-OPD]"),
+        ("max_new_tokens/max_completion_length", 7168, 96, "cap of a training response [Rethinking-OPD]"),
         ("temperature", 1.0, SAME, "divides the logits of both models, in sampling and in the loss [all: 1]"),
         ("segment_length", 512, 16, "tokens between two looks at who goes on (our choice)"),
         ("prefix_length", 1024, 24, "of prefix and prefix-guided (our choice)"),
@@ -123,27 +117,29 @@ FLAGS = {
 
 
 def parse_args(argv=None):
-    """Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work.
-    Without --student and --teacher the defaults are the tiny world's."""
+    """Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work."""
     parser = argparse.ArgumentParser(usage="python opd.py [flags]", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def fail(message):                    # argparse would print its whole usage before the one line that matters
         raise ValueError(f"{message}; see python opd.py --help")
     parser.error = fail
-
+    tiny_defaults = {}
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, default, tiny, text in rows:
-            kind = {bool: {"action": "store_true"}, list: {"nargs": "+", "metavar": "FILE"}}.get(
-                type(default), {"type": type(default), "choices": CHOICES.get(name)})
+            name, *aliases = name.split("/")
+            tiny_defaults |= {} if tiny is SAME else {name: tiny}
+            kind = {bool: {"action": "store_true"}, list: {"nargs": "+", "metavar": "FILE"},
+                    tuple: {"choices": default}}.get(type(default), {"type": type(default)})
+            default = default[0] if isinstance(default, tuple) else default
             if default not in ("", []) and default is not False:
                 text += f" (default {default}{'' if tiny is SAME else f'; tiny world {tiny}'})"
-            names, text = (f"--{name}", *ALIASES.get(name, ())), text.replace("%", "%%")
+            names, text = [f"--{part}" for part in (name, *aliases)], text.replace("%", "%%")
             group.add_argument(*names, default=default, help=text, **kind)
     args = parser.parse_args(argv)
     if not args.student and not args.teacher:
-        parser.set_defaults(**{row[0]: row[2] for rows in FLAGS.values() for row in rows if row[2] is not SAME})
+        parser.set_defaults(**tiny_defaults)
         args = parser.parse_args(argv)
     check_args(args)
     return args
@@ -163,15 +159,15 @@ def check_args(args):
                  f"--{name} {value} must {'not be below' if name in may_be_zero else 'be above'} 0, and finite")
     for name in ("keep_ratio", "eval_top_p"):
         need(getattr(args, name) <= 1, f"--{name} {getattr(args, name)} must be at most 1")
+    need(args.device in ("", "cpu", "mps") or args.device.startswith("cuda") and torch.cuda.is_available(),
+         f"--device {args.device}: there is none here; leave it out, or use cpu")
     need("{problem}" in args.prompt_template, "--prompt_template must say {problem} where the problem goes")
     need(args.cap_min <= args.cap_init <= args.cap_max,
          f"--cap_init {args.cap_init} must lie between --cap_min {args.cap_min} and --cap_max {args.cap_max}")
     if args.method == "prefix-guided":
-        rows = args.batch_size * args.num_generations
-        kept = round(args.keep_ratio * rows)
-        need(kept >= args.batch_size,
-             f"--keep_ratio {args.keep_ratio} keeps {kept} of {rows} candidates, fewer than one for each of the "
-             f"{args.batch_size} prompts; use at least {1 / args.num_generations:.4g}")
+        kept = round(args.keep_ratio * args.batch_size * args.num_generations)
+        need(kept >= args.batch_size, f"--keep_ratio {args.keep_ratio} keeps {kept} candidates, fewer than one for "
+             f"each of the {args.batch_size} prompts; use at least {1 / args.num_generations:.4g}")
         need(args.probe_window <= args.prefix_length < args.max_new_tokens, f"--probe_window {args.probe_window} must "
              f"be at most --prefix_length {args.prefix_length}, and that below --max_new_tokens {args.max_new_tokens}")
     need(args.eval_only or bool(args.student) == bool(args.teacher),
@@ -264,8 +260,7 @@ def load_problems(path):
 
 
 def math_equal(gold, answer):
-    r"""Whether math-verify takes answer for gold, both bare LaTeX. With answer None: whether gold can be read at all.
-    It sets no time limit, since math-verify's are signals: ask_math_verify limits it from outside."""
+    """Whether math-verify takes answer for gold, both bare LaTeX, in any time. None: whether gold can be read."""
     from math_verify import parse, verify
     # Wrapped, because a bare \left( 3, \frac{\pi}{2} \right) is read as 3
     gold = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
@@ -291,19 +286,15 @@ def ask_math_verify(gold, answer, seconds=3.0):
             GRADER["process"] = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE,
                                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             if GRADER["process"].stdout.readline() != "ready\n":         # the import does not count towards the limit
-                raise ImportError("math-verify does not start")
-        process, reply = GRADER["process"], []
+                raise ImportError("math-verify cannot be imported")
+        process = GRADER["process"]
         process.stdin.write(json.dumps([gold, answer]) + "\n")
         process.stdin.flush()
-        reader = threading.Thread(target=lambda: reply.append(process.stdout.readline()), daemon=True)
-        reader.start()
-        reader.join(seconds)
-        if not reply or not reply[0]:
+        reply = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else ""
+        if not reply:
             process.kill()
-            process.wait()
-            GRADER["process"] = None
-            return False
-        return json.loads(reply[0])
+            process.wait()                                    # poll() sees it, and the next call starts another
+        return bool(reply) and json.loads(reply)
 
 
 def is_correct(response_text, gold):
@@ -496,8 +487,8 @@ def reliable_length(weights, response_mask):
 
 def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, patience, low, high):
     """The cap of the next rollouts, from the reliable lengths (B,) under this one -> (max_length, misses). [Prune-OPD]
-    It grows by step once a share hit_ratio of the rows is reliable to within margin of it, and shrinks by step after
-    patience misses in a row. Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148."""
+    It grows by step when a share hit_ratio of the rows is reliable to within margin of it, and shrinks after patience
+    misses in a row. Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148."""
     boundary = max(low, max_length - margin)
     # A row that ends early cannot hit: growth needs responses that are long and still reliable
     if (reliable >= boundary).double().mean().item() >= hit_ratio:
@@ -595,8 +586,7 @@ def pass_at_k(num_samples, num_correct, k):
     """The chance that one of k answers is right, without bias from num_samples >= k answers of which num_correct are:
     1 - C(n - c, k) / C(n, k)   [Chen et al., 2107.03374]. Example: n 4, c 1, k 2 -> .5. ValueError for k > n."""
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(f"needs 1 <= k <= num_samples and 0 <= num_correct <= num_samples, got k {k}, "
-                         f"num_samples {num_samples}, num_correct {num_correct}")
+        raise ValueError(f"needs 1 <= k <= n and 0 <= c <= n, got k {k}, n {num_samples}, c {num_correct}")
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
@@ -608,8 +598,7 @@ def repetition(ids):
 
 def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
-    prompts: ids of the problems; decoding: keyword arguments of rollout. It runs in a random stream of its own, so how
-    often one evaluates does not change how one trains."""
+    prompts: their ids; decoding: for rollout. It has a random stream of its own, so it cannot change training."""
     rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)]
     answers = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -770,12 +759,10 @@ def step_flops(student_size, teacher_size, prompt, generated, trained):
                   + 3 * forward(student_size, updated)).sum())
 
 
-# ---- 11. The tiny world: a made-up language in which distillation can be watched. ----------------------------
-#
-#     A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step by step:
-#     "first a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is \boxed{ 9 }". Every operation can be undone, so a slip
-#     carries through to the answer. Sentences are made of synonyms, and authors differ in which they like: so a model's
-#     top k are its habits of wording, and wherever it computes, the slips that it would most likely make.
+# ---- 11. The tiny world: a made-up language in which distillation can be watched -----------------------------
+#     A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step by step: "first
+#     a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is \boxed{ 9 }". Every operation can be undone: a slip carries
+#     through to the answer. Words have synonyms, of which authors like some better: a model's top k are its habits.
 
 LEXICON = {
     "special": ["<pad>", "<end>", "<user>", "<solve>"], "frame": ["the", "answer", "\\boxed{", "}"],
@@ -787,8 +774,7 @@ LEXICON = {
 def tiny_example(rng, steps, habit, slip_rate, lexicon):
     """A problem of so many steps and an author's solution -> {"problem", "answer", "solution": [(word, trusted)]}.
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
-    goes wrong, in its result or by misreading the operation. What follows is consistent with the slip. Only the slip
-    itself is not trusted: a careful model learns to read on from it, and not to make it."""
+    goes wrong, in its result or its operation. What follows is consistent; only the slip itself is not trusted."""
     def synonym(kind):
         return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8], True
 
@@ -845,7 +831,6 @@ def make_world(folder, seed):
     Takes about half a minute. Both models come from one base model, as in the papers' pairs: the teacher learns from a
     careful author; the student, briefly, from one with other habits, who slips at every fourth step and believes it."""
     tokenizer = tiny_tokenizer([word for words in LEXICON.values() for word in words])
-
     torch.manual_seed(seed)
     student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -854,7 +839,6 @@ def make_world(folder, seed):
 
     def learn(model, who, steps, lengths, habit, slip_rate, believes=False):
         rng = random.Random(f"{seed} {who}")
-
         def example():
             liked = rng.randrange(8) if habit is None else habit
             made = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON)
@@ -892,10 +876,9 @@ def user_mistakes():
         yield
     except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
         told = f"{error.filename}: {error.strerror}; check the path" if getattr(error, "filename", None) else str(error)
-        told += "; install it with pip" if isinstance(error, ImportError) else ""
-        stopped = isinstance(error, KeyboardInterrupt)
-        print(f"opd.py: {'interrupted before the first step' if stopped else ' '.join(told.split())}", file=sys.stderr)
-        raise SystemExit(130 if stopped else 2) from None
+        told += "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
+        print("opd.py: " + (" ".join(told.split()) or "interrupted before the first step"), file=sys.stderr)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
 
 def load_pretrained(auto_class, path, **options):
@@ -924,9 +907,16 @@ def stop_ids(model, tokenizer):
     return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
 
 
+def switch_off_dropout(model):
+    """For good, in place: training mode must not change the law that was sampled in eval mode."""
+    for module in model.modules():
+        for name in [name for name, value in vars(module).items() if type(value) is float]:
+            if "dropout" in name or isinstance(module, torch.nn.Dropout):
+                setattr(module, name, 0.0)
+
+
 def check_head(own_logits, our_logits, model_type):
-    """Raises ValueError unless head_logits on the backbone's output (None: it has none that is known) gave what the
-    model's own forward gives."""
+    """Raises ValueError unless head_logits on the backbone's output (None: unknown) gave what the own forward gives."""
     tolerance = 1e-3 if own_logits.dtype == torch.float32 else 0.05
     if our_logits is None or (own_logits - our_logits).abs().max() > tolerance * own_logits.abs().max():
         raise ValueError(f"{model_type} models are not supported: their logits are not the head on the last hidden "
@@ -961,11 +951,7 @@ def peak_memory_gb(device):
 
 def read_inputs(args):
     """The files and models that the flags name -> a namespace of what a run needs. Mistakes in them come out here."""
-    run = argparse.Namespace()
-    try:
-        run.device = torch.zeros(1, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {args.device}: torch has no such device here; leave it out, or use cpu") from None
+    run = argparse.Namespace(device=torch.device(args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")))
     bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and run.device.type == "cuda"
     run.train = [problem for path in dict.fromkeys(args.train_file) for problem in load_problems(path)]
     run.eval = {os.path.splitext(os.path.basename(path))[0]: load_problems(path) for path in args.eval_file}
@@ -1003,23 +989,15 @@ def read_inputs(args):
     fits = [index for index, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_length]
     if prompts and not fits:
         raise ValueError(f"all {len(prompts)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
-    run.too_long = len(prompts) - len(fits)
-    run.train, run.prompts = [run.train[index] for index in fits], [prompts[index] for index in fits]
-    cap, evals = args.cap_max if args.method == "prune" else args.max_new_tokens, sum(run.eval_prompts.values(), [])
-    longest = max([len(prompt) + cap for prompt in run.prompts]
-                  + [len(prompt) + args.eval_max_new_tokens for prompt in evals])
-    for model in models:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-        if longest > limit:
-            raise ValueError(f"{model.config.model_type} has {limit} positions, but the longest prompt and response "
-                             f"need {longest}; lower --max_new_tokens, --cap_max or --eval_max_new_tokens")
+    run.too_long, run.train = len(prompts) - len(fits), [run.train[index] for index in fits]
+    run.prompts = [prompts[index] for index in fits]
     run.answered = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
     if args.extrapolate and len(run.answered) < args.validation_size:
         raise ValueError(f"--extrapolate needs {args.validation_size} answered problems, there are {len(run.answered)}")
     ids = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0][:16]], device=run.device)
-    for model in models:                                      # stateful: Mamba, Qwen3-Next; rows cannot leave their caches
+    for model in models:
         states = getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
-        known = states is not None and not getattr(model, "_is_stateful", False)
+        known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
         check_head(model(input_ids=ids).logits[..., :run.vocab_size],
                    head_logits(model, states, run.vocab_size) if known else None, model.config.model_type)
     run.sizes = [(model.num_parameters(), config.num_hidden_layers, config.hidden_size)
@@ -1027,22 +1005,21 @@ def read_inputs(args):
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in run.student.modules():                  # it needs training mode, and sampling had no dropout
-            for name in [name for name, value in vars(module).items() if type(value) is float]:
-                if "dropout" in name or isinstance(module, torch.nn.Dropout):
-                    setattr(module, name, 0.0)
+        switch_off_dropout(run.student)                       # layers are recomputed in training mode only
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
                      validation_tokens=0, flops=0.0)
     return run
 
 
-def run_warnings(teacher_log_prob, stops, templates):
-    """What ruins runs in silence -> list of lines. stops, templates: of the student and the teacher."""
+def run_warnings(teacher_log_prob, stops, templates, longest, positions):
+    """What ruins runs in silence -> list of lines. stops, templates, positions: of the student and the teacher."""
     found = {
         "the teacher finds what the student writes very unlikely; compare prompts and templates": teacher_log_prob < -3,
         f"the student stops at {stops[0]}, the teacher at {stops[1]}; a teacher that never writes the student's stop "
         "token teaches it not to stop": stops[0] != stops[1],
-        "the chat templates differ; both models read the student's": templates[0] != templates[1]}
+        "the chat templates differ; both models read the student's": templates[0] != templates[1],
+        f"a prompt and its response may need {longest} positions, and the models have {positions}; lower "
+        "--max_new_tokens or --eval_max_new_tokens": longest > min(positions)}
     return [f"warning: {text}" for text, true in found.items() if true]
 
 
@@ -1051,9 +1028,8 @@ def preflight(run, args):
     loss = {"reverse_kl": "KL(student || teacher) over the whole vocabulary",
             "topk": f"KL(student || teacher) on top-{args.overlap_k} tokens, support {args.support}",
             "sampled": "log p_student - log p_teacher of the sampled token, as a policy gradient"}[args.loss]
-    graded = ", ".join(f"{len(problems)} of {name}" for name, problems in run.eval.items()) or "nothing"
     lines = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step",
-             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; evaluation on {graded}"]
+             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out"]
     stops, templates = [], []
     for role, model, tokenizer in (("student", run.student, run.tokenizer),
                                    ("teacher", run.teacher, run.teacher_tokenizer)):
@@ -1078,7 +1054,10 @@ def preflight(run, args):
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
     lines.append(f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} "
                  f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}")
-    return lines + run_warnings(mean, stops, templates)
+    longest = max(map(len, run.prompts)) + max(args.max_new_tokens, args.eval_max_new_tokens * bool(run.eval))
+    positions = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+                 for model in (run.student, run.teacher)]
+    return lines + run_warnings(mean, stops, templates, longest, positions)
 
 
 # ---- 13. Main. With those of section 1, read_inputs and preflight, these functions alone see the flags -------
@@ -1119,7 +1098,7 @@ def opd_step(run, args, step):
                   "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}[args.loss]
     for group in run.optimizer.param_groups:
         group["lr"] = args.learning_rate * min(1, step / max(1, args.warmup_steps))
-    run.student.train(args.gradient_checkpointing)            # transformers recomputes layers in training mode only
+    run.student.train(args.gradient_checkpointing)
     update = train_step(
         run.student, run.optimizer, dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=loss_mask,
                                          token_weight=token_weight),
@@ -1129,32 +1108,32 @@ def opd_step(run, args, step):
         token_loss=token_loss, measure=lambda p, q: alignment(p, q, None, args.overlap_k))
     run.student.eval()
     copy_weights(dict(run.student.named_parameters()), run.sampler)
-    update["overlap_ratio"] = overlap[mask].mean().item()     # of all that was sampled; the others: of what is trained on
+    update["overlap_ratio"] = overlap[mask].mean().item()     # of all that was sampled; the rest: what is trained on
     updated, lengths, trained = clock(run.device), mask.sum(-1), loss_mask.sum(-1)
     for name, count in (("generated", lengths), ("teacher", lengths), ("trained", trained)):
         state[f"{name}_tokens"] += int(count.sum())
     state["flops"] += step_flops(*run.sizes, prompt_mask.sum(-1), lengths, trained)
-    repeated = [repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)]
+    repeated = (repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask))
     return dict(
         step=step, **update, **extra, **state, max_length=row["max_length"], learning_rate=group["lr"],
         overlap_by_position=overlap_by_position(overlap, mask), response_length=lengths.float().mean().item(),
         truncated_fraction=1 - out["ended"].float().mean().item(), kept_fraction=out["kept"].float().mean().item(),
-        repetition=float(np.mean(repeated)), time_rollout=sampled - begin - out["teacher_seconds"],
+        repetition=sum(repeated) / len(mask), time_rollout=sampled - begin - out["teacher_seconds"],
         time_teacher=out["teacher_seconds"], time_update=updated - sampled, peak_memory_gb=peak_memory_gb(run.device))
 
 
 def step_line(metrics):
     """A step's metrics in fixed columns, for the screen."""
     seconds = metrics["time_rollout"] + metrics["time_teacher"] + metrics["time_update"]
-    return (f"step {metrics['step']:5} | loss {metrics['loss']:8.4f} | kl {metrics['reverse_kl']:7.4f} "
-            f"| overlap {metrics['overlap_ratio']:.3f} | kept {metrics['kept_fraction']:4.0%} "
-            f"| length {metrics['response_length']:7.1f} | cut {metrics['truncated_fraction']:4.0%} "
-            f"| norm {metrics['grad_norm']:6.2f} | {metrics['generated_tokens']:11,} tokens | {seconds:6.2f} s")
+    return (f"step {metrics['step']:5} | loss {metrics['loss']:8.4f} | kl {metrics['reverse_kl']:7.4f} | overlap "
+            f"{metrics['overlap_ratio']:.3f} | kept {metrics['kept_fraction']:4.0%} | length "
+            f"{metrics['response_length']:7.1f} | cut {metrics['truncated_fraction']:4.0%} | norm "
+            f"{metrics['grad_norm']:6.2f} | {metrics['generated_tokens']:11,} tokens | {seconds:6.2f} s")
 
 
 def read_run(folder, name):
-    """A run's metrics.jsonl -> {"name": str, "steps": records of steps, "evals": records of evaluations}. A line that is
-    not a whole record, as a run that was killed may leave, is left out."""
+    """A run's metrics.jsonl -> {"name": str, "steps": records of steps, "evals": records of evaluations}. What is not a
+    whole record, such as the last line of a run that was killed, is left out."""
     records = []
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
         for line in file:
@@ -1246,8 +1225,7 @@ def main(argv=None):
     eval_rows = max(1, min(rows, rows * args.max_new_tokens // args.eval_max_new_tokens))
     anchor = movable_weights(run.student) if args.extrapolate else None
 
-    def grade(model, who):
-        """Evaluate on every file -> {file: metrics}, also on the screen, in metrics.jsonl and in samples.jsonl."""
+    def grade(model, who):                # on every file -> {file: metrics}, also printed and written down
         results = {}
         for name, problems in run.eval.items():
             results[name], answers = evaluate(
@@ -1271,8 +1249,7 @@ def main(argv=None):
             step=last_step, args=vars(args), state=run.state, optimizer=run.optimizer.state_dict(), anchor=anchor))
         return folder
 
-    def validate(weights):
-        """EffOPD's judge: the share of right answers to the same few training problems, in the same random stream."""
+    def validate(weights):                # EffOPD's judge: right answers to always the same problems and random stream
         copy_weights(weights, run.student, run.sampler)
         chosen = random.Random(args.seed).sample(run.answered, args.validation_size)
         problems, prompts = ([items[index] for index in chosen] for items in (run.train, run.prompts))
@@ -1282,7 +1259,8 @@ def main(argv=None):
         lengths = torch.tensor([answer["length"] for answer in answers])
         run.state["validation_tokens"] += int(lengths.sum())
         run.state["generated_tokens"] += int(lengths.sum())   # its samples are part of the price
-        run.state["flops"] += step_flops(run.sizes[0], (0, 0, 0), torch.tensor(list(map(len, prompts))), lengths, 0 * lengths)
+        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+        run.state["flops"] += step_flops(run.sizes[0], (0, 0, 0), prompt_lengths, lengths, 0 * lengths)
         return score["avg_at_n"]
 
     try:
@@ -1309,11 +1287,10 @@ def main(argv=None):
                 grade(run.sampler, "student")
         results.update(after=grade(run.sampler, "student"), checkpoint=save())
     except (FloatingPointError, KeyboardInterrupt) as error:
-        broken = isinstance(error, FloatingPointError)
-        told = f"step {last_step + 1} is not finite: {error}" if broken else "interrupted"
-        kept = "" if args.eval_only else f"; the weights after step {last_step} are in {save()}"
-        print(f"opd.py: {told}{kept}", file=sys.stderr)
-        raise SystemExit(2 if broken else 130) from None
+        told = f"step {last_step + 1} is not finite: {error}" if str(error) else "interrupted"
+        told += "" if args.eval_only else f"; the weights after step {last_step} are in {save()}"
+        print(f"opd.py: {told}", file=sys.stderr)
+        raise SystemExit(2 if str(error) else 130) from None
     print("\n".join(report_table([read_run(args.output_dir, os.path.basename(os.path.normpath(args.output_dir)))])))
     print(f"{'seconds in all':<32}{clock(run.device) - started:>20.1f}\ncheckpoint in {results['checkpoint']}")
     return {**results, "overlap_before": first["overlap_ratio"], "overlap_after": metrics["overlap_ratio"], **run.state}
