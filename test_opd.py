@@ -1441,6 +1441,14 @@ def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(wo
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == lines + 1
 
 
+def test_the_overlap_of_a_step_is_over_all_that_was_sampled_trained_on_or_not(world, tmp_path):
+    """Over the selected rows alone it would be high because of the selection."""
+    flags = dict(method="prefix-guided", num_generations=8, max_steps=1)
+    steps = [train(world, tmp_path, **flags, **more)[1][0] for more in ({}, {"train_pruned_prefix": True})]
+    assert steps[0]["trained_tokens"] < steps[1]["trained_tokens"]
+    assert steps[0]["overlap_ratio"] == steps[1]["overlap_ratio"]
+
+
 def test_a_report_puts_runs_side_by_side_and_draws_them(world, tmp_path, capsys):
     for name in ("a", "b"):
         train(world, tmp_path / name, method="prefix", max_steps=1)
