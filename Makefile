@@ -6,7 +6,7 @@ PYTHON ?= python3
 demo: .venv/ready
 	.venv/bin/python opd.py --output_dir out/demo
 
-# Every claim, offline, on tiny models: about a minute and a half.
+# Every claim, offline, on tiny models: half a minute.
 test: .venv/ready
 	.venv/bin/python -m pytest -q test_opd.py
 
