@@ -162,8 +162,7 @@ def check_args(args):
     need(args.device in ("", "cpu", "mps") or args.device.startswith("cuda") and torch.cuda.is_available(),
          f"--device {args.device}: there is none here; leave it out, or use cpu")
     need("{problem}" in args.prompt_template, "--prompt_template must say {problem} where the problem goes")
-    need(args.cap_min <= args.cap_init <= args.cap_max,
-         f"--cap_init {args.cap_init} must lie between --cap_min {args.cap_min} and --cap_max {args.cap_max}")
+    need(args.cap_min <= args.cap_init <= args.cap_max, "--cap_init must lie between --cap_min and --cap_max")
     if args.method == "prefix-guided":
         kept = round(args.keep_ratio * args.batch_size * args.num_generations)
         need(kept >= args.batch_size, f"--keep_ratio {args.keep_ratio} keeps {kept} candidates, fewer than one for "
@@ -370,6 +369,8 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
     try:
         ids = model.generate(input_ids, attention_mask=attention_mask.long(), past_key_values=cache,
                              generation_config=config, logits_processor=[within_vocabulary])
+    except RuntimeError as error:                             # what torch says when it draws from NaN
+        raise FloatingPointError(str(error)) if "probability tensor" in str(error) else error
     finally:
         model.generation_config = shipped
     return ids[:, input_ids.shape[1]:], torch.stack(topk, dim=1) if record_k else None
@@ -886,8 +887,8 @@ def load_pretrained(auto_class, path, **options):
     try:
         return auto_class.from_pretrained(path, **options)
     except Exception as error:            # transformers, safetensors and json have errors of their own for a bad folder
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{path} does not load with {auto_class.__name__}: {type(error).__name__}: {reason}") from None
+        raise ValueError(f"{path} does not load with {auto_class.__name__}: {type(error).__name__}: "
+                         + " ".join(str(error).split())[:160]) from None
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
@@ -917,8 +918,8 @@ def switch_off_dropout(model):
 
 def check_head(own_logits, our_logits, model_type):
     """Raises ValueError unless head_logits on the backbone's output (None: unknown) gave what the own forward gives."""
-    tolerance = 1e-3 if own_logits.dtype == torch.float32 else 0.05
-    if our_logits is None or (own_logits - our_logits).abs().max() > tolerance * own_logits.abs().max():
+    share = 1e-3 if own_logits.dtype == torch.float32 else 0.05
+    if our_logits is None or (own_logits - our_logits).abs().max() > share * own_logits.abs().max():
         raise ValueError(f"{model_type} models are not supported: their logits are not the head on the last hidden "
                          "state with a scale or softcap that head_logits knows, or their cache is not keys and values")
 
@@ -936,9 +937,8 @@ def save_checkpoint(folder, model, tokenizer, state):
 
 def append_json(path, record):
     """One more line of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
-    line = json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None))
     with open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        file.write(json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)) + "\n")
 
 
 def peak_memory_gb(device):

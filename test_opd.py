@@ -1321,6 +1321,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_la
     assert same_weights(tmp_path / "checkpoint-1", after_one_step)
 
 
+def test_a_model_whose_probabilities_are_not_finite_ends_the_run_in_one_line(world, tmp_path, capfd):
+    shutil.copytree(world / "teacher", tmp_path / "nan")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "nan")
+    model.lm_head.weight.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(SystemExit) as stop:
+        opd.main(command(world, tmp_path, teacher=tmp_path / "nan"))
+    assert stop.value.code == 2 and "step 1 is not finite" in capfd.readouterr().err.splitlines()[-1]
+
+
 def test_control_c_saves_a_checkpoint_and_exits_with_one_line(
         world, tmp_path, monkeypatch, capfd, after_one_step):
     opd_step = opd.opd_step
