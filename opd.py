@@ -382,7 +382,7 @@ def hidden_states(model, ids, mask, num_last, cache=None):
     With a cache, columns that it holds are not computed again, and it grows to L - 1."""
     seen = cache.get_seq_length() if cache is not None else 0
     # Left padding must not count as positions: rotary models only see differences, GPT-2's are absolute
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)                            # (B, L)
     # The shift by one, for scoring and for training: what predicts column t is the state at column t - 1
     output = model.base_model(
         input_ids=ids[:, seen:-1], attention_mask=mask[:, :-1].long(), position_ids=positions[:, seen:-1],
@@ -413,7 +413,7 @@ def topk_overlap(student_logits, teacher_logits, k):
     student_topk = student_logits.topk(k, dim=-1).indices                        # (B, T, K)
     teacher_topk = teacher_logits.topk(k, dim=-1).indices                        # (B, T, K)
     shared = student_topk[..., :, None] == teacher_topk[..., None, :]            # (B, T, K, K)
-    return shared.any(-1).float().mean(-1)
+    return shared.any(-1).float().mean(-1)                                           # (B, T)
 
 
 def alignment(student_logits, teacher_logits, response_mask, k):
@@ -432,7 +432,7 @@ def alignment(student_logits, teacher_logits, response_mask, k):
     bar_p = top_p.masked_fill(~shared, -torch.inf).log_softmax(-1)
     bar_q = top_q.masked_fill(~shared, -torch.inf).log_softmax(-1)
     advantage = torch.where(shared, bar_p.exp() * (bar_q - bar_p), 0).sum(-1) / shared.sum(-1)   # 0 / 0 is NaN
-    entropy_p, entropy_q = -(log_p.exp() * log_p).sum(-1), -(log_q.exp() * log_q).sum(-1)
+    entropy_p, entropy_q = -(log_p.exp() * log_p).sum(-1), -(log_q.exp() * log_q).sum(-1)        # (B, T)
     values = {
         "overlap_ratio": shared.float().mean(-1), "overlap_token_advantage": advantage,
         "overlap_mass_student": (top_p.exp() * shared).sum(-1), "overlap_mass_teacher": (top_q.exp() * shared).sum(-1),
@@ -466,7 +466,7 @@ def select_prefixes(score, num_keep):
     if not P <= num_keep <= P * G:
         raise ValueError(f"num_keep must lie between {P} prompts and {P * G} candidates, got {num_keep}")
     best_first = score.scatter(1, score.argmax(dim=1, keepdim=True), torch.inf).flatten()        # (P * G,)
-    order = best_first.argsort(descending=True, stable=True)
+    order = best_first.argsort(descending=True, stable=True)                         # stable: of equals the first
     keep = torch.zeros_like(best_first, dtype=torch.bool)
     keep[order[:num_keep]] = True
     return keep.view(P, G)
@@ -476,7 +476,7 @@ def drift_weights(overlap, response_mask, threshold, w_drop):
     """The reliability w of each token: (B, T), (B, T) -> (B, T) in [0, 1], never rising, 0 off the mask. [Prune-OPD]
         w_t = max(0, 1 - w_drop * #{s <= t : overlap_s < threshold})          the loss weight is w_t + w_base
     Example: threshold .75, w_drop .1, overlap (1, .5, 0) -> (1, .9, .8)."""
-    bad = (overlap < threshold) & response_mask.bool()
+    bad = (overlap < threshold) & response_mask.bool()                               # (B, T)
     # Cumulative: the teacher judges a token given all before it, so nothing makes up for a wrong turn
     return (1 - w_drop * bad.cumsum(-1)).clamp(min=0) * response_mask
 
@@ -527,7 +527,7 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
         "union": (torch.cat([student_ids, teacher_ids], -1), torch.cat([everywhere, ~same.any(-2)], -1))}
     if support not in supports:
         raise ValueError(f"support must be one of {', '.join(supports)}, got {support!r}")
-    ids, inside = supports[support]
+    ids, inside = supports[support]                                                  # (B, T, K), or 2K for the union
     log_p, log_q = log_p.gather(-1, ids), log_q.gather(-1, ids)
     p_bar = log_p.masked_fill(~inside, -torch.inf).softmax(-1).nan_to_num(0)     # NaN: an empty intersection
     constant = p_bar * (log_p - log_q)                                           # p_bar rho
@@ -544,7 +544,7 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
     centres the advantage without changing the mean gradient."""
     log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
     log_q = F.log_softmax(teacher_logits.float(), dim=-1)                        # (B, T, V)
-    sampled = response_ids[..., None]
+    sampled = response_ids[..., None]                                                # (B, T, 1)
     advantage = (log_q - log_p).gather(-1, sampled).squeeze(-1)                  # (B, T)
     if baseline:
         # Added to r, never in its place: a constant of the context alone has a mean gradient of exactly 0
@@ -650,7 +650,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
     device = prompt_ids.device
     ids = torch.cat([prompt_ids, prompt_ids.new_full((B, max_length), pad_id)], dim=1)           # (B, S + max_length)
     mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, max_length)], dim=1)
-    overlap = torch.zeros(B, max_length, device=device)
+    overlap = torch.zeros(B, max_length, device=device)                              # 0 off the mask
     ended, kept = torch.zeros(B, dtype=torch.bool, device=device), torch.ones(B, dtype=torch.bool, device=device)
     teacher_hidden, teacher_seconds = [[] for _ in range(B)], 0.0
     student_cache, *teacher_cache = (DynamicCache(config=model.config) for model in (student, teacher) if model)
@@ -712,7 +712,7 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
         # Backward now, while these logits exist. Kept to the end, they would fill (B, T, V) several times over;
         # recomputed in backward, they would cost both heads once more
         loss.backward()
-        grads.append(states.grad)
+        grads.append(states.grad)                                                    # (chunk, H)
         total += loss.item()
         with torch.no_grad():
             measures.append(measure(student_logits, teacher_logits))
@@ -725,7 +725,7 @@ def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, au
     chunk: for backward_in_chunks. Loss or gradient not finite: FloatingPointError, before a weight changes."""
     lengths = batch["loss_mask"].sum(-1)                                         # (B,)
     # Of the whole step: a mean per micro-batch would give the tokens beside short rows a larger weight
-    num_tokens = int(lengths.sum())
+    num_tokens = int(lengths.sum())                                                  # N of the whole step
     order = lengths.argsort(descending=True, stable=True)                        # like lengths together: less padding
     loss, measures = 0.0, []
     optimizer.zero_grad(set_to_none=True)
