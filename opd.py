@@ -189,6 +189,8 @@ def read_records(path):
         return list(enumerate(frame.astype(object).where(frame.notna(), None).to_dict("records"), start=1))
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         text = file.read()
+    if "\ufffd" in text:
+        raise ValueError(f"{path}, line {text[:text.index(chr(0xfffd))].count(chr(10)) + 1}: not UTF-8; save it so")
     # Many a .json file holds JSON lines. Not splitlines(): U+2028 may stand inside a string
     whole = path.endswith(".json") and text.lstrip().startswith("[")
     lines = [(1, text)] if whole else enumerate(text.split("\n"), start=1)
@@ -354,7 +356,6 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
     -> new ids (B, n), and if record_k the likeliest tokens at each, best first, (B, n, K), else None.
     n < max_new_tokens only when all rows ended; those that did go on as pad_id. temperature 0 is greedy."""
     topk = []
-
     def within_vocabulary(_, scores):                         # (B, rows of the head), float32
         scores = scores[:, :vocab_size]                       # the other rows are no tokens
         if record_k:
@@ -778,7 +779,6 @@ def tiny_example(rng, steps, habit, slip_rate, lexicon):
     goes wrong, in its result or its operation. What follows is consistent; only the slip itself is not trusted."""
     def synonym(kind):
         return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8], True
-
     def apply(value, operation):
         return str((int(value) + int(operation[1:]) if operation[0] == "+" else int(value) * int(operation[1:])) % 10)
 
@@ -829,7 +829,7 @@ def fit(model, sample_batch, *, steps, learning_rate, pad_id, title):
 
 def make_world(folder, seed):
     """Write the tiny world into a folder: teacher/ and student/, models like any other, train.jsonl and eval.jsonl.
-    Takes about half a minute. Both models come from one base model, as in the papers' pairs: the teacher learns from a
+    Takes under a minute. Both models come from one base model, as in the papers' pairs: the teacher learns from a
     careful author; the student, briefly, from one with other habits, who slips at every fourth step and believes it."""
     tokenizer = tiny_tokenizer([word for words in LEXICON.values() for word in words])
     torch.manual_seed(seed)
@@ -963,7 +963,7 @@ def read_inputs(args):
     run.tokenizer = load_pretrained(AutoTokenizer, args.student)
     low = torch.bfloat16 if bf16 else torch.float32
     load = lambda path, dtype: load_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(run.device).eval()
-    # Loaded, not cast: a cast would round the rotary frequencies, too, and be far off at position 1,000
+    # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
     run.sampler = load(args.student, low)
     # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
     run.student = load(args.student, torch.float32) if bf16 and not args.eval_only else run.sampler
@@ -1140,7 +1140,7 @@ def read_run(folder, name):
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
     return {"name": name, "steps": [item for item in records if "overlap_by_position" in item],
-            "evals": [item for item in records if item.get("eval")]}
+            "evals": [item for item in records if item.get("eval") and item["model"] != "eval_only"]}
 
 
 def report_table(runs):
@@ -1204,7 +1204,7 @@ def main(argv=None):
             draw_report(runs, os.path.join(args.report, "report.png"))
             return {run["name"]: run["evals"][-1]["eval"] for run in runs}
         if not args.student:
-            torch.set_num_threads(1)                          # tensors this small run slower on more
+            torch.set_num_threads(1)                          # tensors this small gain next to nothing from more
             transformers.utils.logging.disable_progress_bar()
             world = os.path.join(args.output_dir, "world")
             if not os.path.exists(world):
@@ -1265,7 +1265,7 @@ def main(argv=None):
 
     try:
         if args.eval_only:
-            return grade(run.sampler, "student")
+            return grade(run.sampler, "eval_only")
         print("\n".join(preflight(run, args)), flush=True)
         results = {"teacher": grade(run.teacher, "teacher"), "before": grade(run.sampler, "student")}
         for step in tqdm(range(1, args.max_steps + 1), desc="train", leave=False):

@@ -5,7 +5,7 @@ Everything runs offline on random models with 2 layers and 24 tokens. Where ther
 number (every token tried, autograd on full logits, one uninterrupted model.generate), the test goes that way.
 """
 import torch
-torch.set_num_threads(1)                                      # 30 times slower on two: the tensors are tiny
+torch.set_num_threads(1)                                      # tiny tensors gain next to nothing from more
 
 import copy
 import inspect
@@ -1375,11 +1375,19 @@ def test_the_anchor_of_an_extrapolation_is_what_was_accepted_the_last_time(world
 
 
 def test_the_bfloat16_sampler_keeps_rotary_frequencies_in_float32(world, tmp_path):
-    """Rounded to 8 bits, they are off by half a radian at position 1,000: the sampler would be another model."""
+    """Rounded to 8 bits, they turn positions around 1,000 by more than .1 rad: the sampler would be another model."""
     args = opd.parse_args(command(world, tmp_path, dtype="bfloat16"))
     run = opd.read_inputs(args)
     assert (run.sampler.dtype, run.teacher.dtype, run.student.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     close(run.sampler.model.rotary_emb.inv_freq, run.student.model.rotary_emb.inv_freq, rtol=0, atol=0)
+    frequencies = 10000.0 ** -(torch.arange(0, 64, 2) / 64)                     # heads of 64, as models of 1.5B have
+    assert ((frequencies.bfloat16().float() - frequencies) * 1000).abs().max() > .1
+
+
+def test_a_bfloat16_weight_does_not_feel_an_update_of_a_millionth():
+    """Why the student has float32 master weights: Adam moves a weight by about the learning rate, 1e-6."""
+    weight = torch.full((100,), .02)
+    assert torch.equal(weight.bfloat16() + 1e-6, weight.bfloat16()) and (weight + 1e-6 > weight).all()
 
 
 def test_training_in_bfloat16_updates_float32_weights_and_samples_with_their_copies(world, tmp_path):
@@ -1442,6 +1450,12 @@ def test_a_json_file_may_hold_lines_and_a_byte_order_mark(tmp_path):
     assert [problem["answer"] for problem in opd.load_problems(str(tmp_path / "lines.json"))] == ["1", "1, 2"]
 
 
+def test_a_file_that_is_not_utf8_is_refused_with_its_line(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"problem": "2"}\n{"problem": "caf\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.jsonl, line 2: not UTF-8"):
+        opd.load_problems(str(tmp_path / "latin.jsonl"))
+
+
 def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(world, tmp_path):
     first = train(world, tmp_path, max_steps=1)[1]
     train(world, tmp_path, max_steps=2)
@@ -1449,6 +1463,7 @@ def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(wo
     lines = len((tmp_path / "metrics.jsonl").read_text().splitlines())
     opd.main(command(world, tmp_path, eval_only=True, teacher=None, train_file=None))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == lines + 1
+    assert len(opd.read_run(tmp_path, "run")["evals"]) == 3                     # which are no points of its curve
 
 
 def test_the_overlap_of_a_step_is_over_all_that_was_sampled_trained_on_or_not(world, tmp_path):
