@@ -26,11 +26,12 @@ compares (4) and decides who goes on (5) -> train_step (10) with a loss (6) -> e
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row p * G + g), S prompt
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
-import argparse, contextlib, copy, functools, inspect, json, math, os
-import random, re, select, shutil, subprocess, sys, threading, time, warnings
+import argparse, contextlib, copy, datetime, functools, inspect, json, math, os
+import random, re, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
@@ -44,10 +45,13 @@ FLAGS = {
     "models and data": [
         ("student/model_name_or_path", "", SAME, "model folder or hub name; without it and --teacher: tiny world"),
         ("teacher/teacher_model_name_or_path", "", SAME, "model folder or hub name, with the student's tokenizer map"),
-        ("train_file", [], SAME, "problems to train on: jsonl, json, parquet; answers are not needed"),
-        ("eval_file", [], SAME, "problems with answers to evaluate on; one result per file"),
+        ("train_file", [str], SAME, "problems to train on: jsonl, json, parquet; answers are not needed"),
+        ("mix", [float], SAME, "each train file's share of every batch, such as 0.8 0.2; default: one pool of all"),
+        ("eval_file", [str], SAME, "problems with answers to evaluate on; one result per file"),
         ("output_dir", "out", SAME, "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
         ("report", "", SAME, "compare the runs below this folder: print a table, draw report.png in it, and stop"),
+        ("note", "", SAME, "a remark on this run, which --report repeats"),
+        ("report_to", ("none", "tensorboard", "wandb"), SAME, "where else the numbers of metrics.jsonl go"),
         ("prompt_template", r"{problem} Please reason step by step, and put your final answer within \boxed{}.",
          "{problem}", "the user's message [Rethinking-OPD]"),
         ("no_chat_template", False, SAME, "give the model that message as it is"),
@@ -66,6 +70,8 @@ FLAGS = {
         ("support", ("student", "teacher", "intersection", "union"), SAME, "whose top k --loss topk sums over "
          "[Rethinking-OPD]"),
         ("baseline", False, SAME, "subtract the closed-form baseline in --loss sampled [vOPD]"),
+        ("cold_start_steps", 0, SAME, "steps of learning from the teacher's own right solutions first [Rethinking-OPD]"),
+        ("cold_start_learning_rate", 1e-5, 1e-3, "of these steps (our choice)"),
         ("overlap_k", 16, 4, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
     ],
     "sampling": [
@@ -78,6 +84,7 @@ FLAGS = {
         ("prefix_length", 1024, 24, "of prefix and prefix-guided (our choice)"),
         ("probe_window", 128, 16, "prefix-guided: its first tokens, whose mean overlap is the score [PG-OPD]"),
         ("keep_ratio", 0.5, SAME, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
+        ("select", ("overlap", "random"), SAME, "prefix-guided: what ranks the candidates; random is a control"),
         ("train_pruned_prefix", False, SAME, "prefix-guided: train on the prefixes of the others too"),
         ("horizon_start", 512, 16, "progressive: the first horizon (our choice)"),
         ("horizon_growth", 256, 8, "progressive: tokens added each time (our choice)"),
@@ -103,7 +110,10 @@ FLAGS = {
         ("gradient_checkpointing", False, SAME, "recompute the student's layers in backward to save memory"),
         ("extrapolate", False, SAME, "at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]"),
         ("validation_size", 50, SAME, "training prompts with answers that judge it [EffOPD]"),
+        ("max_generated_tokens", 0, SAME, "stop after the step that reaches so many; 0: no limit"),
         ("save_every", 0, SAME, "steps between checkpoints; 0: at the end, and when interrupted"),
+        ("keep_checkpoints", 2, SAME, "how many checkpoints stay, the last ones"),
+        ("resume", None, SAME, "go on from the last checkpoint in --output_dir, or from the one named here"),
     ],
     "evaluation": [
         ("eval_only", False, SAME, "grade --student on --eval_file and stop"),
@@ -112,6 +122,10 @@ FLAGS = {
         ("eval_temperature", 0.7, 1.0, "0 is greedy [Rethinking-OPD]"),
         ("eval_top_p", 0.95, 1.0, "nucleus, in evaluation only [Rethinking-OPD, Prune-OPD]"),
         ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
+        ("eval_batch_size", 0, SAME, "rows at once; 0: as in training, fewer if answers may be longer"),
+        ("probe_depths", [int], SAME, "cut the student's solutions at these percentages, and see how much more often "
+         "the teacher, going on from there, ends right, such as 0 25 50 75 [Rethinking-OPD]"),
+        ("print_samples", False, SAME, "show a response per evaluation: green to red by overlap, up to reliability 0"),
     ],
 }
 
@@ -130,10 +144,11 @@ def parse_args(argv=None):
         for name, default, tiny, text in rows:
             name, *aliases = name.split("/")
             tiny_defaults |= {} if tiny is SAME else {name: tiny}
-            kind = {bool: {"action": "store_true"}, list: {"nargs": "+", "metavar": "FILE"},
-                    tuple: {"choices": default}}.get(type(default), {"type": type(default)})
-            default = default[0] if isinstance(default, tuple) else default
-            if default not in ("", []) and default is not False:
+            kind = {bool: {"action": "store_true"}, tuple: {"choices": default},
+                    list: {"nargs": "+", "type": default[0]} if isinstance(default, list) else {},
+                    type(None): {"nargs": "?", "const": "latest"}}.get(type(default), {"type": type(default)})
+            default = default[0] if isinstance(default, tuple) else [] if isinstance(default, list) else default
+            if default not in ("", [], None) and default is not False:
                 text += f" (default {default}{'' if tiny is SAME else f'; tiny world {tiny}'})"
             names, text = [f"--{part}" for part in (name, *aliases)], text.replace("%", "%%")
             group.add_argument(*names, default=default, help=text, **kind)
@@ -151,8 +166,8 @@ def check_args(args):
         if not condition:
             raise ValueError(message)
 
-    may_be_zero = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold "
-                   "w_drop w_base cap_hit_ratio seed").split()
+    may_be_zero = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold w_drop "
+                   "w_base cap_hit_ratio seed cold_start_steps max_generated_tokens eval_batch_size").split()
     for name, value in vars(args).items():
         if type(value) in (int, float):
             need((value > 0 or value == 0 and name in may_be_zero) and value < 2 ** 40,
@@ -162,6 +177,10 @@ def check_args(args):
     need(args.device in ("", "cpu", "mps") or args.device.startswith("cuda") and torch.cuda.is_available(),
          f"--device {args.device}: there is none here; leave it out, or use cpu")
     need("{problem}" in args.prompt_template, "--prompt_template must say {problem} where the problem goes")
+    need(not args.mix or len(args.mix) == len(args.train_file) and min(args.mix) > 0 and abs(sum(args.mix) - 1) < 1e-6,
+         f"--mix needs one share above 0 for each of the {len(args.train_file)} train files, and 1 in all")
+    need(all(0 <= depth < 100 for depth in args.probe_depths), "--probe_depths are percentages from 0 to 99")
+    need(not args.eval_only or not args.resume, "--eval_only has nothing to --resume; leave one of them out")
     need(args.cap_min <= args.cap_init <= args.cap_max, "--cap_init must lie between --cap_min and --cap_max")
     if args.method == "prefix-guided":
         kept = round(args.keep_ratio * args.batch_size * args.num_generations)
@@ -332,12 +351,22 @@ def pad_left(rows, pad_id):
     return ids, mask
 
 
-def batch_indices(step, batch_size, num_problems, seed):
-    """The problems of step 1, 2, ...: every one once, in a new order each epoch, before any comes again. It depends on
-    its arguments alone: there is no sampler to save, and every method meets the same prompts in the same order."""
-    places = [divmod(place, num_problems) for place in range((step - 1) * batch_size, step * batch_size)]
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_problems) for epoch, _ in places}
-    return [int(orders[epoch][index]) for epoch, index in places]
+def batch_indices(step, batch_size, sizes, shares, seed):
+    """The problems of step 1, 2, ... from files of these sizes, laid end to end, a share of every batch from each.
+    Every problem once, in a new order each epoch, before any of its file comes again. It depends on its arguments
+    alone: there is no sampler to save, and every method meets the same prompts in the same order."""
+    # One point in each of batch_size equal parts of [0, 1], all moved by an offset: the file whose share it falls into.
+    # So no batch is off by more than a problem, and the offsets spread that over the steps
+    offsets = np.arange(1, step + 1) * 0.618 % 1                                     # (step,)
+    edges = np.ceil(np.cumsum([0, *shares])[:, None] * batch_size - offsets)         # (files + 1, step)
+    counts = np.diff(edges, axis=0).astype(int)                                      # (files, step)
+    batch = []
+    for file, (size, first) in enumerate(zip(sizes, np.cumsum([0, *sizes]))):
+        taken, count = counts[file, :-1].sum(), counts[file, -1]
+        places = [divmod(place, size) for place in range(taken, taken + count)]
+        orders = {epoch: np.random.default_rng((seed, file, epoch)).permutation(size) for epoch, _ in places}
+        batch += [int(first + orders[epoch][index]) for epoch, index in places]
+    return batch
 
 
 # ---- 3. Sampling ---------------------------------------------------------------------------------------------
@@ -598,33 +627,70 @@ def repetition(ids):
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
+def auroc(scores, correct):
+    """The chance that a right answer has a higher score than a wrong one, ties half: lists of floats and bools ->
+    float, NaN where all are right or all wrong. 0.5: the score says nothing.                        [Rethinking-OPD]"""
+    scores, correct = np.array(scores), np.array(correct, dtype=bool)
+    difference = scores[correct][:, None] - scores[~correct]                         # (right, wrong)
+    return float(np.mean((difference > 0) + 0.5 * (difference == 0))) if difference.size else math.nan
+
+
+@torch.no_grad()
+def judge(student, teacher, ids, mask, num_last, *, k, vocab_size, rows_per_batch, chunk_tokens=256):
+    """What the teacher makes of the last num_last columns of ids (B, L), mask (B, L) -> two tensors (B, num_last): the
+    reward log q - log p of the token there, and the top-k overlap."""
+    rewards, overlaps = [], []
+    for rows, valid in zip(ids.split(rows_per_batch), mask.split(rows_per_batch)):
+        columns = [hidden_states(model, rows, valid, num_last).flatten(0, 1) for model in (student, teacher)]
+        columns.append(rows[:, -num_last:].flatten())
+        for student_states, teacher_states, tokens in zip(*(column.split(chunk_tokens) for column in columns)):
+            log_p = head_logits(student, student_states, vocab_size).log_softmax(-1)             # (chunk, V)
+            log_q = head_logits(teacher, teacher_states, vocab_size).log_softmax(-1)
+            rewards.append((log_q - log_p).gather(-1, tokens[:, None])[:, 0])
+            overlaps.append(topk_overlap(log_p, log_q, k))
+    return torch.cat(rewards).view(-1, num_last), torch.cat(overlaps).view(-1, num_last)
+
+
+def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate",
+             prefixes=None, judge_rows=None):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
-    prompts: their ids; decoding: for rollout. It has a random stream of its own, so it cannot change training."""
-    rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)]
+    prompts: their ids; prefixes: ids that the answers begin with; decoding: for rollout; judge_rows: judge with its
+    models and settings. It has a random stream of its own, so it cannot change training. Ranks share the answers out."""
+    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)][rank::num_ranks]
     answers = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False):
+        torch.manual_seed(seed * num_ranks + rank)
+        for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False, disable=rank > 0):
             batch = rows[start:start + rows_per_batch]
-            ids, mask = pad_left([prompts[index] for index, _ in batch], decoding["pad_id"])
-            out = rollout(model, None, ids.to(model.device), mask.to(model.device), **decoding)
+            begun = [prefixes[index] if prefixes else [] for index, _ in batch]
+            ids, mask = (part.to(model.device) for part in pad_left(
+                [prompts[index] + prefix for (index, _), prefix in zip(batch, begun)], decoding["pad_id"]))
+            out = rollout(model, None, ids, mask, **decoding)
+            valid = out["response_mask"]
+            if judge_rows:
+                reward, overlap = judge_rows(torch.cat([ids, out["response_ids"]], 1), torch.cat([mask, valid], 1),
+                                             valid.shape[1])
             for row, (index, sample) in enumerate(batch):
-                response = out["response_ids"][row][out["response_mask"][row]].tolist()
+                response = begun[row] + out["response_ids"][row][valid[row]].tolist()
                 text = tokenizer.decode(response, skip_special_tokens=True)
                 answers.append({
-                    **problems[index], "sample": sample, "response": text,
+                    **problems[index], "index": index, "sample": sample, "response": text,
                     "correct": is_correct(text, problems[index]["answer"]),
                     "no_box": last_boxed(text.rsplit("</think>", 1)[-1]) is None, "length": len(response),
-                    "truncated": not out["ended"][row].item(), "repetition": repetition(response)})
+                    "truncated": not out["ended"][row].item(), "repetition": repetition(response),
+                    "reward": reward[row][valid[row]].mean().item() if judge_rows else math.nan,
+                    "overlap": overlap[row][valid[row]].tolist() if judge_rows else [], "ids": response})
+    answers = sorted(gather_from_ranks(answers), key=lambda answer: (answer["index"], answer["sample"]))
     means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
         "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",
-        "repetition": "repetition"}.items()}
+        "repetition": "repetition", "mean_reward": "reward"}.items()}
     correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)       # (problems, n)
     # Over problems, not answers: answers to one problem are not independent evidence
     se = float(correct.mean(1).std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else math.nan
     pass_at_n = float(np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)]))
     return dict(means, se=se, pass_at_n=pass_at_n, n=num_samples, num_problems=len(correct), seed=seed,
+                auroc=auroc([answer["reward"] for answer in answers], [answer["correct"] for answer in answers]),
                 temperature=decoding["temperature"], top_p=decoding["top_p"],
                 max_new_tokens=decoding["max_length"]), answers
 
@@ -639,11 +705,12 @@ def clock(device):
 
 @torch.no_grad()
 def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_length, vocab_size, eos_ids, pad_id,
-            temperature=1.0, top_p=1.0, overlap_k=0, num_generations=1, select_at=0, probe_window=0, num_keep=0,
-            drift=()):
+            temperature=1.0, top_p=1.0, overlap_k=0, num_generations=1, select_at=0, select="overlap", probe_window=0,
+            num_keep=0, drift=()):
     """Sample responses to prompts (B, S), segment by segment, on KV caches that nothing is computed for twice. The
     teacher (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
-    select_at, probe_window, num_keep: after select_at tokens num_keep rows go on, by overlap in the probe window
+    select_at, probe_window, num_keep: after select_at tokens num_keep rows go on, by overlap in the probe window, or
+        with select "random" any
     drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
     -> dict, T the longest response: response_ids, response_mask, overlap (B, T); ended, kept (B,) bool: has an EOS, was
        not stopped by selection or drift; teacher_hidden: B tensors (length, H); teacher_seconds"""
@@ -677,6 +744,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
         if border == select_at:
             window = mask[:, S:S + probe_window]              # a row that ended inside it is judged on what it has
             score = (overlap[:, :probe_window] * window).sum(-1) / window.sum(-1)
+            score = torch.rand_like(score) if select == "random" else score
             # Rows that ended are complete and cost nothing: they stay, and take a slot only if nobody else wants it. A
             # prompt whose rows all ended has one by the prompt minimum, so there is one more
             score = torch.where(ended, -1, score).view(-1, num_generations)      # (P, G)
@@ -694,6 +762,38 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
     return {"response_ids": ids[:, S:start], "response_mask": mask[:, S:start], "overlap": overlap[:, :start - S],
             "ended": ended, "kept": kept, "teacher_seconds": teacher_seconds,
             "teacher_hidden": [torch.cat(pieces) for pieces in teacher_hidden] if teacher else None}
+
+
+# ---- 9b. Several processes: torchrun ... opd.py trains data-parallel ------------------------------------------
+def get_ranks():
+    """(rank of this process, number of processes): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_ranks(cuda):
+    """Join the processes that torchrun started, if it did. One that dies ends the others: torchrun sees to it."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
+
+
+def gather_from_ranks(items):
+    """The lists of all processes, end to end, in the order of the ranks."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def sum_gradients_over_ranks(model):
+    """Sum every gradient over all processes, in place. None, as on a rank without rows, counts as 0."""
+    for parameter in model.parameters() if dist.is_initialized() else ():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
 
 
 # ---- 10. One update ------------------------------------------------------------------------------------------
@@ -720,16 +820,21 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
     return torch.cat(grads), total, measures
 
 
-def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, autocast=contextlib.nullcontext, **chunk):
+def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, max_grad_norm, recompute=False,
+               autocast=contextlib.nullcontext, **chunk):
     """One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures.
     batch: prompt_ids, prompt_mask (B, S), response_ids, loss_mask, token_weight (B, T), teacher_hidden (B tensors);
-    chunk: for backward_in_chunks. Loss or gradient not finite: FloatingPointError, before a weight changes."""
+    chunk: for backward_in_chunks. Ranks have rows of their own and make one step, as if one process had them all.
+    Loss or gradient not finite: FloatingPointError, before a weight changes. No token to train on: no step, {}."""
     lengths = batch["loss_mask"].sum(-1)                                         # (B,)
-    # Of the whole step: a mean per micro-batch would give the tokens beside short rows a larger weight
-    num_tokens = int(lengths.sum())                                                  # N of the whole step
+    # Of the whole step: a mean per micro-batch or rank would give the tokens beside short rows a larger weight
+    num_tokens = sum(gather_from_ranks([int(lengths.sum())]))                        # N of the whole step
+    if not num_tokens:
+        return {}
     order = lengths.argsort(descending=True, stable=True)                        # like lengths together: less padding
     loss, measures = 0.0, []
     optimizer.zero_grad(set_to_none=True)
+    student.train(recompute)                                  # gradient checkpointing works in training mode only
     for rows in order[lengths[order] > 0].split(micro_batch_size):
         S, T = int(batch["prompt_mask"][rows].sum(-1).max()), int(lengths[rows].max())
         loss_mask, response_ids = batch["loss_mask"][rows, :T], batch["response_ids"][rows, :T]
@@ -744,21 +849,26 @@ def train_step(student, optimizer, batch, *, micro_batch_size, max_grad_norm, au
         hidden.backward(grad)
         loss += value
         measures += measured
+    student.eval()
+    sum_gradients_over_ranks(student)
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
+    loss = sum(gather_from_ranks([loss]))
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}, longest response {int(lengths.max())}")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
     optimizer.step()
-    means = {name: torch.cat([piece[name] for piece in measures]).nanmean().item() for name in measures[0]}
+    parts = gather_from_ranks([{name: torch.cat([piece[name] for piece in measures]).cpu() for name in measures[0]}]
+                              if measures else [])
+    means = {name: torch.cat([part[name] for part in parts]).nanmean().item() for name in parts[0]}
     return {"loss": loss, "grad_norm": grad_norm, "num_tokens": num_tokens, **means}
 
 
-def step_flops(student_size, teacher_size, prompt, generated, trained):
-    """Floating-point operations of a step: sizes (parameters, n_layer, d_model), token counts per row (B,) -> float.
-    A forward over L tokens is 2 N L + 2 n_layer d_model L^2: one in decoding and scoring each, three in the update."""
-    forward = lambda size, length: 2 * size[0] * length + 2 * size[1] * size[2] * length ** 2
-    sampled, updated = (prompt + generated).double(), (prompt + trained).double() * (trained > 0)
-    return float((forward(student_size, sampled) + forward(teacher_size, sampled)
-                  + 3 * forward(student_size, updated)).sum())
+def forward_flops(size, lengths):
+    """Floating-point operations of one forward over rows of so many tokens (B,), by size (parameters N, n_layer,
+    d_model) -> float: the sum of 2 N L + 2 n_layer d_model L^2. Decoding costs a forward, an update three."""
+    parameters, layers, width = size
+    return float((2 * parameters * lengths.double() + 2 * layers * width * lengths.double() ** 2).sum())
 
 
 # ---- 11. The tiny world: a made-up language in which distillation can be watched -----------------------------
@@ -925,14 +1035,150 @@ def check_head(own_logits, our_logits, model_type):
 
 
 def save_checkpoint(folder, model, tokenizer, state):
-    """folder/ with model, tokenizer and state (a dict): whole or not at all, since it gets its name when complete."""
+    """folder/ with model, tokenizer and state (a dict): whole or not at all, since it gets its name when complete.
+    OSError, and no trace of it, if it cannot be written."""
     partial = f"{folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    torch.save(state, os.path.join(partial, "trainer_state.pt"))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        torch.save(state, os.path.join(partial, "trainer_state.pt"))
+        os.replace(partial, folder)
+    except Exception as error:            # torch and safetensors have errors of their own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written: {error}") from None
+
+
+def load_checkpoint(folder):
+    """What save_checkpoint was given as state. ValueError, in one line, if there is none that can be read."""
+    try:
+        return torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
+    except Exception as error:            # a missing file, half a file, any other file
+        raise ValueError(f"--resume {folder}: its trainer_state.pt cannot be read: {type(error).__name__}") from None
+
+
+def remove_checkpoints(folders):
+    """Delete folders, each under another name: a kill in the middle must not leave half a checkpoint."""
+    for folder in folders:
+        os.replace(folder, f"{folder}.partial")
+        shutil.rmtree(f"{folder}.partial")
+
+
+def explain(error, phase, step, signal_number):
+    """What ends a run without being an error of the program -> one line and the exit status; of other errors "", 1."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted in step {step}", 128 + (signal_number or signal.SIGINT)
+    if isinstance(error, FloatingPointError):
+        return f"step {step} is not finite: {text}", 2
+    if isinstance(error, OSError):
+        return text, 2
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+        flag = {"rollout": "--batch_size", "update": "--micro_batch_size"}.get(phase, "--eval_batch_size")
+        return f"out of memory in the {phase} of step {step}; halve {flag}", 2
+    if dist.is_initialized() and isinstance(error, RuntimeError) and ("peer" in text or "NCCL" in text):
+        return "another process of this run has ended", 1
+    return "", 1
+
+
+def list_checkpoints(folder):
+    """The paths of the complete checkpoints in a folder, which need not exist, by their steps."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
+    return [os.path.join(folder, f"checkpoint-{step}") for step in steps]
+
+
+def read_jsonl(path):
+    """The records of a jsonl file that this program wrote, or [] without one. A last line that was cut off is left out."""
+    records = []
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+def changed_flags(then, now, free):
+    """Names of flags whose value in the dict now is another than in then, but for the free ones."""
+    return [f"--{name} (was {then.get(name)!r}, is {value!r})" for name, value in now.items()
+            if name not in free and then.get(name) != value]
+
+
+@contextlib.contextmanager
+def stop_on_signals(run):
+    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt: at once, or where the weights are halfway between two steps,
+    at the end of the step, when the loop looks at run.stopped."""
+    def stop(number, _):
+        run.stopped = number
+        if not run.halfway:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def open_tracker(kind, folder, flags):
+    """-> track(record), which sends the numbers of a record of metrics.jsonl, under their names there, to tensorboard
+    or wandb. Each is imported only if it is asked for; ValueError if it is not there."""
+    if kind == "none":
+        return lambda record: None
+    try:
+        if kind == "wandb":
+            import wandb
+            send = wandb.init(project="opd", dir=folder, config=flags).log
+        else:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(folder)
+            send = lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()]
+    except ImportError:
+        raise ValueError(f"--report_to {kind} needs another package: pip install {kind}") from None
+
+    def track(record):
+        groups = {"": record}
+        for name, result in record.get("eval", {}).items():
+            groups[f"eval/{record['model']}/{name}/"] = result
+        send({prefix + name: value for prefix, values in groups.items() for name, value in values.items()
+              if type(value) in (int, float)}, record["step"])
+    return track
+
+
+def token_pieces(tokenizer, ids):
+    """The text of each id of a list, with the space before it that the text of the whole has there."""
+    pairs = [ids[max(0, place - 1):place + 1] for place in range(len(ids))]
+    return [tokenizer.decode(pair)[len(tokenizer.decode(pair[:-1])):] for pair in pairs]
+
+
+def show_sample(pieces, overlap, reliability, colour):
+    """The pieces of a response as one text, cut where the reliability reached 0; with colour each piece green, yellow
+    or red: an overlap of at least .75, of at least .5, or below."""
+    shown = []
+    for piece, agreed, reliable in zip(pieces, overlap, reliability):
+        if reliable <= 1e-8:
+            shown.append(" [cut: reliability 0]")
+            break
+        number = 32 if agreed >= 0.75 else 33 if agreed >= 0.5 else 31
+        shown.append(f"\033[{number}m{piece}\033[0m" if colour else piece)
+    return "".join(shown)
+
+
+def write_jsonl(path, records):
+    """The records (dicts) as a jsonl file: whole or not at all, since it gets its name when complete."""
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    os.replace(f"{path}.partial", path)
+
+
+def put_aside(paths):
+    """Rename what exists to path.old, in place of an older one: a night's work may be in it."""
+    for path in paths:
+        if os.path.isdir(f"{path}.old"):
+            shutil.rmtree(f"{path}.old")
+        if os.path.exists(path):
+            os.replace(path, f"{path}.old")
 
 
 def append_json(path, record):
@@ -949,24 +1195,28 @@ def peak_memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def read_inputs(args):
-    """The files and models that the flags name -> a namespace of what a run needs. Mistakes in them come out here."""
-    run = argparse.Namespace(device=torch.device(args.device or ("cuda:0" if torch.cuda.is_available() else "cpu")))
+def read_inputs(args, checkpoint=None):
+    """The files and models that the flags name, the student perhaps from a checkpoint -> a namespace of what a run
+    needs. Mistakes in them come out here."""
+    student = checkpoint or args.student
+    run = argparse.Namespace(device=torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    run.device = torch.device("cuda", torch.cuda.current_device()) if str(run.device) == "cuda" else run.device
     bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and run.device.type == "cuda"
-    run.train = [problem for path in dict.fromkeys(args.train_file) for problem in load_problems(path)]
+    files = [load_problems(path) for path in (args.train_file if args.mix else dict.fromkeys(args.train_file))]
+    run.train = [problem for problems in files for problem in problems]
     run.eval = {os.path.splitext(os.path.basename(path))[0]: load_problems(path) for path in args.eval_file}
     if len(run.eval) < len(args.eval_file):
         raise ValueError("--eval_file names two files of one name; results go by the name, so rename one")
     for name, problems in run.eval.items():
         if any(problem["answer"] is None for problem in problems):
             raise ValueError(f"--eval_file {name}: some problems have no answer, and evaluation needs one for each")
-    run.tokenizer = load_pretrained(AutoTokenizer, args.student)
+    run.tokenizer = load_pretrained(AutoTokenizer, student)
     low = torch.bfloat16 if bf16 else torch.float32
     load = lambda path, dtype: load_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(run.device).eval()
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
-    run.sampler = load(args.student, low)
+    run.sampler = load(student, low)
     # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-    run.student = load(args.student, torch.float32) if bf16 and not args.eval_only else run.sampler
+    run.student = load(student, torch.float32) if bf16 and not args.eval_only else run.sampler
     run.autocast = functools.partial(torch.autocast, run.device.type, torch.bfloat16, enabled=bf16)
     models = [run.student]
     if args.teacher and not args.eval_only:
@@ -989,6 +1239,10 @@ def read_inputs(args):
     fits = [index for index, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_length]
     if prompts and not fits:
         raise ValueError(f"all {len(prompts)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
+    origin = [file for file, problems in enumerate(files) for _ in problems]
+    run.file_sizes = np.bincount([origin[index] for index in fits], minlength=len(files)) if args.mix else [len(fits)]
+    if args.mix and 0 in run.file_sizes:
+        raise ValueError(f"--mix: a train file has no prompt within --max_prompt_length {args.max_prompt_length}")
     run.too_long, run.train = len(prompts) - len(fits), [run.train[index] for index in fits]
     run.prompts = [prompts[index] for index in fits]
     run.answered = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
@@ -1003,11 +1257,17 @@ def read_inputs(args):
     run.sizes = [(model.num_parameters(), config.num_hidden_layers, config.hidden_size)
                  for model, config in ((model, model.config.get_text_config()) for model in models)]
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    # From here to the end of the step the weights are no longer those of the last step
+    run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        switch_off_dropout(run.student)                       # layers are recomputed in training mode only
+        switch_off_dropout(run.student)                       # which its training mode would bring back
+    run.train_step = functools.partial(
+        train_step, run.student, run.optimizer, micro_batch_size=args.micro_batch_size,
+        max_grad_norm=args.max_grad_norm, autocast=run.autocast, recompute=args.gradient_checkpointing,
+        student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature)
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
-                     validation_tokens=0, flops=0.0)
+                     validation_tokens=0, cold_start_tokens=0, flops=0.0)
     return run
 
 
@@ -1061,65 +1321,193 @@ def preflight(run, args):
 
 
 # ---- 13. Main. With those of section 1, read_inputs and preflight, these functions alone see the flags -------
+def draw_prompts(run, args, step):
+    """This rank's share of the prompts of a step -> their indices (B), prompt_ids, prompt_mask (B, S)."""
+    rank, num_ranks = get_ranks()
+    indices = batch_indices(step, args.batch_size, run.file_sizes, args.mix or [1], args.seed)[rank::num_ranks]
+    indices = [index for index in indices for _ in range(args.num_generations)]              # row p * G + g
+    prompt_ids, prompt_mask = pad_left([run.prompts[index] for index in indices], run.sampling["pad_id"])
+    # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
+    torch.manual_seed((args.seed * 1_000_003 + step) * num_ranks + rank)
+    return indices, prompt_ids.to(run.device), prompt_mask.to(run.device)
+
+
+def cold_start_step(run, args, step):
+    """One supervised step before OPD: the teacher solves training prompts, and the student is fitted to the solutions
+    that are right, or whose answer nobody knows -> the share of them.                             [Rethinking-OPD]"""
+    run.phase = "cold start"
+    indices, prompt_ids, prompt_mask = draw_prompts(run, args, step)
+    out = rollout(run.teacher, None, prompt_ids, prompt_mask, max_length=args.max_new_tokens,
+                  temperature=args.temperature, **run.sampling)
+    mask, right = out["response_mask"], out["ended"].clone()
+    for row, index in enumerate(indices):
+        text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
+        right[row] &= run.train[index]["answer"] is None or is_correct(text, run.train[index]["answer"])
+    loss_mask = mask & right[:, None]
+    run.train_step(
+        dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=loss_mask, token_weight=mask.float(),
+             teacher_hidden=mask[..., None]),                 # nothing is asked of the teacher here
+        learning_rate=args.cold_start_learning_rate, teacher_head=lambda states: states, measure=lambda *_: {},
+        token_loss=lambda student_logits, _, ids: F.cross_entropy(student_logits, ids, reduction="none"))
+    copy_weights(dict(run.student.named_parameters()), run.sampler)
+    rows = torch.stack([prompt_mask.sum(-1), mask.sum(-1), loss_mask.sum(-1), right], dim=1)
+    prompt, length, trained, right = torch.cat(gather_from_ranks([rows.cpu()])).T
+    run.state["cold_start_tokens"] += int(length.sum())
+    run.state["flops"] += (forward_flops(run.sizes[1], prompt + length)
+                           + 3 * forward_flops(run.sizes[0], (prompt + trained)[trained > 0]))
+    return right.double().mean().item()
+
+
 def opd_step(run, args, step):
     """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
-    P, G = args.batch_size, args.num_generations
-    indices = [index for index in batch_indices(step, P, len(run.prompts), args.seed) for _ in range(G)]
-    prompts = pad_left([run.prompts[index] for index in indices], run.sampling["pad_id"])
-    prompt_ids, prompt_mask = (part.to(run.device) for part in prompts)          # (B, S), row p * G + g
+    indices, prompt_ids, prompt_mask = draw_prompts(run, args, args.cold_start_steps + step)
+    B, G = len(indices), args.num_generations
     grown = horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens)
     drift = (args.drift_threshold, args.w_drop)
     row = {                        # all that the methods differ in, but for prune's token weights and its cap, below
         "opd": dict(max_length=args.max_new_tokens),
         "prefix": dict(max_length=min(args.prefix_length, args.max_new_tokens)),
         "progressive": dict(max_length=grown),
-        "prefix-guided": dict(max_length=args.max_new_tokens, select_at=args.prefix_length,
-                              probe_window=args.probe_window, num_keep=round(args.keep_ratio * P * G)),
+        "prefix-guided": dict(max_length=args.max_new_tokens, select_at=args.prefix_length, select=args.select,
+                              probe_window=args.probe_window, num_keep=max(B // G, round(args.keep_ratio * B))),
         "prune": dict(max_length=run.state["cap"], drift=() if args.no_prune_in_flight else drift)}[args.method]
-    # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
-    torch.manual_seed(args.seed * 1_000_003 + step)
-    begin = clock(run.device)
+    run.phase, begin = "rollout", clock(run.device)
     out = rollout(run.sampler, run.teacher, prompt_ids, prompt_mask, overlap_k=args.overlap_k, num_generations=G,
                   temperature=args.temperature, **run.sampling, **row)
-    sampled = clock(run.device)
+    run.phase, sampled = "update", clock(run.device)
     mask, overlap, state, extra = out["response_mask"], out["overlap"], run.state, {}
-    loss_mask, token_weight = mask, torch.ones_like(overlap)
+    loss_mask, token_weight, reliable = mask, torch.ones_like(overlap), mask.sum(-1)
     if args.method == "prefix-guided" and not args.train_pruned_prefix:
         loss_mask = mask & out["kept"][:, None]
     if args.method == "prune":
         reliability = drift_weights(overlap, mask, *drift)
         token_weight, reliable = reliability + args.w_base, reliable_length(reliability, mask)
-        extra["reliable_length"] = reliable.float().mean().item()
+    learning_rate = args.learning_rate * min(1, step / max(1, args.warmup_steps))
+    update = run.train_step(
+        dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=loss_mask, token_weight=token_weight),
+        learning_rate=learning_rate, measure=lambda p, q: alignment(p, q, None, args.overlap_k),
+        teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature,
+        token_loss={"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
+                    "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
+                    "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}[args.loss])
+    copy_weights(dict(run.student.named_parameters()), run.sampler)
+    updated = clock(run.device)
+    repeated = torch.tensor([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)])
+    columns = (prompt_mask.sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable, out["ended"], out["kept"],
+               overlap.sum(-1), repeated)
+    rows = torch.stack([column.double().cpu() for column in columns], dim=1)         # (B, 8)
+    prompt, length, trained, reliable, ended, kept, agreed, repeated = torch.cat(gather_from_ranks([rows])).T
+    if args.method == "prune":
+        extra["reliable_length"] = reliable.mean().item()
         state["cap"], state["misses"] = next_max_length(
             reliable, state["cap"], state["misses"], step=args.cap_step, margin=args.cap_margin,
             hit_ratio=args.cap_hit_ratio, patience=args.cap_patience, low=args.cap_min, high=args.cap_max)
-    token_loss = {"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
-                  "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
-                  "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}[args.loss]
-    for group in run.optimizer.param_groups:
-        group["lr"] = args.learning_rate * min(1, step / max(1, args.warmup_steps))
-    run.student.train(args.gradient_checkpointing)
-    update = train_step(
-        run.student, run.optimizer, dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=loss_mask,
-                                         token_weight=token_weight),
-        micro_batch_size=args.micro_batch_size, max_grad_norm=args.max_grad_norm, autocast=run.autocast,
-        student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature,
-        teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature,
-        token_loss=token_loss, measure=lambda p, q: alignment(p, q, None, args.overlap_k))
-    run.student.eval()
-    copy_weights(dict(run.student.named_parameters()), run.sampler)
-    update["overlap_ratio"] = overlap[mask].mean().item()     # of all that was sampled; the rest: what is trained on
-    updated, lengths, trained = clock(run.device), mask.sum(-1), loss_mask.sum(-1)
-    for name, count in (("generated", lengths), ("teacher", lengths), ("trained", trained)):
+    for name, count in (("generated", length), ("teacher", length), ("trained", trained)):
         state[f"{name}_tokens"] += int(count.sum())
-    state["flops"] += step_flops(*run.sizes, prompt_mask.sum(-1), lengths, trained)
-    repeated = (repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask))
+    student_size, teacher_size = run.sizes
+    state["flops"] += (forward_flops(student_size, prompt + length) + forward_flops(teacher_size, prompt + length)
+                       + 3 * forward_flops(student_size, (prompt + trained)[trained > 0]))
+    update["overlap_ratio"] = (agreed.sum() / length.sum()).item()    # of all that was sampled, not what is trained on
     return dict(
-        step=step, **update, **extra, **state, max_length=row["max_length"], learning_rate=group["lr"],
-        overlap_by_position=overlap_by_position(overlap, mask), response_length=lengths.float().mean().item(),
-        truncated_fraction=1 - out["ended"].float().mean().item(), kept_fraction=out["kept"].float().mean().item(),
-        repetition=sum(repeated) / len(mask), time_rollout=sampled - begin - out["teacher_seconds"],
-        time_teacher=out["teacher_seconds"], time_update=updated - sampled, peak_memory_gb=peak_memory_gb(run.device))
+        step=step, **update, **extra, **state, max_length=row["max_length"], learning_rate=learning_rate,
+        overlap_by_position=overlap_by_position(overlap, mask), response_length=length.mean().item(),
+        truncated_fraction=1 - ended.mean().item(), kept_fraction=kept.mean().item(),
+        repetition=repeated.mean().item(), time_rollout=sampled - begin - out["teacher_seconds"],
+        time_teacher=out["teacher_seconds"], time_update=updated - sampled, time_validation=0.0,
+        peak_memory_gb=peak_memory_gb(run.device))
+
+
+def tiny_world(args):
+    """Fill in the flags of a run that named no models: the tiny world in --output_dir, made when it is not there."""
+    torch.set_num_threads(1)                                  # tensors this small gain next to nothing from more
+    transformers.utils.logging.disable_progress_bar()
+    world = os.path.join(args.output_dir, "world")
+    if get_ranks()[0] == 0 and not os.path.exists(world):
+        os.makedirs(args.output_dir, exist_ok=True)
+        make_world(world, args.seed)
+    gather_from_ranks([])                                     # the others wait for it
+    args.student, args.teacher, args.train_file, args.eval_file = (
+        os.path.join(world, "student"), os.path.join(world, "teacher"), [os.path.join(world, "train.jsonl")],
+        [os.path.join(world, "eval.jsonl")])
+
+
+def open_run(args, flags):
+    """read_inputs, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, and metrics.jsonl
+    and samples.jsonl are cut back to it; otherwise what an earlier run left there is put aside."""
+    folder = args.resume
+    if folder == "latest":
+        folder = next(reversed(list_checkpoints(args.output_dir)), None)
+        if not folder:
+            warnings.warn(f"no checkpoint to resume in {args.output_dir}: the run begins at its first step")
+    if folder:
+        saved = load_checkpoint(folder)
+        # Free are those that do not change what a step does
+        free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints print_samples report_to "
+                "note device").split()
+        changed = changed_flags(saved["flags"], flags, free)
+        if changed:
+            raise ValueError(f"--resume {folder} is of a run with other flags: {', '.join(changed)}")
+    run = read_inputs(args, folder)
+    run.metrics_file, run.samples_file = (os.path.join(args.output_dir, f"{name}.jsonl") for name in ("metrics", "samples"))
+    run.step, run.graded, metrics, samples = 0, set(), [], []
+    run.anchor = movable_weights(run.student) if args.extrapolate else {}
+    if folder:
+        run.step, run.state = saved["step"], saved["state"]
+        run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
+        run.optimizer.load_state_dict(saved["optimizer"])
+        source = os.path.dirname(os.path.abspath(folder))
+        metrics = [record for record in read_jsonl(os.path.join(source, "metrics.jsonl")) if record["step"] <= run.step]
+        run.graded = {(record["step"], record["model"]) for record in metrics if "eval" in record}
+        samples = [record for record in read_jsonl(os.path.join(source, "samples.jsonl"))
+                   if (record["step"], record["model"]) in run.graded]
+    if get_ranks()[0] == 0 and not args.eval_only:
+        os.makedirs(args.output_dir, exist_ok=True)
+        if not folder:
+            put_aside([run.metrics_file, run.samples_file, *list_checkpoints(args.output_dir)])
+        write_jsonl(run.metrics_file, metrics)
+        write_jsonl(run.samples_file, samples)
+    return run
+
+
+def grade(run, args, model, who):
+    """Evaluate a model on every --eval_file: prints, writes metrics.jsonl and samples.jsonl -> {file name: metrics}."""
+    run.phase, began, results, tokens = "evaluation", time.perf_counter(), {}, 0
+    # An answer may be longer than a training response: fewer rows at once, for the KV cache
+    rows = args.batch_size * args.num_generations * args.max_new_tokens // args.eval_max_new_tokens
+    rows = args.eval_batch_size or max(1, min(rows, args.batch_size * args.num_generations))
+    settings = dict(seed=args.seed, rows_per_batch=rows, decoding=dict(
+        run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p, max_length=args.eval_max_new_tokens,
+        eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer)))
+    judge_rows = None if who in ("teacher", "eval_only") else functools.partial(
+        judge, model, run.teacher, k=args.overlap_k, vocab_size=run.vocab_size, rows_per_batch=args.micro_batch_size)
+    for name, problems in run.eval.items():
+        prompts = run.eval_prompts[name]
+        results[name], answers = evaluate(
+            model, run.tokenizer, problems, prompts, num_samples=args.eval_samples, judge_rows=judge_rows,
+            title=f"evaluate {who} on {name}", **settings)
+        tokens += sum(answer["length"] for answer in answers)
+        for depth in args.probe_depths if judge_rows else ():
+            cut = [answer["ids"][:len(answer["ids"]) * depth // 100] for answer in answers]
+            went_on, continued = evaluate(
+                run.teacher, run.tokenizer, [problems[answer["index"]] for answer in answers],
+                [prompts[answer["index"]] for answer in answers], prefixes=cut, num_samples=1,
+                title=f"teacher goes on at {depth}%", **settings)
+            results[name][f"continuation_advantage_{depth}"] = went_on["avg_at_n"] - results[name]["avg_at_n"]
+            tokens += sum(answer["length"] - len(prefix) for answer, prefix in zip(continued, cut))
+        shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}"
+                 for key, value in results[name].items())
+        tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
+        if args.print_samples and judge_rows:
+            overlap = torch.tensor([answers[0]["overlap"]])
+            reliability = drift_weights(overlap, overlap >= 0, args.drift_threshold, args.w_drop)
+            tqdm.write(show_sample(token_pieces(run.tokenizer, answers[0]["ids"]), overlap[0].tolist(), reliability[0].tolist(), sys.stdout.isatty()))
+        for answer in answers:
+            run.record(run.samples_file, {"step": run.step, "model": who, "eval": name, **{
+                key: value for key, value in answer.items() if key not in ("ids", "overlap")}})
+    run.record(run.metrics_file, {
+        "step": run.step, "model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
+        "note": args.note, "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
+    return results
 
 
 def step_line(metrics):
@@ -1203,97 +1591,97 @@ def main(argv=None):
             print("\n".join(report_table(runs)))
             draw_report(runs, os.path.join(args.report, "report.png"))
             return {run["name"]: run["evals"][-1]["eval"] for run in runs}
+        flags = dict(vars(args))                              # as typed; the tiny world fills in its paths
+        join_ranks(args.device.startswith("cuda") or not args.device and torch.cuda.is_available())
+        rank, _ = get_ranks()
         if not args.student:
-            torch.set_num_threads(1)                          # tensors this small gain next to nothing from more
-            transformers.utils.logging.disable_progress_bar()
-            world = os.path.join(args.output_dir, "world")
-            if not os.path.exists(world):
-                os.makedirs(args.output_dir, exist_ok=True)
-                make_world(world, args.seed)
-            args.student, args.teacher, train_file, eval_file = (
-                os.path.join(world, name) for name in ("student", "teacher", "train.jsonl", "eval.jsonl"))
-            args.train_file, args.eval_file = [train_file], [eval_file]
-        run = read_inputs(args)
-        os.makedirs(args.output_dir, exist_ok=True)
-        metrics_file, samples_file = (os.path.join(args.output_dir, f"{name}.jsonl") for name in ("metrics", "samples"))
-        for path in (metrics_file, samples_file):
-            if os.path.exists(path) and not args.eval_only:   # a night's work may be in them
-                os.replace(path, f"{path}.old")
-            open(path, "a").close()
-    last_step, first, rows = 0, None, args.batch_size * args.num_generations
-    # An answer may be longer than a training response: fewer rows at once, for the KV cache
-    eval_rows = max(1, min(rows, rows * args.max_new_tokens // args.eval_max_new_tokens))
-    anchor = movable_weights(run.student) if args.extrapolate else None
+            tiny_world(args)
+        run = open_run(args, flags)
+        track = open_tracker(args.report_to if rank == 0 else "none", args.output_dir, flags)
 
-    def grade(model, who):                # on every file -> {file: metrics}, also printed and written down
-        results = {}
-        for name, problems in run.eval.items():
-            results[name], answers = evaluate(
-                model, run.tokenizer, problems, run.eval_prompts[name], num_samples=args.eval_samples, seed=args.seed,
-                rows_per_batch=eval_rows, title=f"evaluate {who} on {name}",
-                decoding=dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
-                              eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer),
-                              max_length=args.eval_max_new_tokens))
-            shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}"
-                     for key, value in results[name].items())
-            tqdm.write(f"{who} on {name}, step {last_step}: {', '.join(shown)}")
-            for answer in answers:
-                append_json(samples_file, {"step": last_step, "model": who, "eval": name, **answer})
-        append_json(metrics_file, {"step": last_step, "model": who, "eval": results, "thinking": args.enable_thinking,
-                                   "prompt_template": args.prompt_template})
-        return results
+    def record(path, values):
+        if rank == 0:
+            append_json(path, values)
+            if path == run.metrics_file:
+                track(values)
 
     def save():
-        folder = os.path.join(args.output_dir, f"checkpoint-{last_step}")
-        save_checkpoint(folder, run.student, run.tokenizer, dict(
-            step=last_step, args=vars(args), state=run.state, optimizer=run.optimizer.state_dict(), anchor=anchor))
-        return folder
+        folder = os.path.join(args.output_dir, f"checkpoint-{run.step}")
+        if rank == 0 and not os.path.exists(folder):
+            save_checkpoint(folder, run.student, run.tokenizer, dict(
+                step=run.step, flags=flags, state=run.state, anchor=run.anchor, optimizer=run.optimizer.state_dict()))
+            remove_checkpoints(list_checkpoints(args.output_dir)[:-args.keep_checkpoints])
+
+    def end_of_step():
+        run.halfway = False
+        if run.stopped:
+            raise KeyboardInterrupt
 
     def validate(weights):                # EffOPD's judge: right answers to always the same problems and random stream
         copy_weights(weights, run.student, run.sampler)
         chosen = random.Random(args.seed).sample(run.answered, args.validation_size)
         problems, prompts = ([items[index] for index in chosen] for items in (run.train, run.prompts))
         score, answers = evaluate(
-            run.sampler, run.tokenizer, problems, prompts, num_samples=1, rows_per_batch=rows, seed=args.seed,
+            run.sampler, run.tokenizer, problems, prompts, num_samples=1, seed=args.seed,
+            rows_per_batch=args.batch_size * args.num_generations,
             decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
         lengths = torch.tensor([answer["length"] for answer in answers])
         run.state["validation_tokens"] += int(lengths.sum())
         run.state["generated_tokens"] += int(lengths.sum())   # its samples are part of the price
-        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-        run.state["flops"] += step_flops(run.sizes[0], (0, 0, 0), prompt_lengths, lengths, 0 * lengths)
+        run.state["flops"] += forward_flops(run.sizes[0], torch.tensor([*map(len, prompts)]) + lengths)
         return score["avg_at_n"]
 
+    run.record, run.halfway, run.stopped, run.phase = record, False, None, "start"
     try:
-        if args.eval_only:
-            return grade(run.sampler, "eval_only")
-        print("\n".join(preflight(run, args)), flush=True)
-        results = {"teacher": grade(run.teacher, "teacher"), "before": grade(run.sampler, "student")}
-        for step in tqdm(range(1, args.max_steps + 1), desc="train", leave=False):
-            metrics = opd_step(run, args, step)
-            last_step, first = step, first or metrics
-            if args.extrapolate and step & (step - 1) == 0:
-                accepted = movable_weights(run.student)
-                try:
-                    anchor, tried, scores = extrapolate(accepted, anchor, validate)
-                    accepted = anchor                         # what was accepted is the next anchor
-                finally:                                      # interrupted or not, no tried weights stay
-                    copy_weights(accepted, run.student, run.sampler)
-                metrics.update(run.state, extrapolation_k=tried, validation_scores=scores)
-            append_json(metrics_file, metrics)
-            tqdm.write(step_line(metrics))
-            if args.save_every and step % args.save_every == 0:
+        with stop_on_signals(run):
+            if args.eval_only:
+                return grade(run, args, run.sampler, "eval_only")
+            if run.step == 0:
+                print("\n".join(preflight(run, args)), flush=True)
+                grade(run, args, run.teacher, "teacher")
+            for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=rank > 0):
+                done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
+                due = done or step == 0 or args.eval_every and step % args.eval_every == 0
+                if due and (step, "student") not in run.graded:
+                    grade(run, args, run.sampler, "student")
+                for cold_step in range(1, args.cold_start_steps + 1 if step == 0 else 1):
+                    share = cold_start_step(run, args, cold_step)
+                    tqdm.write(f"cold start, step {cold_step}: {share:.0%} of the teacher's solutions are right")
+                    end_of_step()
+                    if cold_step == args.cold_start_steps:
+                        grade(run, args, run.sampler, "cold_start")
+                if step and (done or args.save_every and step % args.save_every == 0):
+                    save()
+                if done:
+                    break
+                metrics = opd_step(run, args, step + 1)
+                if args.extrapolate and (step + 1) & step == 0:
+                    run.phase, begin = "extrapolation", clock(run.device)
+                    run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
+                    copy_weights(run.anchor, run.student, run.sampler)           # the accepted ones, the next anchor
+                    metrics.update(run.state, extrapolation_k=tried, validation_scores=scores,
+                                   time_validation=clock(run.device) - begin)
+                record(run.metrics_file, metrics)
+                tqdm.write(step_line(metrics))
+                run.step = step + 1
+                end_of_step()
+    except (Exception, KeyboardInterrupt) as error:
+        told, status = explain(error, run.phase, run.step + 1, run.stopped)
+        if not told:
+            raise
+        if run.step and not run.halfway and not args.eval_only:
+            with contextlib.suppress(OSError):
                 save()
-            if args.eval_every and step % args.eval_every == 0 and step < args.max_steps:
-                grade(run.sampler, "student")
-        results.update(after=grade(run.sampler, "student"), checkpoint=save())
-    except (FloatingPointError, KeyboardInterrupt) as error:
-        told = f"step {last_step + 1} is not finite: {error}" if str(error) else "interrupted"
-        told += "" if args.eval_only else f"; the weights after step {last_step} are in {save()}"
-        print(f"opd.py: {told}", file=sys.stderr)
-        raise SystemExit(2 if str(error) else 130) from None
-    print("\n".join(report_table([read_run(args.output_dir, os.path.basename(os.path.normpath(args.output_dir)))])))
-    print(f"{'seconds in all':<32}{clock(run.device) - started:>20.1f}\ncheckpoint in {results['checkpoint']}")
-    return {**results, "overlap_before": first["overlap_ratio"], "overlap_after": metrics["overlap_ratio"], **run.state}
+        last = list_checkpoints(args.output_dir)[-1:] or ["none"]
+        print(f"opd.py: {told}; last checkpoint: {last[0]}", file=sys.stderr)
+        raise SystemExit(status) from None
+    finished = read_run(args.output_dir, os.path.basename(os.path.normpath(args.output_dir)))
+    print("\n".join(report_table([finished])))
+    print(f"{'seconds in all':<32}{clock(run.device) - started:>20.1f}\ncheckpoint in {list_checkpoints(args.output_dir)[-1]}")
+    first, last, grades = finished["steps"][0], finished["steps"][-1], [(item["model"], item["eval"]) for item in finished["evals"]]
+    return {"teacher": dict(grades).get("teacher"), "before": dict(reversed(grades)).get("student"),
+            "after": dict(grades).get("student"), "checkpoint": list_checkpoints(args.output_dir)[-1],
+            "overlap_before": first["overlap_ratio"], "overlap_after": last["overlap_ratio"], **run.state}
 
 
 if __name__ == "__main__":

@@ -450,24 +450,36 @@ def test_repetition_is_the_share_of_four_grams_seen_before():
 
 
 def test_every_problem_comes_once_in_each_epoch_in_a_new_order():
-    epoch = lambda e: [i for step in (1, 2, 3, 4) for i in opd.batch_indices(4 * e + step, 3, 12, 0)]
+    epoch = lambda e: [i for step in (1, 2, 3, 4) for i in opd.batch_indices(4 * e + step, 3, [12], [1], 0)]
     assert sorted(epoch(0)) == sorted(epoch(1)) == list(range(12)) and epoch(0) != epoch(1) != list(range(12))
 
 
 def test_the_order_of_problems_depends_on_the_arguments_alone():
-    expected = [opd.batch_indices(step, 5, 7, 3) for step in range(1, 9)]
+    expected = [opd.batch_indices(step, 5, [7], [1], 3) for step in range(1, 9)]
     random.random(), torch.rand(1)
-    assert [opd.batch_indices(step, 5, 7, 3) for step in range(8, 0, -1)] == expected[::-1]
-    assert opd.batch_indices(1, 5, 7, 4) != expected[0]
-    assert len(opd.batch_indices(1, 20, 7, 3)) == 20          # more prompts than problems: epochs run on
+    assert [opd.batch_indices(step, 5, [7], [1], 3) for step in range(8, 0, -1)] == expected[::-1]
+    assert opd.batch_indices(1, 5, [7], [1], 4) != expected[0]
+    assert len(opd.batch_indices(1, 20, [7], [1], 3)) == 20          # more prompts than problems: epochs run on
 
 
-def test_the_flops_of_a_step_by_hand():
-    """10 and 100 parameters, one layer of width 1; 2 + 3 tokens; the second row is not trained on."""
-    prompt, sampled, trained = torch.tensor([2, 2]), torch.tensor([3, 3]), torch.tensor([3, 0])
-    student, teacher = 2 * 10 * 5 + 2 * 25, 2 * 100 * 5 + 2 * 25
-    flops = opd.step_flops((10, 1, 1), (100, 1, 1), prompt, sampled, trained)
-    assert flops == 2 * student + 2 * teacher + 3 * student
+def test_a_batch_holds_the_stated_share_of_every_file_and_repeats_nothing_before_its_file_is_used_up():
+    sizes, shares = [30, 20], [.8, .2]
+    steps = [opd.batch_indices(step, 16, sizes, shares, 0) for step in range(1, 41)]
+    from_second = [sum(index >= 30 for index in batch) for batch in steps]
+    assert {len(batch) for batch in steps} == {16} and set(from_second) <= {3, 4}      # .2 * 16 is 3.2
+    assert sum(from_second) == pytest.approx(.2 * 16 * 40, abs=1)
+    for file in ([index for batch in steps for index in batch if index < 30],
+                 [index for batch in steps for index in batch if index >= 30]):
+        size = len(set(file))
+        epochs = [file[start:start + size] for start in range(0, len(file) - size, size)]
+        assert all(len(set(epoch)) == size for epoch in epochs) and epochs[0] != epochs[1]
+    assert opd.batch_indices(7, 16, sizes, shares, 0) == steps[6] != opd.batch_indices(7, 16, sizes, shares, 1)
+
+
+def test_the_flops_of_a_forward_by_hand():
+    """10 parameters, one layer of width 1, rows of 5 and 2 tokens."""
+    assert opd.forward_flops((10, 1, 1), torch.tensor([5, 2])) == 2 * 10 * 5 + 2 * 25 + 2 * 10 * 2 + 2 * 4
+    assert opd.forward_flops((10, 1, 1), torch.tensor([])) == 0
 
 
 Z, T, OVERLAP, MASK = logits(2, 3, seed=1), logits(2, 3, seed=2), torch.rand(2, 3), torch.ones(2, 3).bool()
@@ -759,6 +771,7 @@ def gradients_of(model):
 def update(student, teacher, batch, loss="reverse_kl", lr=0.0, **changes):
     """train_step with a learning rate of 0 -> (its metrics, the gradient of every parameter)."""
     settings = dict(
+        learning_rate=lr,
         micro_batch_size=2, max_grad_norm=1e9, token_loss=LOSSES.get(loss, loss),
         measure=lambda p, q: opd.alignment(p, q, None, 4),
         student_head=lambda hidden: opd.head_logits(student, hidden, V),
@@ -1347,15 +1360,19 @@ def test_control_c_saves_a_checkpoint_and_exits_with_one_line(
     assert same_weights(tmp_path / "checkpoint-1", after_one_step)
 
 
-def test_control_c_during_an_extrapolation_saves_no_weights_that_were_only_tried(
-        world, tmp_path, monkeypatch, after_one_step):
+def test_control_c_during_an_extrapolation_waits_for_the_end_of_the_step(world, tmp_path, monkeypatch, capfd):
+    """Before that the weights are tried ones, and no metrics tell of them."""
+    extrapolate = opd.extrapolate
+
     def interrupted(weights, anchor, validate):
-        validate({name: value + 1 for name, value in weights.items()})
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
+        return extrapolate(weights, anchor, validate)
     monkeypatch.setattr(opd, "extrapolate", interrupted)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         train(world, tmp_path, loss="reverse_kl", extrapolate=True)
-    assert same_weights(tmp_path / "checkpoint-1", after_one_step)
+    assert stop.value.code == 130 and "checkpoint-1" in capfd.readouterr().err
+    steps = [item for item in map(json.loads, open(tmp_path / "metrics.jsonl")) if "loss" in item]
+    assert len(steps) == 1 and "extrapolation_k" in steps[0]
 
 
 def test_the_anchor_of_an_extrapolation_is_what_was_accepted_the_last_time(world, tmp_path, monkeypatch):
