@@ -656,7 +656,7 @@ def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
     prompts: their ids; prefixes: ids that the answers begin with; decoding: for rollout; judge_rows: judge with its
     models and settings. It has a random stream of its own, so it cannot change training. Ranks share the answers out."""
-    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, num_ranks = ranks()
     rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)][rank::num_ranks]
     answers = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -765,18 +765,17 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
 
 
 # ---- 9b. Several processes: torchrun ... opd.py trains data-parallel ------------------------------------------
-def get_ranks():
+def ranks():
     """(rank of this process, number of processes): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def join_ranks(cuda):
-    """Join the processes that torchrun started, if it did. One that dies ends the others: torchrun sees to it."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
+    """Become one of the processes that torchrun started; only the first prints. One that dies ends all of them."""
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
 
 
 def gather_from_ranks(items):
@@ -992,12 +991,12 @@ def user_mistakes():
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
 
-def load_pretrained(auto_class, path, **options):
-    """auto_class.from_pretrained, by folder or hub name. Raises ValueError, in one line, whatever goes wrong there."""
+def load(loader, path, **options):
+    """loader(path, **options), by folder, file or hub name. Raises ValueError, in one line, whatever goes wrong there."""
     try:
-        return auto_class.from_pretrained(path, **options)
-    except Exception as error:            # transformers, safetensors and json have errors of their own for a bad folder
-        raise ValueError(f"{path} does not load with {auto_class.__name__}: {type(error).__name__}: "
+        return loader(path, **options)
+    except Exception as error:            # transformers, safetensors and torch have errors of their own for a bad file
+        raise ValueError(f"{path} does not load with {loader.__qualname__}: {type(error).__name__}: "
                          + " ".join(str(error).split())[:160]) from None
 
 
@@ -1034,58 +1033,41 @@ def check_head(own_logits, our_logits, model_type):
                          "state with a scale or softcap that head_logits knows, or their cache is not keys and values")
 
 
-def save_checkpoint(folder, model, tokenizer, state):
-    """folder/ with model, tokenizer and state (a dict): whole or not at all, since it gets its name when complete.
-    OSError, and no trace of it, if it cannot be written."""
+def save_checkpoint(folder, model, tokenizer, state, old_folders=()):
+    """folder/ with model, tokenizer and state (a dict): whole or not at all, since it gets its name when complete; then
+    the old ones go. Raises OSError, and leaves no trace of it, if it cannot be written."""
     partial = f"{folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         torch.save(state, os.path.join(partial, "trainer_state.pt"))
-        os.replace(partial, folder)
     except Exception as error:            # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
-
-
-def load_checkpoint(folder):
-    """What save_checkpoint was given as state. ValueError, in one line, if there is none that can be read."""
-    try:
-        return torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
-    except Exception as error:            # a missing file, half a file, any other file
-        raise ValueError(f"--resume {folder}: its trainer_state.pt cannot be read: {type(error).__name__}") from None
-
-
-def remove_checkpoints(folders):
-    """Delete folders, each under another name: a kill in the middle must not leave half a checkpoint."""
-    for folder in folders:
-        os.replace(folder, f"{folder}.partial")
-        shutil.rmtree(f"{folder}.partial")
+    os.replace(partial, folder)
+    for old in old_folders:
+        os.replace(old, partial)          # first the name: a kill in the middle must not leave half a checkpoint
+        shutil.rmtree(partial)
 
 
 def explain(error, phase, step, signal_number):
-    """What ends a run without being an error of the program -> one line and the exit status; of other errors "", 1."""
+    """One line and an exit status for what may end a run; ("", 1) for an error of the program."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted in step {step}", 128 + (signal_number or signal.SIGINT)
-    if isinstance(error, FloatingPointError):
-        return f"step {step} is not finite: {text}", 2
-    if isinstance(error, OSError):
-        return text, 2
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         flag = {"rollout": "--batch_size", "update": "--micro_batch_size"}.get(phase, "--eval_batch_size")
         return f"out of memory in the {phase} of step {step}; halve {flag}", 2
-    if dist.is_initialized() and isinstance(error, RuntimeError) and ("peer" in text or "NCCL" in text):
-        return "another process of this run has ended", 1
-    return "", 1
+    if isinstance(error, (FloatingPointError, OSError)):
+        return (f"step {step} is not finite: " if isinstance(error, FloatingPointError) else "") + text, 2
+    return "another process has ended" if dist.is_initialized() and re.search("peer|NCCL", text) else "", 1
 
 
 def list_checkpoints(folder):
-    """The paths of the complete checkpoints in a folder, which need not exist, by their steps."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint-\d+", name))
-    return [os.path.join(folder, f"checkpoint-{step}") for step in steps]
+    """The paths of the checkpoints in a folder, in the order of their steps."""
+    names = [name for name in os.listdir(folder) if re.fullmatch(r"checkpoint-\d+", name)]
+    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: int(name[11:]))]
 
 
 def read_jsonl(path):
@@ -1098,87 +1080,25 @@ def read_jsonl(path):
     return records
 
 
-def changed_flags(then, now, free):
-    """Names of flags whose value in the dict now is another than in then, but for the free ones."""
-    return [f"--{name} (was {then.get(name)!r}, is {value!r})" for name, value in now.items()
-            if name not in free and then.get(name) != value]
+def open_tracker(kind, folder):
+    """-> log(values, step) of tensorboard or wandb, which are imported only here."""
+    if kind == "wandb":
+        import wandb
+        return wandb.init(project="opd", dir=folder).log
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(folder)
+    return lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()]
 
 
-@contextlib.contextmanager
-def stop_on_signals(run):
-    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt: at once, or where the weights are halfway between two steps,
-    at the end of the step, when the loop looks at run.stopped."""
-    def stop(number, _):
-        run.stopped = number
-        if not run.halfway:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def open_tracker(kind, folder, flags):
-    """-> track(record), which sends the numbers of a record of metrics.jsonl, under their names there, to tensorboard
-    or wandb. Each is imported only if it is asked for; ValueError if it is not there."""
-    if kind == "none":
-        return lambda record: None
-    try:
-        if kind == "wandb":
-            import wandb
-            send = wandb.init(project="opd", dir=folder, config=flags).log
-        else:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(folder)
-            send = lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()]
-    except ImportError:
-        raise ValueError(f"--report_to {kind} needs another package: pip install {kind}") from None
-
-    def track(record):
-        groups = {"": record}
-        for name, result in record.get("eval", {}).items():
-            groups[f"eval/{record['model']}/{name}/"] = result
-        send({prefix + name: value for prefix, values in groups.items() for name, value in values.items()
-              if type(value) in (int, float)}, record["step"])
-    return track
-
-
-def token_pieces(tokenizer, ids):
-    """The text of each id of a list, with the space before it that the text of the whole has there."""
-    pairs = [ids[max(0, place - 1):place + 1] for place in range(len(ids))]
-    return [tokenizer.decode(pair)[len(tokenizer.decode(pair[:-1])):] for pair in pairs]
-
-
-def show_sample(pieces, overlap, reliability, colour):
-    """The pieces of a response as one text, cut where the reliability reached 0; with colour each piece green, yellow
-    or red: an overlap of at least .75, of at least .5, or below."""
-    shown = []
-    for piece, agreed, reliable in zip(pieces, overlap, reliability):
-        if reliable <= 1e-8:
-            shown.append(" [cut: reliability 0]")
-            break
+def show_sample(tokenizer, ids, overlap, colour):
+    """A response as text; with colour each token is green, yellow or red: overlap of at least .75, of .5, or below."""
+    shown = ""
+    for place, agreed in enumerate(overlap):
+        # Decoded together with the token before it: alone it would lose the space between them
+        piece = tokenizer.decode(ids[max(0, place - 1):place + 1])[len(tokenizer.decode(ids[place - 1:place])):]
         number = 32 if agreed >= 0.75 else 33 if agreed >= 0.5 else 31
-        shown.append(f"\033[{number}m{piece}\033[0m" if colour else piece)
-    return "".join(shown)
-
-
-def write_jsonl(path, records):
-    """The records (dicts) as a jsonl file: whole or not at all, since it gets its name when complete."""
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    os.replace(f"{path}.partial", path)
-
-
-def put_aside(paths):
-    """Rename what exists to path.old, in place of an older one: a night's work may be in it."""
-    for path in paths:
-        if os.path.isdir(f"{path}.old"):
-            shutil.rmtree(f"{path}.old")
-        if os.path.exists(path):
-            os.replace(path, f"{path}.old")
+        shown += f"\033[{number}m{piece}\033[0m" if colour else piece
+    return shown
 
 
 def append_json(path, record):
@@ -1210,19 +1130,19 @@ def read_inputs(args, checkpoint=None):
     for name, problems in run.eval.items():
         if any(problem["answer"] is None for problem in problems):
             raise ValueError(f"--eval_file {name}: some problems have no answer, and evaluation needs one for each")
-    run.tokenizer = load_pretrained(AutoTokenizer, student)
+    run.tokenizer = load(AutoTokenizer.from_pretrained, student)
     low = torch.bfloat16 if bf16 else torch.float32
-    load = lambda path, dtype: load_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(run.device).eval()
+    model = lambda path, dtype: load(AutoModelForCausalLM.from_pretrained, path, dtype=dtype).to(run.device).eval()
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
-    run.sampler = load(student, low)
+    run.sampler = model(student, low)
     # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-    run.student = load(student, torch.float32) if bf16 and not args.eval_only else run.sampler
+    run.student = model(student, torch.float32) if bf16 and not args.eval_only else run.sampler
     run.autocast = functools.partial(torch.autocast, run.device.type, torch.bfloat16, enabled=bf16)
     models = [run.student]
     if args.teacher and not args.eval_only:
-        run.teacher_tokenizer = load_pretrained(AutoTokenizer, args.teacher)
+        run.teacher_tokenizer = load(AutoTokenizer.from_pretrained, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = load(args.teacher, low)
+        run.teacher = model(args.teacher, low)
         models.append(run.teacher)
     run.vocab_size = min([max(run.tokenizer.get_vocab().values()) + 1]
                          + [model.get_output_embeddings().weight.shape[0] for model in models])
@@ -1323,7 +1243,7 @@ def preflight(run, args):
 # ---- 13. Main. With those of section 1, read_inputs and preflight, these functions alone see the flags -------
 def draw_prompts(run, args, step):
     """This rank's share of the prompts of a step -> their indices (B), prompt_ids, prompt_mask (B, S)."""
-    rank, num_ranks = get_ranks()
+    rank, num_ranks = ranks()
     indices = batch_indices(step, args.batch_size, run.file_sizes, args.mix or [1], args.seed)[rank::num_ranks]
     indices = [index for index in indices for _ in range(args.num_generations)]              # row p * G + g
     prompt_ids, prompt_mask = pad_left([run.prompts[index] for index in indices], run.sampling["pad_id"])
@@ -1422,59 +1342,68 @@ def tiny_world(args):
     torch.set_num_threads(1)                                  # tensors this small gain next to nothing from more
     transformers.utils.logging.disable_progress_bar()
     world = os.path.join(args.output_dir, "world")
-    if get_ranks()[0] == 0 and not os.path.exists(world):
+    if ranks()[0] == 0 and not os.path.exists(world):
         os.makedirs(args.output_dir, exist_ok=True)
         make_world(world, args.seed)
-    gather_from_ranks([])                                     # the others wait for it
-    args.student, args.teacher, args.train_file, args.eval_file = (
-        os.path.join(world, "student"), os.path.join(world, "teacher"), [os.path.join(world, "train.jsonl")],
-        [os.path.join(world, "eval.jsonl")])
+    gather_from_ranks([])                                     # the other processes wait for it
+    args.student, args.teacher, train_file, eval_file = (
+        os.path.join(world, name) for name in ("student", "teacher", "train.jsonl", "eval.jsonl"))
+    args.train_file, args.eval_file = [train_file], [eval_file]
 
 
-def open_run(args, flags):
-    """read_inputs, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, and metrics.jsonl
-    and samples.jsonl are cut back to it; otherwise what an earlier run left there is put aside."""
-    folder = args.resume
+def open_run(args):
+    """read_inputs, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, to which
+    metrics.jsonl and samples.jsonl are cut back; without, what an earlier run left there is renamed to .old."""
+    flags, folder, saved = dict(vars(args)), args.resume, None
     if folder == "latest":
-        folder = next(reversed(list_checkpoints(args.output_dir)), None)
+        folder = (list_checkpoints(args.output_dir) or [None])[-1]
         if not folder:
-            warnings.warn(f"no checkpoint to resume in {args.output_dir}: the run begins at its first step")
+            warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
     if folder:
-        saved = load_checkpoint(folder)
-        # Free are those that do not change what a step does
+        saved = load(torch.load, os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
         free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints print_samples report_to "
-                "note device").split()
-        changed = changed_flags(saved["flags"], flags, free)
+                "note device").split()                        # these do not change what a step does
+        changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
+                   if name not in free and saved["flags"].get(name) != value]
         if changed:
-            raise ValueError(f"--resume {folder} is of a run with other flags: {', '.join(changed)}")
+            raise ValueError(f"--resume {folder} would be another run: {'; '.join(changed)}")
+    if not args.student:
+        tiny_world(args)
     run = read_inputs(args, folder)
-    run.metrics_file, run.samples_file = (os.path.join(args.output_dir, f"{name}.jsonl") for name in ("metrics", "samples"))
-    run.step, run.graded, metrics, samples = 0, set(), [], []
+    run.flags, run.step, run.graded, run.halfway, run.stopped = flags, 0, set(), False, None
     run.anchor = movable_weights(run.student) if args.extrapolate else {}
-    if folder:
+    run.files = {name: os.path.join(args.output_dir, f"{name}.jsonl") for name in ("metrics", "samples")}
+    records = {"metrics": [], "samples": []}
+    if saved:
         run.step, run.state = saved["step"], saved["state"]
         run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
         run.optimizer.load_state_dict(saved["optimizer"])
-        source = os.path.dirname(os.path.abspath(folder))
-        metrics = [record for record in read_jsonl(os.path.join(source, "metrics.jsonl")) if record["step"] <= run.step]
-        run.graded = {(record["step"], record["model"]) for record in metrics if "eval" in record}
-        samples = [record for record in read_jsonl(os.path.join(source, "samples.jsonl"))
-                   if (record["step"], record["model"]) in run.graded]
-    if get_ranks()[0] == 0 and not args.eval_only:
+        for name in records:
+            records[name] = read_jsonl(os.path.join(os.path.dirname(os.path.abspath(folder)), f"{name}.jsonl"))
+        records["metrics"] = [item for item in records["metrics"] if item["step"] <= run.step]
+        run.graded = {(item["step"], item["model"]) for item in records["metrics"] if "eval" in item}
+        # An evaluation that was broken off is done again: its samples must not be there twice
+        records["samples"] = [item for item in records["samples"] if (item["step"], item["model"]) in run.graded]
+    if ranks()[0] == 0 and not args.eval_only:
         os.makedirs(args.output_dir, exist_ok=True)
-        if not folder:
-            put_aside([run.metrics_file, run.samples_file, *list_checkpoints(args.output_dir)])
-        write_jsonl(run.metrics_file, metrics)
-        write_jsonl(run.samples_file, samples)
+        for path in () if saved else (*run.files.values(), *list_checkpoints(args.output_dir)):
+            shutil.rmtree(f"{path}.old", ignore_errors=True)
+            if os.path.exists(path):                          # a night's work may be in it
+                os.replace(path, f"{path}.old")
+        for name, path in run.files.items():
+            with open(f"{path}.partial", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records[name])
+            os.replace(f"{path}.partial", path)
     return run
 
 
-def grade(run, args, model, who):
-    """Evaluate a model on every --eval_file: prints, writes metrics.jsonl and samples.jsonl -> {file name: metrics}."""
-    run.phase, began, results, tokens = "evaluation", time.perf_counter(), {}, 0
+def grade(run, args, who):
+    """Evaluate a model on every --eval_file; the results go to the screen and into metrics.jsonl and samples.jsonl."""
+    run.phase, began, results, tokens = "evaluation", clock(run.device), {}, 0
+    model = run.teacher if who == "teacher" else run.sampler
     # An answer may be longer than a training response: fewer rows at once, for the KV cache
-    rows = args.batch_size * args.num_generations * args.max_new_tokens // args.eval_max_new_tokens
-    rows = args.eval_batch_size or max(1, min(rows, args.batch_size * args.num_generations))
+    rows = args.batch_size * args.num_generations
+    rows = args.eval_batch_size or max(1, min(rows, rows * args.max_new_tokens // args.eval_max_new_tokens))
     settings = dict(seed=args.seed, rows_per_batch=rows, decoding=dict(
         run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p, max_length=args.eval_max_new_tokens,
         eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer)))
@@ -1488,25 +1417,24 @@ def grade(run, args, model, who):
         tokens += sum(answer["length"] for answer in answers)
         for depth in args.probe_depths if judge_rows else ():
             cut = [answer["ids"][:len(answer["ids"]) * depth // 100] for answer in answers]
-            went_on, continued = evaluate(
+            went_on, longer = evaluate(
                 run.teacher, run.tokenizer, [problems[answer["index"]] for answer in answers],
                 [prompts[answer["index"]] for answer in answers], prefixes=cut, num_samples=1,
                 title=f"teacher goes on at {depth}%", **settings)
             results[name][f"continuation_advantage_{depth}"] = went_on["avg_at_n"] - results[name]["avg_at_n"]
-            tokens += sum(answer["length"] - len(prefix) for answer, prefix in zip(continued, cut))
+            tokens += sum(answer["length"] for answer in longer) - sum(map(len, cut))
         shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}"
                  for key, value in results[name].items())
         tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
         if args.print_samples and judge_rows:
             overlap = torch.tensor([answers[0]["overlap"]])
-            reliability = drift_weights(overlap, overlap >= 0, args.drift_threshold, args.w_drop)
-            tqdm.write(show_sample(token_pieces(run.tokenizer, answers[0]["ids"]), overlap[0].tolist(), reliability[0].tolist(), sys.stdout.isatty()))
+            reliable = int((drift_weights(overlap, overlap >= 0, args.drift_threshold, args.w_drop) > 1e-8).sum())
+            tqdm.write(show_sample(run.tokenizer, answers[0]["ids"], overlap[0, :reliable].tolist(), sys.stdout.isatty())
+                       + " [cut: its reliability is used up]" * (reliable < overlap.shape[1]))
         for answer in answers:
-            run.record(run.samples_file, {"step": run.step, "model": who, "eval": name, **{
-                key: value for key, value in answer.items() if key not in ("ids", "overlap")}})
-    run.record(run.metrics_file, {
-        "step": run.step, "model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
-        "note": args.note, "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
+            run.record("samples", {"model": who, "eval": name, **answer})
+    run.record("metrics", {"model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
+                           "note": args.note, "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
     return results
 
 
@@ -1591,28 +1519,33 @@ def main(argv=None):
             print("\n".join(report_table(runs)))
             draw_report(runs, os.path.join(args.report, "report.png"))
             return {run["name"]: run["evals"][-1]["eval"] for run in runs}
-        flags = dict(vars(args))                              # as typed; the tiny world fills in its paths
-        join_ranks(args.device.startswith("cuda") or not args.device and torch.cuda.is_available())
-        rank, _ = get_ranks()
-        if not args.student:
-            tiny_world(args)
-        run = open_run(args, flags)
-        track = open_tracker(args.report_to if rank == 0 else "none", args.output_dir, flags)
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():                 # torchrun started several of us
+            join_ranks(args.device.startswith("cuda") or not args.device and torch.cuda.is_available())
+        rank, run = ranks()[0], open_run(args)
+        log = open_tracker(args.report_to, args.output_dir) if rank == 0 and args.report_to != "none" else None
 
-    def record(path, values):
+    def record(name, values):             # a line of metrics.jsonl or samples.jsonl
+        values = {"step": run.step, **values}
         if rank == 0:
-            append_json(path, values)
-            if path == run.metrics_file:
-                track(values)
+            append_json(run.files[name], {key: value for key, value in values.items() if key not in ("ids", "overlap")})
+        if log and name == "metrics":
+            values |= {f"eval/{values['model']}/{file}/{key}": value for file, result in values.pop("eval", {}).items()
+                       for key, value in result.items()}
+            log({key: value for key, value in values.items() if type(value) in (int, float)}, step=run.step)
 
     def save():
-        folder = os.path.join(args.output_dir, f"checkpoint-{run.step}")
-        if rank == 0 and not os.path.exists(folder):
+        folder, saved = os.path.join(args.output_dir, f"checkpoint-{run.step}"), list_checkpoints(args.output_dir)
+        if rank == 0 and folder not in saved:
             save_checkpoint(folder, run.student, run.tokenizer, dict(
-                step=run.step, flags=flags, state=run.state, anchor=run.anchor, optimizer=run.optimizer.state_dict()))
-            remove_checkpoints(list_checkpoints(args.output_dir)[:-args.keep_checkpoints])
+                step=run.step, flags=run.flags, state=run.state, anchor=run.anchor,
+                optimizer=run.optimizer.state_dict()), saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
 
-    def end_of_step():
+    def stop(number, _):                  # Ctrl-C and SIGTERM; where weights are halfway, at the end of the step
+        run.stopped = number
+        if not run.halfway:
+            raise KeyboardInterrupt
+
+    def end_step():
         run.halfway = False
         if run.stopped:
             raise KeyboardInterrupt
@@ -1623,7 +1556,7 @@ def main(argv=None):
         problems, prompts = ([items[index] for index in chosen] for items in (run.train, run.prompts))
         score, answers = evaluate(
             run.sampler, run.tokenizer, problems, prompts, num_samples=1, seed=args.seed,
-            rows_per_batch=args.batch_size * args.num_generations,
+            rows_per_batch=args.eval_batch_size or args.batch_size * args.num_generations,
             decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
         lengths = torch.tensor([answer["length"] for answer in answers])
         run.state["validation_tokens"] += int(lengths.sum())
@@ -1631,57 +1564,57 @@ def main(argv=None):
         run.state["flops"] += forward_flops(run.sizes[0], torch.tensor([*map(len, prompts)]) + lengths)
         return score["avg_at_n"]
 
-    run.record, run.halfway, run.stopped, run.phase = record, False, None, "start"
+    run.record = record
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
-        with stop_on_signals(run):
-            if args.eval_only:
-                return grade(run, args, run.sampler, "eval_only")
-            if run.step == 0:
-                print("\n".join(preflight(run, args)), flush=True)
-                grade(run, args, run.teacher, "teacher")
-            for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=rank > 0):
-                done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
-                due = done or step == 0 or args.eval_every and step % args.eval_every == 0
-                if due and (step, "student") not in run.graded:
-                    grade(run, args, run.sampler, "student")
-                for cold_step in range(1, args.cold_start_steps + 1 if step == 0 else 1):
-                    share = cold_start_step(run, args, cold_step)
-                    tqdm.write(f"cold start, step {cold_step}: {share:.0%} of the teacher's solutions are right")
-                    end_of_step()
-                    if cold_step == args.cold_start_steps:
-                        grade(run, args, run.sampler, "cold_start")
-                if step and (done or args.save_every and step % args.save_every == 0):
-                    save()
-                if done:
-                    break
-                metrics = opd_step(run, args, step + 1)
-                if args.extrapolate and (step + 1) & step == 0:
-                    run.phase, begin = "extrapolation", clock(run.device)
-                    run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
-                    copy_weights(run.anchor, run.student, run.sampler)           # the accepted ones, the next anchor
-                    metrics.update(run.state, extrapolation_k=tried, validation_scores=scores,
-                                   time_validation=clock(run.device) - begin)
-                record(run.metrics_file, metrics)
-                tqdm.write(step_line(metrics))
-                run.step = step + 1
-                end_of_step()
+        if args.eval_only:
+            return grade(run, args, "eval_only")
+        if run.step == 0:
+            print("\n".join(preflight(run, args)), flush=True)
+            grade(run, args, "teacher")
+        for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=rank > 0):
+            done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
+            due = done or step == 0 or args.eval_every and step % args.eval_every == 0
+            if due and (step, "student") not in run.graded:
+                grade(run, args, "student")
+            for cold_step in range(1, args.cold_start_steps + 1 if step == 0 else 1):
+                tqdm.write(f"cold start, step {cold_step}: {cold_start_step(run, args, cold_step):.0%} of the teacher's "
+                           "solutions are right")
+                end_step()
+                if cold_step == args.cold_start_steps:
+                    grade(run, args, "cold_start")
+            if step and (done or args.save_every and step % args.save_every == 0):
+                save()
+            if done:
+                break
+            metrics = opd_step(run, args, step + 1)
+            if args.extrapolate and (step + 1) & step == 0:
+                run.phase, begin = "extrapolation", clock(run.device)
+                run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
+                copy_weights(run.anchor, run.student, run.sampler)               # what was accepted: the next anchor
+                metrics.update(run.state, extrapolation_k=tried, validation_scores=scores,
+                               time_validation=clock(run.device) - begin)
+            run.step = step + 1
+            record("metrics", metrics)
+            tqdm.write(step_line(metrics))
+            end_step()
     except (Exception, KeyboardInterrupt) as error:
         told, status = explain(error, run.phase, run.step + 1, run.stopped)
         if not told:
             raise
-        if run.step and not run.halfway and not args.eval_only:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if run.step and not run.halfway and not args.eval_only:
                 save()
-        last = list_checkpoints(args.output_dir)[-1:] or ["none"]
-        print(f"opd.py: {told}; last checkpoint: {last[0]}", file=sys.stderr)
+        print(f"opd.py: {told}; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}", file=sys.stderr)
         raise SystemExit(status) from None
     finished = read_run(args.output_dir, os.path.basename(os.path.normpath(args.output_dir)))
     print("\n".join(report_table([finished])))
-    print(f"{'seconds in all':<32}{clock(run.device) - started:>20.1f}\ncheckpoint in {list_checkpoints(args.output_dir)[-1]}")
-    first, last, grades = finished["steps"][0], finished["steps"][-1], [(item["model"], item["eval"]) for item in finished["evals"]]
-    return {"teacher": dict(grades).get("teacher"), "before": dict(reversed(grades)).get("student"),
-            "after": dict(grades).get("student"), "checkpoint": list_checkpoints(args.output_dir)[-1],
-            "overlap_before": first["overlap_ratio"], "overlap_after": last["overlap_ratio"], **run.state}
+    checkpoint, grades = list_checkpoints(args.output_dir)[-1], [(item["model"], item["eval"]) for item in finished["evals"]]
+    print(f"{'seconds in all':<32}{clock(run.device) - started:>20.1f}\ncheckpoint in {checkpoint}")
+    return {"teacher": dict(grades).get("teacher"), "before": dict(grades[::-1]).get("student"),
+            "after": dict(grades).get("student"), "checkpoint": checkpoint, **run.state,
+            "overlap_before": finished["steps"][0]["overlap_ratio"], "overlap_after": finished["steps"][-1]["overlap_ratio"]}
 
 
 if __name__ == "__main__":
