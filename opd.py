@@ -1448,59 +1448,107 @@ def step_line(metrics):
 
 
 def read_run(folder, name):
-    """A run's metrics.jsonl -> {"name": str, "steps": records of steps, "evals": records of evaluations}. What is not a
-    whole record, such as the last line of a run that was killed, is left out."""
-    records = []
-    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return {"name": name, "steps": [item for item in records if "overlap_by_position" in item],
-            "evals": [item for item in records if item.get("eval") and item["model"] != "eval_only"]}
+    """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "steps", "evals": records,
+    "scores": {"teacher" | "before" | "after" | "after FILE": (accuracy, its standard error)}, "final": {file: results},
+    "curve": {step: (generated tokens, seconds, accuracy)}}."""
+    records, paid, rollout, seconds = read_jsonl(os.path.join(folder, "metrics.jsonl")), {0: (0, 0)}, 0, 0
+    steps = [record for record in records if "overlap_by_position" in record]
+    for step in steps:                                        # sums since the start, as its tokens and FLOPs are
+        rollout += step["time_rollout"]
+        seconds += sum(step[key] for key in step if key.startswith("time_"))
+        step.update(rollout_seconds=rollout, seconds=seconds)
+        paid[step["step"]] = step["generated_tokens"], seconds
+    evals = [record for record in records if record.get("eval") and record["model"] != "eval_only"]
+    for record in evals:
+        values, errors = np.array([(result["avg_at_n"], result["se"]) for result in record["eval"].values()], float).T
+        record["mean"] = values.mean(), np.linalg.norm(errors) / len(errors)       # over the files
+    teacher, student = ([record for record in evals if record["model"] == who] for who in ("teacher", "student"))
+    parts = {"teacher": teacher[-1:], "before": student[:1], "after": student[1:][-1:]}
+    scores = {who: part[0]["mean"] for who, part in parts.items() if part}
+    final = student[-1]["eval"] if "after" in scores else {}
+    scores |= {f"after {file}": (final[file]["avg_at_n"], final[file]["se"]) for file in final if len(final) > 1}
+    curve = {item["step"]: (*paid[item["step"]], item["mean"][0]) for item in student if item["step"] in paid}
+    group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", name).groups()
+    return dict(name=name, group=group or ".", pair=(seed, *sorted(final)), steps=steps, evals=evals, scores=scores,
+                final=final, curve=curve)
+
+
+def percent(scores, sign=""):
+    """(accuracy, its error) of each seed -> text: mean ± standard error over seeds; of one seed ± its own error."""
+    values, errors = np.array(scores, float).T
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else errors[0]
+    return f"{100 * values.mean():{sign}.1f}" + (f"±{100 * error:.1f}" if np.isfinite(error) else "")
 
 
 def report_table(runs):
-    """Runs, as read_run gives them, side by side -> list of lines."""
-    columns = []
-    for run in runs:
-        first, last = run["steps"][0], run["steps"][-1]
-        teacher, before, *_, after = [record["eval"] for record in run["evals"]] or [{}] * 3
-        column = {"": run["name"]}
-        for name in after:
-            for who, result in (("teacher", teacher), ("student before", before), ("student after", after)):
-                result = result[name]
-                column[f"{name}: {who}, avg@{result['n']}"] = f"{result['avg_at_n']:.3f} ± {result['se'] or 0:.3f}"
-            gap, gained = (result[name]["avg_at_n"] - before[name]["avg_at_n"] for result in (teacher, after))
-            column[f"{name}: gap recovered"] = f"{gained / gap:.0%}" if gap > 0 else "no gap"
-        column["overlap, first and last step"] = f"{first['overlap_ratio']:.3f} -> {last['overlap_ratio']:.3f}"
-        for name in ("generated_tokens", "teacher_tokens", "trained_tokens", "flops"):
-            column[name.replace("_", " ")] = f"{last[name]:,}" if name != "flops" else f"{last[name]:.2e}"
-        for phase in ("rollout", "teacher", "update"):
-            column[f"seconds, {phase}"] = f"{sum(step[f'time_{phase}'] for step in run['steps']):.1f}"
-        columns.append(column)
-    labels = dict.fromkeys(label for column in columns for label in column)
-    width = max(20, *(len(run["name"]) + 2 for run in runs))
-    return [f"{label:<32}" + "".join(f"{column.get(label, '-'):>{width}}" for column in columns) for label in labels]
+    """Runs, as read_run gives them -> lines: a row per group of runs; of a single group a line per fact."""
+    def mean(group, key, step=-1):
+        return np.array([run["steps"][step].get(key) for run in group], float).mean()
+
+    def amount(number):                                       # 142935 -> 142.9k
+        power = int(math.log10(max(1, number)) // 3)
+        return f"{number / 1000 ** power:.4g}{' kMGTPEZY'[power].strip()}"
+
+    names = sorted({run["group"] for run in runs}, key=lambda name: (name.split("/")[-1] != "opd", name))
+    groups = {name: [run for run in runs if run["group"] == name] for name in names}
+    baseline, rows, notes = groups[names[0]], {}, {}
+    base = {run["pair"]: run["scores"]["after"][0] for run in baseline if "after" in run["scores"]}
+    for name, group in groups.items():
+        row = rows[name] = {"": name, "runs": f"{len(group)}", "steps": f"{mean(group, 'step'):.0f}"}
+        for label in ("teacher", "before", "after", *(label for run in runs for label in run["scores"])):
+            scores = [run["scores"][label] for run in group if label in run["scores"]]
+            row[label] = percent(scores) if scores else "-"
+        pairs = [(run["scores"]["after"][0] - base[run["pair"]], math.nan) for run in group if run["pair"] in base]
+        row[f"minus {names[0]}"] = percent(pairs, "+") if pairs and name != names[0] else ""
+        known = [[run["scores"][who][0] for who in ("teacher", "before", "after")] for run in group
+                 if {"teacher", "after"} <= {*run["scores"]}]
+        gaps = [(after - before) / (teacher - before) for teacher, before, after in known if teacher > before]
+        row["gap"] = "-" if not known else "no gap" if len(gaps) < len(known) else f"{np.mean(gaps):.0%}"
+        row["overlap"] = f"{mean(group, 'overlap_ratio', 0):.2f}->{mean(group, 'overlap_ratio'):.2f}"
+        row["entropies"] = f"{mean(group, 'entropy_student'):.2f} {mean(group, 'entropy_teacher'):.2f}"
+        for label, key in zip(("generated", "scored", "trained", "FLOPs", "rollout s", "all s"), (
+                "generated_tokens", "teacher_tokens", "trained_tokens", "flops", "rollout_seconds", "seconds")):
+            own, other = mean(group, key), mean(baseline, key)
+            row[label] = amount(own) + (f" {own / other:.2f}x" if other and len(groups) > 1 else "")
+        row["eval s"] = amount(np.mean([sum(item.get("time_eval", 0) for item in run["evals"]) for run in group]))
+        notes |= {f"{name}: {item['note']}": None for run in group for item in run["evals"] if item.get("note")}
+    legend = ["accuracy in %, ±: standard error over seeds, of a single run over problems; entropies: student teacher"]
+    if len(rows) == 1:
+        return [f"{label:<32}{text:>20}" for label, text in row.items() if text] + legend + [*notes]
+    same = [label for label in ("runs", "steps", "teacher", "before") if len({r[label] for r in rows.values()}) == 1]
+    legend += ["in every row: " + ", ".join(f"{label} {row[label]}" for label in same)] * bool(same)
+    table = [{label: label for label in row}, *rows.values()]
+    widths = {label: max(len(row[label]) for row in table) for label in row if label not in same}
+    return ["  ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in table] + legend + [*notes]
 
 
 def draw_report(runs, path):
-    """Draw accuracy against generated tokens, and overlap by position, of runs as read_run gives them."""
+    """Draw accuracy against tokens and against seconds, and overlap by position, a colour per group -> the figure."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for index, run in enumerate(runs):
-        tokens = {0: 0, **{step["step"]: step["generated_tokens"] / 1000 for step in run["steps"]}}
-        curve = [(tokens[record["step"]], np.mean([result["avg_at_n"] for result in record["eval"].values()]))
-                 for record in run["evals"] if record["model"] != "teacher"]
-        left.plot(*zip(*curve), "o-", color=f"C{index}", markersize=4, label=run["name"])
-        for style, step in ((":", run["steps"][0]), ("-", run["steps"][-1])):
-            right.plot([math.nan if value is None else value for value in step["overlap_by_position"]], style,
-                       color=f"C{index}", label=run["name"] if style == "-" else None)
-    left.set(xlabel="thousands of generated tokens", ylabel="accuracy (avg@n)", ylim=(0, 1))
-    right.set(xlabel="position: start to end of the longest response, in 8 parts", ylabel="top-k overlap", ylim=(0, 1),
-              title="dotted: first step, solid: last step")
-    right.legend(fontsize=8)
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    by_tokens, by_position, by_seconds = figure.subplots(1, 3)
+    by_tokens.set_xscale("log", nonpositive="mask")           # no place for 0 tokens, before the first step
+    by_tokens.tick_params("x", which="both", labelsize=7, labelrotation=45)
+    by_tokens.set(xlabel="generated tokens", ylabel="accuracy (band: lowest to highest seed)")
+    by_position.set(xlabel="start to end of the longest response", ylabel="overlap (dotted: first step)", ylim=(0, 1))
+    by_seconds.set(xlabel="seconds of training", ylabel="accuracy (band: lowest to highest seed)")
+    for who, style in (("teacher", "--"), ("before", ":")):
+        if known := [run["scores"][who][0] for run in runs if who in run["scores"]]:
+            by_tokens.axhline(np.mean(known), color="grey", linestyle=style, label=who)
+    for index, name in enumerate(sorted({run["group"] for run in runs})):
+        group, color = [run for run in runs if run["group"] == name], f"C{index % 10}"
+        for step, style in ((0, ":"), (-1, "-")):
+            overlap = np.array([run["steps"][step]["overlap_by_position"] for run in group], float)
+            by_position.plot(np.ma.masked_invalid(overlap).mean(0), color + style, label=name if step else None)
+        curves = [run["curve"] for run in group if run["curve"]]
+        common = sorted(set(*curves[:1]).intersection(*curves))                    # where all seeds were graded
+        for axes, cost in ((by_tokens, 0), (by_seconds, 1)) if any(common) else ():
+            x, accuracy = np.array([[(curve[step][cost], curve[step][2]) for curve in curves] for step in common]).T
+            axes.plot(x.mean(0), accuracy.mean(0), color + "o-", markersize=4)
+            axes.fill_between(x.mean(0), accuracy.min(0), accuracy.max(0), color=color, alpha=0.15)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
+    return figure
 
 
 def main(argv=None):
@@ -1513,12 +1561,12 @@ def main(argv=None):
         if args.report:
             folders = sorted(path for path, _, files in os.walk(args.report) if "metrics.jsonl" in files)
             runs = [read_run(path, os.path.relpath(path, args.report)) for path in folders]
-            runs = [run for run in runs if run["steps"] and len(run["evals"]) > 2]
+            runs = [run for run in runs if run["steps"]]
             if not runs:
-                raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with evaluations")
+                raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
             print("\n".join(report_table(runs)))
             draw_report(runs, os.path.join(args.report, "report.png"))
-            return {run["name"]: run["evals"][-1]["eval"] for run in runs}
+            return {run["name"]: run["final"] for run in runs}
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():                 # torchrun started several of us
             join_ranks(args.device.startswith("cuda") or not args.device and torch.cuda.is_available())
         rank, run = ranks()[0], open_run(args)
@@ -1608,13 +1656,12 @@ def main(argv=None):
                 save()
         print(f"opd.py: {told}; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}", file=sys.stderr)
         raise SystemExit(status) from None
-    finished = read_run(args.output_dir, os.path.basename(os.path.normpath(args.output_dir)))
+    checkpoint, finished = list_checkpoints(args.output_dir)[-1], read_run(args.output_dir, os.path.normpath(args.output_dir))
     print("\n".join(report_table([finished])))
-    checkpoint, grades = list_checkpoints(args.output_dir)[-1], [(item["model"], item["eval"]) for item in finished["evals"]]
-    print(f"{'seconds in all':<32}{clock(run.device) - started:>20.1f}\ncheckpoint in {checkpoint}")
-    return {"teacher": dict(grades).get("teacher"), "before": dict(grades[::-1]).get("student"),
-            "after": dict(grades).get("student"), "checkpoint": checkpoint, **run.state,
-            "overlap_before": finished["steps"][0]["overlap_ratio"], "overlap_after": finished["steps"][-1]["overlap_ratio"]}
+    print(f"{'wall-clock s':<32}{clock(run.device) - started:>20.1f}\ncheckpoint in {checkpoint}")
+    return {"scores": finished["scores"], "after": finished["final"], "checkpoint": checkpoint, **run.state,
+            "overlap_before": finished["steps"][0]["overlap_ratio"],
+            "overlap_after": finished["steps"][-1]["overlap_ratio"]}
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
+import sys
 import threading
 import time
 
@@ -1491,16 +1493,193 @@ def test_the_overlap_of_a_step_is_over_all_that_was_sampled_trained_on_or_not(wo
     assert steps[0]["overlap_ratio"] == steps[1]["overlap_ratio"]
 
 
-def test_a_report_puts_runs_side_by_side_and_draws_them(world, tmp_path, capsys):
-    for name in ("a", "b"):
-        train(world, tmp_path / name, method="prefix", max_steps=1)
-    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "lo')                            # killed while it wrote
-    capsys.readouterr()
-    assert set(opd.main(["--report", str(tmp_path)])) == {"a", "b"}
-    table = capsys.readouterr().out
-    assert "gap recovered" in table and table.splitlines()[0].split() == ["a", "b"]
+# ---- A report of made-up runs, whose right answers are worked out by hand ---------------------------------------
+
+def graded(step, model, accuracy, se=.02, **more):
+    """The record of an evaluation; accuracy: of a file named eval, or {file: accuracy}."""
+    files = accuracy if isinstance(accuracy, dict) else {"eval": accuracy}
+    return {"step": step, "model": model, "eval": {file: {"avg_at_n": value, "se": se, "n": 4}
+                                                   for file, value in files.items()}, **more}
+
+
+def made_run(path, after=.6, teacher=.9, before=.1, scale=1, steps=2, text=""):
+    """metrics.jsonl of a run; scale: of all that it cost. A step generates 1000 tokens in 2 + 1 + 1 seconds."""
+    lines = [graded(0, "student", before), graded(0, "teacher", teacher, time_eval=7)] if before is not None else []
+    for step in range(1, steps + 1):
+        spent = {"generated_tokens": 1000, "teacher_tokens": 800, "trained_tokens": 500, "flops": 10 ** 9}
+        lines.append({"step": step, "overlap_ratio": .5 + .1 * step, "entropy_student": .4, "entropy_teacher": .3,
+                      "overlap_by_position": [.5 + .1 * step, None], "time_rollout": 2 * scale, "time_teacher": scale,
+                      "time_update": scale, **{key: value * step * scale for key, value in spent.items()}})
+    lines += [graded(steps, "student", after, time_eval=3)] if after is not None else []
+    return write(path / "metrics.jsonl", text="".join(json.dumps(line) + "\n" for line in lines) + text)
+
+
+def report(folder):
+    """The table of the runs below folder -> ({group: {column: text}}, its lines). Columns end where their heads end."""
+    folders = sorted(path.parent for path in folder.rglob("metrics.jsonl"))
+    lines = opd.report_table([opd.read_run(path, str(path.relative_to(folder))) for path in folders])
+    heads, rows = list(re.finditer(r"\S+(?: \S+)*", lines[0])), {}
+    for line in lines[1:[line.startswith("accuracy in %") for line in lines].index(True)]:
+        name = line.split()[0]
+        starts = [line.index(name) + len(name), *(head.end() for head in heads)]
+        rows[name] = {head.group(): line[start:head.end()].strip() for head, start in zip(heads, starts)}
+    return rows, lines
+
+
+def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_standard_error_over_seeds(tmp_path):
+    """.5 .6 .7: standard deviation .1, over the root of 3 .0577. The seed may be written in three ways."""
+    for name, after in (("opd/seed-0", .5), ("opd_seed_1", .6), ("opd/seed2", .7), ("b/opd-x/seed-0", .4)):
+        made_run(tmp_path / name, after)
+    rows, _ = report(tmp_path)
+    assert list(rows) == ["opd", "b/opd-x"]                      # the baseline first
+    assert (rows["opd"]["runs"], rows["opd"]["after"]) == ("3", "60.0±5.8")
+    assert (rows["b/opd-x"]["runs"], rows["b/opd-x"]["after"]) == ("1", "40.0±2.0")      # over problems
+
+
+def test_a_difference_to_the_baseline_is_taken_seed_by_seed(tmp_path):
+    """.1 and .2 more: .15 ± .05, though the accuracies of the seeds lie .4 apart: unpaired it would be ± .32."""
+    for name, accuracies in (("opd", (.2, .6, .9)), ("prefix", (.3, .8)), ("a", (.25,))):
+        for seed, after in enumerate(accuracies):
+            made_run(tmp_path / name / f"seed-{seed}", after)
+    made_run(tmp_path / "z" / "seed-7", .5)
+    rows, _ = report(tmp_path)
+    assert {name: row["minus opd"] for name, row in rows.items()} == {
+        "opd": "", "a": "+5.0", "prefix": "+15.0±5.0", "z": ""}
+
+
+def test_accuracies_on_different_files_are_not_subtracted(tmp_path):
+    made_run(tmp_path / "opd", {"aime": .5}, before={"aime": .1})
+    made_run(tmp_path / "prefix", {"amc": .6}, before={"amc": .1})
+    assert report(tmp_path)[0]["prefix"]["minus opd"] == ""
+
+
+def test_the_gap_is_recovered_run_by_run_and_is_none_where_the_teacher_is_no_better(tmp_path):
+    made_run(tmp_path / "opd" / "seed-0", .5, teacher=.9, before=.1)                 # .4 / .8 = 50%
+    made_run(tmp_path / "opd" / "seed-1", .6, teacher=.6, before=.2)                 # .4 / .4 = 100%
+    made_run(tmp_path / "x" / "seed-0", .6, teacher=.1, before=.1)
+    rows, _ = report(tmp_path)
+    assert (rows["opd"]["gap"], rows["x"]["gap"]) == ("75%", "no gap")
+
+
+def test_costs_are_means_over_seeds_with_their_ratio_to_the_baseline(tmp_path):
+    for seed, scale in ((0, 50), (1, 150)):
+        made_run(tmp_path / "opd" / f"seed-{seed}", scale=scale)                     # 2 steps: 100k and 300k tokens
+    made_run(tmp_path / "prefix", scale=50)
+    rows, _ = report(tmp_path)
+    shown = ("generated", "scored", "trained", "FLOPs", "rollout s", "all s", "eval s", "overlap", "entropies")
+    assert [rows["opd"][key] for key in shown] == [
+        "200k 1.00x", "160k 1.00x", "100k 1.00x", "200G 1.00x", "400 1.00x", "800 1.00x", "10",
+        "0.60->0.70", "0.40 0.30"]
+    assert [rows["prefix"][key] for key in shown[:7]] == [
+        "100k 0.50x", "80k 0.50x", "50k 0.50x", "100G 0.50x", "200 0.50x", "400 0.50x", "10"]
+
+
+def test_seconds_in_all_count_whatever_a_step_timed(tmp_path):
+    made_run(tmp_path / "opd", steps=1, text='{"step": 2, "overlap_by_position": null, "generated_tokens": 1,'
+             '"time_rollout": 1, "time_validation": 30}\n')
+    assert opd.read_run(tmp_path / "opd", "opd")["steps"][-1]["seconds"] == 4 + 31
+
+
+def test_what_is_the_same_in_every_row_is_said_once(tmp_path):
+    for name, teacher in (("opd", .9), ("x", .9)):
+        made_run(tmp_path / name, teacher=teacher)
+    rows, lines = report(tmp_path)
+    assert "in every row: runs 1, steps 2, teacher 90.0±2.0, before 10.0±2.0" in lines and "teacher" not in rows["x"]
+    made_run(tmp_path / "x", teacher=.8)
+    assert report(tmp_path)[0]["x"]["teacher"] == "80.0±2.0"
+
+
+def test_a_run_that_was_broken_off_counts_up_to_its_last_whole_line(tmp_path):
+    made_run(tmp_path / "opd")
+    made_run(tmp_path / "x", after=None, steps=3, text='{"step": 4, "lo')            # killed while it wrote
+    rows, _ = report(tmp_path)
+    assert [rows["x"][key] for key in ("steps", "after", "minus opd", "gap", "generated")] == [
+        "3", "-", "", "-", "3k 1.50x"]
+
+
+def test_runs_without_evaluations_are_listed_and_leave_no_curve(tmp_path):
+    made_run(tmp_path / "opd")
+    made_run(tmp_path / "y", after=None)                                             # broken off: no second point
+    made_run(tmp_path / "x", before=None, after=None)
+    rows, _ = report(tmp_path)
+    assert [rows["x"][key] for key in ("teacher", "before", "after", "gap", "eval s")] == ["-", "-", "-", "-", "0"]
+    curves = [len(axes.collections) for axes in opd.draw_report(
+        [opd.read_run(tmp_path / name, name) for name in ("opd", "x", "y")], tmp_path / "x.png").axes]
+    assert curves == [1, 0, 1]                                                       # bands
+
+
+def test_several_files_have_a_column_each_and_the_mean_decides(tmp_path):
+    """Mean of .3 and .7: .5; its error over problems: root of .02^2 + .02^2, over 2: .014. Gap: .3 of .6."""
+    made_run(tmp_path / "opd", {"aime": .3, "amc": .7}, {"aime": .7, "amc": .9}, {"aime": .1, "amc": .3})
+    made_run(tmp_path / "x", {"aime": .4, "amc": .9}, {"aime": .7, "amc": .9}, {"aime": .1, "amc": .3})
+    rows, _ = report(tmp_path)
+    assert [rows["opd"][key] for key in ("after", "after aime", "after amc", "gap")] == [
+        "50.0±1.4", "30.0±2.0", "70.0±2.0", "50%"]
+    assert rows["x"]["minus opd"] == "+15.0"
+
+
+def test_one_problem_has_no_standard_error_and_the_table_invents_none(tmp_path):
+    write(tmp_path / "metrics.jsonl", graded(0, "student", 0.0, None), graded(2, "student", 1.0, None))
+    assert opd.percent([opd.read_run(tmp_path, "x")["scores"]["after"]]) == "100.0"
+
+
+def test_later_grading_and_a_cold_start_are_no_points_of_a_run(tmp_path):
+    more = (json.dumps(graded(5, who, .99, time_eval=90)) + "\n" for who in ("eval_only", "cold_start"))
+    made_run(tmp_path, text="".join(more))
+    run = opd.read_run(tmp_path, "x")
+    assert sum(record["time_eval"] for record in run["evals"] if "time_eval" in record) == 7 + 3 + 90
+    assert run["scores"]["after"][0] == run["final"]["eval"]["avg_at_n"] == .6 and list(run["curve"]) == [0, 2]
+
+
+def test_one_group_is_printed_one_fact_a_line_without_ratios(tmp_path, capsys):
+    made_run(tmp_path / "x" / "seed-3")
+    opd.main(["--report", str(tmp_path)])
+    facts = {line[:32].strip(): line[32:].strip() for line in capsys.readouterr().out.splitlines()}
+    expected = {"": "x", "after": "60.0±2.0", "generated": "2k", "all s": "8", "gap": "62%", "eval s": "10"}
+    assert {label: facts[label] for label in expected} == expected and not any("minus" in label for label in facts)
+
+
+def test_notes_of_evaluations_stand_below_the_table_once(tmp_path):
+    made_run(tmp_path / "opd")
+    for seed in (0, 1):
+        made_run(tmp_path / f"x/seed-{seed}", text=json.dumps(graded(2, "student", .5, note="too short")) + "\n")
+    assert [line for line in report(tmp_path)[1] if "too short" in line] == ["x: too short"]
+
+
+def test_the_picture_has_three_panels_whose_curves_are_means_over_seeds(tmp_path):
+    """Seed 0 was not graded after step 1, so the curve is not drawn there; the legend names every group once."""
+    for seed, after in ((0, .5), (1, .7)):
+        made_run(tmp_path / f"opd/seed-{seed}", after, scale=1 + 2 * seed)
+    made_run(tmp_path / "opd/seed-1", .7, scale=3, text=json.dumps(graded(1, "student", .8)) + "\n")
+    assert set(opd.main(["--report", str(tmp_path)])) == {"opd/seed-0", "opd/seed-1"}
     assert (tmp_path / "report.png").stat().st_size > 1000
+    figure = opd.draw_report([opd.read_run(tmp_path / name, name) for name in ("opd/seed-0", "opd/seed-1")],
+                             tmp_path / "again.png")
+    tokens, positions, seconds = ([line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes)
+    close(torch.tensor(tokens[-1]), torch.tensor([[0, .1], [4000, .6]]))
+    close(torch.tensor(seconds[-1]), torch.tensor([[0, .1], [16, .6]]))
+    assert figure.axes[2].collections[0].get_paths()[0].get_extents().y1 == .7       # the band, up to seed 1
+    assert [line[0][1] for line in tokens[:2]] == [.9, .1]                           # teacher, before
+    assert [line[0] for line in positions] == [[0, .6], [0, .7]]                     # first step, last
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["teacher", "before", "opd"]
+
+
+def test_without_matplotlib_the_table_is_printed_and_a_line_says_what_to_install(tmp_path, capsys, monkeypatch):
+    made_run(tmp_path / "opd")
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as stop:
+        opd.main(["--report", str(tmp_path)])
+    told = capsys.readouterr()
+    assert stop.value.code == 2 and "60.0" in told.out
+    assert told.err.count("\n") == 1 and "pip install -r requirements.txt" in told.err
+
+
+def test_a_report_of_no_run_with_steps_is_refused(tmp_path, capsys):
+    write(tmp_path / "x" / "metrics.jsonl", graded(0, "eval_only", .5))
+    with pytest.raises(SystemExit):
+        opd.main(["--report", str(tmp_path)])
+    assert "no run below it has a metrics.jsonl with steps" in capsys.readouterr().err
 
 
 def test_what_ruins_runs_in_silence_is_warned_of():
@@ -1552,7 +1731,6 @@ def show_memory(tokens=1024, rows=8, vocabulary=151_936):
 
 
 if __name__ == "__main__":
-    import sys
     if sys.argv[1:] != ["memory"]:
         sys.exit("python test_opd.py memory shows the peak memory of a step; the tests run with make test")
     show_memory()
