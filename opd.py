@@ -141,17 +141,16 @@ def parse_args(argv=None):
     tiny_defaults = {}
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
-        for name, default, tiny, text in rows:
-            name, *aliases = name.split("/")
-            tiny_defaults |= {} if tiny is SAME else {name: tiny}
+        for names, default, tiny, text in rows:
             kind = {bool: {"action": "store_true"}, tuple: {"choices": default},
                     list: {"nargs": "+", "type": default[0]} if isinstance(default, list) else {},
                     type(None): {"nargs": "?", "const": "latest"}}.get(type(default), {"type": type(default)})
             default = default[0] if isinstance(default, tuple) else [] if isinstance(default, list) else default
             if default not in ("", [], None) and default is not False:
                 text += f" (default {default}{'' if tiny is SAME else f'; tiny world {tiny}'})"
-            names, text = [f"--{part}" for part in (name, *aliases)], text.replace("%", "%%")
-            group.add_argument(*names, default=default, help=text, **kind)
+            names = [f"--{name}" for name in names.split("/")]
+            flag = group.add_argument(*names, default=default, help=text.replace("%", "%%"), **kind)
+            tiny_defaults |= {} if tiny is SAME else {flag.dest: tiny}
     args = parser.parse_args(argv)
     if not args.student and not args.teacher:
         parser.set_defaults(**tiny_defaults)
@@ -172,8 +171,7 @@ def check_args(args):
         if type(value) in (int, float):
             need((value > 0 or value == 0 and name in may_be_zero) and value < 2 ** 40,
                  f"--{name} {value} must {'not be below' if name in may_be_zero else 'be above'} 0, and finite")
-    for name in ("keep_ratio", "eval_top_p"):
-        need(getattr(args, name) <= 1, f"--{name} {getattr(args, name)} must be at most 1")
+    need(max(args.keep_ratio, args.eval_top_p) <= 1, "--keep_ratio and --eval_top_p must be at most 1")
     need(args.device in ("", "cpu", "mps") or args.device.startswith("cuda") and torch.cuda.is_available(),
          f"--device {args.device}: there is none here; leave it out, or use cpu")
     need("{problem}" in args.prompt_template, "--prompt_template must say {problem} where the problem goes")
@@ -183,17 +181,14 @@ def check_args(args):
     need(not args.eval_only or not args.resume, "--eval_only has nothing to --resume; leave one of them out")
     need(args.cap_min <= args.cap_init <= args.cap_max, "--cap_init must lie between --cap_min and --cap_max")
     if args.method == "prefix-guided":
-        kept = round(args.keep_ratio * args.batch_size * args.num_generations)
-        need(kept >= args.batch_size, f"--keep_ratio {args.keep_ratio} keeps {kept} candidates, fewer than one for "
-             f"each of the {args.batch_size} prompts; use at least {1 / args.num_generations:.4g}")
+        need(round(args.keep_ratio * args.batch_size * args.num_generations) >= args.batch_size,
+             f"--keep_ratio {args.keep_ratio} keeps none for some prompts; use at least 1 / --num_generations")
         need(args.probe_window <= args.prefix_length < args.max_new_tokens, f"--probe_window {args.probe_window} must "
              f"be at most --prefix_length {args.prefix_length}, and that below --max_new_tokens {args.max_new_tokens}")
-    need(args.eval_only or bool(args.student) == bool(args.teacher),
-         "give both --student and --teacher, or neither (then a tiny world is made)")
+    need(args.eval_only or bool(args.student) == bool(args.teacher), "give --student and --teacher, or neither")
     need(not args.student or (args.eval_file if args.eval_only else args.train_file),
          "--eval_only needs --eval_file" if args.eval_only else "training needs --train_file")
-    need(args.student or not (args.train_file or args.eval_file),
-         "--train_file and --eval_file need --student and --teacher; the tiny world brings its own problems")
+    need(args.student or not (args.train_file or args.eval_file), "--train_file and --eval_file need --student")
 
 
 # ---- 2. Data and grading -------------------------------------------------------------------------------------
@@ -211,10 +206,8 @@ def read_records(path):
     if "\ufffd" in text:
         raise ValueError(f"{path}, line {text[:text.index(chr(0xfffd))].count(chr(10)) + 1}: not UTF-8; save it so")
     # Many a .json file holds JSON lines. Not splitlines(): U+2028 may stand inside a string
-    whole = path.endswith(".json") and text.lstrip().startswith("[")
-    lines = [(1, text)] if whole else enumerate(text.split("\n"), start=1)
-    records = []
-    for number, line in lines:
+    whole, records = path.endswith(".json") and text.lstrip().startswith("["), []
+    for number, line in [(1, text)] if whole else enumerate(text.split("\n"), start=1):
         try:
             records += [(number, json.loads(line))] if line.strip() else []
         except json.JSONDecodeError as error:
@@ -227,45 +220,38 @@ def last_boxed(text):
     that was cut off in its answer has no answer. Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"."""
     for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
         depth = 1
-        for place in range(start, len(text)):
-            if text[place] in "{}" and text[place - 1] != "\\":       # \{ is a brace of a set, not of the box
-                depth += 1 if text[place] == "{" else -1
+        for brace in re.compile(r"(?<!\\)[{}]").finditer(text, start):  # \{ is a brace of a set, not of the box
+            depth += 1 if brace[0] == "{" else -1
             if depth == 0:
-                return text[start:place]
+                return text[start:brace.start()]
     return None
 
 
 def strip_instructions(text):
     """A problem without the instructions that data sets add to it: they fight the template, and a grader of boxes."""
-    for instruction in (
-            "Solve the following math problem step by step. The last line of your response should be of the form "
-            "Answer: $Answer (without quotes) where $Answer is the answer to the problem.",
-            'Remember to put your answer on its own line after "Answer:".',
-            r"Please reason step by step, and put your final answer within \boxed{}."):
-        text = text.replace(instruction, "")
-    return text.strip()
+    instructions = (r"Solve the following math problem step by step\. The last line of .*? to the problem\."
+                    r'|Remember to put your answer on its own line after "Answer:"\.'
+                    r"|Please reason step by step, and put your final answer within \\boxed\{\}\.")
+    return re.sub(instructions, "", text).strip()
 
 
 def load_problems(path):
-    """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}; duplicate problems are left
-    out, with a warning that says how many. Raises OSError, or ValueError that names the file and the line.
-    Knows the field names of the usual data sets, chats, and golds in a box, in dollars or behind GSM8K's "####"."""
+    """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, without duplicates; or
+    OSError, ValueError. Knows the usual field names, chats, and golds in a box, in dollars or behind "####"."""
     records, problems = read_records(path), {}
     for number, record in records:
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: needs an object with named fields, not {str(record)[:40]!r}")
+        record = record if isinstance(record, dict) else {}
         nested = record.get("reward_model")
         fields = {**nested, **record} if isinstance(nested, dict) else record
         problem, answer = (
-            next((fields[name] for name in names if fields.get(name) is not None), None)
-            for names in (("problem", "question", "prompt", "messages"),
-                          ("answer", "final_answer", "ground_truth", "solution")))
+            next((fields[name] for name in names.split() if fields.get(name) is not None), None)
+            for names in ("problem question prompt messages", "answer final_answer ground_truth solution"))
         if isinstance(problem, (list, np.ndarray)):           # a chat: the last turn of each role
             turns = {turn.get("role"): turn.get("content") for turn in problem if isinstance(turn, dict)}
             problem, answer = turns.get("user"), turns.get("assistant") if answer is None else answer
         if not isinstance(problem, str) or not problem.strip():
-            raise ValueError(f"{path}, line {number}: no problem; its fields are {', '.join(record) or 'none'}, and "
-                             "one of problem, question, prompt, messages is needed")
+            raise ValueError(f"{path}, line {number}: needs a text in problem, question, prompt or messages; "
+                             f"it has the fields {', '.join(record) or 'none'}")
         if answer is not None:
             answer = ", ".join(map(str, answer)) if isinstance(answer, (list, np.ndarray)) else str(answer)
             answer = answer.rsplit("####", 1)[-1]
@@ -294,32 +280,29 @@ GRADER = {"lock": threading.Lock(), "process": None}
 
 
 def ask_math_verify(gold, answer, seconds=3.0):
-    """math_equal in a process of its own, from any thread; False when it takes longer than that many seconds.
-    2003^{2002^{2001}} keeps sympy busy for ever in one C call: no signal and no thread can stop it, and signals cancel
-    the caller's alarm. A process can be killed. One serves all answers, because sympy imports slowly."""
+    """math_equal in a process of its own, from any thread; False when it fails or takes longer than that.
+    2003^{2002^{2001}} keeps sympy busy for ever in one C call: no signal and no thread can stop it, and signals
+    cancel the caller's alarm. A process can be killed. One serves all answers, because sympy imports slowly."""
     with GRADER["lock"]:
-        if GRADER["process"] is None or GRADER["process"].poll() is not None:
-            loop = ("import json, sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    try:\n"
-                    "        equal = math_equal(*json.loads(line))\n    except Exception:\n        equal = False\n"
-                    "    print(json.dumps(equal), flush=True)\n")
-            code = f"import math_verify\n{inspect.getsource(math_equal)}{loop}"
-            GRADER["process"] = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE,
-                                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            if GRADER["process"].stdout.readline() != "ready\n":         # the import does not count towards the limit
-                raise ImportError("math-verify cannot be imported")
         process = GRADER["process"]
-        process.stdin.write(json.dumps([gold, answer]) + "\n")
-        process.stdin.flush()
+        if process is None or process.poll() is not None:
+            code = (f"import json, math_verify, sys\n{inspect.getsource(math_equal)}\nprint('ready')\n"
+                    "for line in sys.stdin:\n    print(math_equal(*json.loads(line)))")
+            process = GRADER["process"] = subprocess.Popen(
+                [sys.executable, "-u", "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL)
+            if process.stdout.readline() != "ready\n":        # the import does not count towards the limit
+                raise ImportError("math-verify cannot be imported")
+        print(json.dumps([gold, answer]), file=process.stdin, flush=True)
         reply = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else ""
         if not reply:
             process.kill()
             process.wait()                                    # poll() sees it, and the next call starts another
-        return bool(reply) and json.loads(reply)
+        return reply == "True\n"
 
 
 def is_correct(response_text, gold):
-    r"""Whether the last balanced \boxed{...} after any </think> equals the gold answer. No box is wrong, and so is a
-    solution that was cut off, whatever numbers it wrote on its way."""
+    r"""Whether the last balanced \boxed{...} after any </think> equals the gold answer. No box is wrong."""
     answer = last_boxed(response_text.rsplit("</think>", 1)[-1])
     if answer is None:
         return False
@@ -336,10 +319,8 @@ def encode_prompts(tokenizer, problems, template, chat_template=True, **template
     texts = [template.replace("{problem}", problem) for problem in problems]
     if not chat_template or not tokenizer.chat_template:
         return [tokenizer(text + "\n").input_ids for text in texts]
-    texts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                           add_generation_prompt=True, **template_flags) for text in texts]
-    # The chat template wrote the special tokens; the tokenizer would add a second set
-    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    return [tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                          return_dict=False, **template_flags) for text in texts]
 
 
 def pad_left(rows, pad_id):
@@ -347,8 +328,7 @@ def pad_left(rows, pad_id):
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     # From the lengths, not ids != pad_id: where pad and EOS are one id, that would hide real tokens
-    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
-    return ids, mask
+    return ids, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
 
 
 def batch_indices(step, batch_size, sizes, shares, seed):
@@ -371,8 +351,7 @@ def batch_indices(step, batch_size, sizes, shares, seed):
 
 # ---- 3. Sampling ---------------------------------------------------------------------------------------------
 def mask_through_eos(ids, eos_ids):
-    """(B, T) ids -> (B, T) bool: True up to and including the first EOS of each row, which is a token like the others:
-    left out, a student would never learn when to stop."""
+    """(B, T) ids -> (B, T) bool, True through the first EOS: left out, a student would never learn to stop."""
     is_eos = torch.isin(ids, torch.tensor(sorted(eos_ids), dtype=ids.dtype, device=ids.device))
     return is_eos.cumsum(-1) - is_eos.long() == 0             # no EOS strictly before
 
@@ -496,10 +475,8 @@ def select_prefixes(score, num_keep):
     if not P <= num_keep <= P * G:
         raise ValueError(f"num_keep must lie between {P} prompts and {P * G} candidates, got {num_keep}")
     best_first = score.scatter(1, score.argmax(dim=1, keepdim=True), torch.inf).flatten()        # (P * G,)
-    order = best_first.argsort(descending=True, stable=True)                         # stable: of equals the first
-    keep = torch.zeros_like(best_first, dtype=torch.bool)
-    keep[order[:num_keep]] = True
-    return keep.view(P, G)
+    rank = best_first.argsort(descending=True, stable=True).argsort()            # stable: of equals the first
+    return (rank < num_keep).view(P, G)
 
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
@@ -533,8 +510,7 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
 def reverse_kl(student_logits, teacher_logits):
     """KL(student || teacher) over the whole vocabulary: (B, T, V), (B, T, V) -> (B, T).                         [GKD]
         sum_v p(v) (log p(v) - log q(v)),   p student, q teacher"""
-    # Written out: F.kl_div(a, b) is KL(b || a), and the direction decides whether the student settles on one thing that
-    # the teacher does (this one) or spreads over all that it might do
+    # Not F.kl_div(p, q), which is KL(q || p): with that the student spreads over all that the teacher might do
     log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
     log_q = F.log_softmax(teacher_logits.float(), dim=-1)                        # (B, T, V)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -570,14 +546,13 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
 def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
     """The k1 policy-gradient surrogate of the sampled tokens y: (B, T, V), (B, T, V), (B, T) -> (B, T).
         - stop_gradient(r) log p(y),   r = log q(y) - log p(y); with the baseline r + KL(p || q)           [vOPD]
-    Over y ~ p its mean gradient is that of reverse_kl; its value means nothing. The mean of r is -KL, so the baseline
-    centres the advantage without changing the mean gradient."""
+    Over y ~ p its mean gradient is that of reverse_kl; its value means nothing. The mean of r is -KL."""
     log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
     log_q = F.log_softmax(teacher_logits.float(), dim=-1)                        # (B, T, V)
     sampled = response_ids[..., None]                                                # (B, T, 1)
     advantage = (log_q - log_p).gather(-1, sampled).squeeze(-1)                  # (B, T)
     if baseline:
-        # Added to r, never in its place: a constant of the context alone has a mean gradient of exactly 0
+        # Added to r, never in its place: it centres r, and a constant of the context has mean gradient 0
         advantage = advantage + (log_p.exp() * (log_p - log_q)).sum(-1)
     return -advantage.detach() * log_p.gather(-1, sampled).squeeze(-1)
 
@@ -938,8 +913,8 @@ def fit(model, sample_batch, *, steps, learning_rate, pad_id, title):
 
 def make_world(folder, seed):
     """Write the tiny world into a folder: teacher/ and student/, models like any other, train.jsonl and eval.jsonl.
-    Takes under a minute. Both models come from one base model, as in the papers' pairs: the teacher learns from a
-    careful author; the student, briefly, from one with other habits, who slips at every fourth step and believes it."""
+    Takes under a minute. From one base model, as in the papers, the teacher learns of a careful author; the
+    student, briefly, of one with other habits, who slips at every fourth step and believes it."""
     tokenizer = tiny_tokenizer([word for words in LEXICON.values() for word in words])
     torch.manual_seed(seed)
     student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
@@ -971,10 +946,10 @@ def make_world(folder, seed):
         tokenizer.save_pretrained(os.path.join(partial, name))
     for name, count in (("train", 2000), ("eval", 100)):
         rng = random.Random(f"{seed} {name}")
-        with open(os.path.join(partial, f"{name}.jsonl"), "w", encoding="utf-8") as file:
-            for _ in range(count):
-                made = tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)
-                file.write(json.dumps({"problem": made["problem"], "answer": made["answer"]}) + "\n")
+        for _ in range(count):
+            made = tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)
+            record = {"problem": made["problem"], "answer": made["answer"]}
+            append_json(os.path.join(partial, f"{name}.jsonl"), record)
     os.replace(partial, folder)
 
 
@@ -992,18 +967,16 @@ def user_mistakes():
 
 
 def load(loader, path, **options):
-    """loader(path, **options), by folder, file or hub name. Raises ValueError, in one line, whatever goes wrong there."""
+    """loader(path, **options), by folder, file or hub name. Raises ValueError whatever goes wrong there."""
     try:
         return loader(path, **options)
-    except Exception as error:            # transformers, safetensors and torch have errors of their own for a bad file
-        raise ValueError(f"{path} does not load with {loader.__qualname__}: {type(error).__name__}: "
-                         + " ".join(str(error).split())[:160]) from None
+    except Exception as error:            # transformers, safetensors, json, torch: each has errors of its own
+        raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
     """Raises ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
-    different = sorted(token for token in student_vocab.keys() | teacher_vocab.keys()
-                       if student_vocab.get(token) != teacher_vocab.get(token))
+    different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
     if different:
         examples = ", ".join(f"{token!r} (student {student_vocab.get(token, 'none')}, "
                              f"teacher {teacher_vocab.get(token, 'none')})" for token in different[:3])
@@ -1195,8 +1168,7 @@ def run_warnings(teacher_log_prob, stops, templates, longest, positions):
     """What ruins runs in silence -> list of lines. stops, templates, positions: of the student and the teacher."""
     found = {
         "the teacher finds what the student writes very unlikely; compare prompts and templates": teacher_log_prob < -3,
-        f"the student stops at {stops[0]}, the teacher at {stops[1]}; a teacher that never writes the student's stop "
-        "token teaches it not to stop": stops[0] != stops[1],
+        f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
         "the chat templates differ; both models read the student's": templates[0] != templates[1],
         f"a prompt and its response may need {longest} positions, and the models have {positions}; lower "
         "--max_new_tokens or --eval_max_new_tokens": longest > min(positions)}
@@ -1205,26 +1177,25 @@ def run_warnings(teacher_log_prob, stops, templates, longest, positions):
 
 def preflight(run, args):
     """What to look at before a run is paid for -> list of lines."""
+    golds = [run.train[index]["answer"] for index in run.answered[:500]]
+    readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
     loss = {"reverse_kl": "KL(student || teacher) over the whole vocabulary",
             "topk": f"KL(student || teacher) on top-{args.overlap_k} tokens, support {args.support}",
             "sampled": "log p_student - log p_teacher of the sampled token, as a policy gradient"}[args.loss]
     lines = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step",
-             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out"]
-    stops, templates = [], []
+             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out",
+             f"training answers: {readable} of the first {len(golds)} can be read",
+             f"first prompt: {run.tokenizer.decode(run.prompts[0])!r}"]
+    stops, templates, positions = [], [], []
     for role, model, tokenizer in (("student", run.student, run.tokenizer),
                                    ("teacher", run.teacher, run.teacher_tokenizer)):
         stops.append(sorted(stop_ids(model, tokenizer)))
         templates.append(tokenizer.chat_template)
+        positions.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf)
         rows = model.get_output_embeddings().weight.shape[0]
-        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows "
-                     f"for {len(tokenizer)} tokens, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
+        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} "
+                     f"rows cut to {run.vocab_size}, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
                      f"{'a' if templates[-1] else 'no'} chat template")
-        if rows != run.vocab_size:
-            lines.append(f"{role}: cut to the first {run.vocab_size} of its rows, in sampling and in the loss")
-    golds = [run.train[index]["answer"] for index in run.answered[:500]]
-    readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
-    lines.append(f"training answers: {readable} of the first {len(golds)} can be read")
-    lines.append(f"first prompt: {run.tokenizer.decode(run.prompts[0])!r}")
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(0)
         ids, mask = (part.to(run.device) for part in pad_left(run.prompts[:4], run.sampling["pad_id"]))
@@ -1235,8 +1206,6 @@ def preflight(run, args):
     lines.append(f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} "
                  f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}")
     longest = max(map(len, run.prompts)) + max(args.max_new_tokens, args.eval_max_new_tokens * bool(run.eval))
-    positions = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-                 for model in (run.student, run.teacher)]
     return lines + run_warnings(mean, stops, templates, longest, positions)
 
 
