@@ -62,16 +62,14 @@ FLAGS = {
     ],
     "method and loss": [
         ("method", ("opd", "prefix", "progressive", "prefix-guided", "prune"), SAME,
-         "opd: all rows to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. progressive: to a growing horizon"
-         " [FastOPD, POPD]. prefix-guided: past the prefix only what overlaps most [PG-OPD]. prune: tokens after drift "
-         "weigh less, unreliable rows stop, the cap follows [Prune-OPD]"),
+         "opd: all rows to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. progressive: to a growing horizon "
+         "[FastOPD, POPD]. prefix-guided: on where overlap is high [PG-OPD]. prune: stop what drifts [Prune-OPD]"),
         ("loss", ("topk", "reverse_kl", "sampled"), "reverse_kl", "topk: KL(student || teacher) on top-k tokens, with "
          "the released gradient [Rethinking-OPD]. reverse_kl: whole vocabulary [GKD]. sampled: k1 policy gradient"),
-        ("support", ("student", "teacher", "intersection", "union"), SAME, "whose top k --loss topk sums over "
-         "[Rethinking-OPD]"),
+        ("support", ("student", "teacher", "intersection", "union"), SAME, "whose top k --loss topk sums over"),
         ("baseline", False, SAME, "subtract the closed-form baseline in --loss sampled [vOPD]"),
         ("cold_start_steps", 0, SAME, "steps of learning from the teacher's own right solutions first [Rethinking-OPD]"),
-        ("cold_start_learning_rate", 1e-5, 1e-3, "of these steps (our choice)"),
+        ("cold_start_learning_rate", 1e-5, 2e-3, "of these steps (our choice)"),
         ("overlap_k", 16, 4, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
     ],
     "sampling": [
@@ -123,8 +121,7 @@ FLAGS = {
         ("eval_top_p", 0.95, 1.0, "nucleus, in evaluation only [Rethinking-OPD, Prune-OPD]"),
         ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
         ("eval_batch_size", 0, SAME, "rows at once; 0: as in training, fewer if answers may be longer"),
-        ("probe_depths", [int], SAME, "cut the student's solutions at these percentages, and see how much more often "
-         "the teacher, going on from there, ends right, such as 0 25 50 75 [Rethinking-OPD]"),
+        ("probe_depths", [int], SAME, "percentages of its solutions from which the teacher goes on [Rethinking-OPD]"),
         ("print_samples", False, SAME, "show a response per evaluation: green to red by overlap, up to reliability 0"),
     ],
 }
@@ -137,19 +134,19 @@ def parse_args(argv=None):
 
     def fail(message):                    # argparse would print its whole usage before the one line that matters
         raise ValueError(f"{message}; see python opd.py --help")
-    parser.error = fail
-    tiny_defaults = {}
+    parser.error, tiny_defaults = fail, {}
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for names, default, tiny, text in rows:
-            kind = {bool: {"action": "store_true"}, tuple: {"choices": default},
-                    list: {"nargs": "+", "type": default[0]} if isinstance(default, list) else {},
+            kind = {bool: {"action": "store_true"}, tuple: {"choices": default}, list: {"nargs": "+"},
                     type(None): {"nargs": "?", "const": "latest"}}.get(type(default), {"type": type(default)})
-            default = default[0] if isinstance(default, tuple) else [] if isinstance(default, list) else default
+            if isinstance(default, list):
+                kind["type"], default = default[0], []
+            default = default[0] if isinstance(default, tuple) else default
             if default not in ("", [], None) and default is not False:
                 text += f" (default {default}{'' if tiny is SAME else f'; tiny world {tiny}'})"
-            names = [f"--{name}" for name in names.split("/")]
-            flag = group.add_argument(*names, default=default, help=text.replace("%", "%%"), **kind)
+            flag = group.add_argument(*(f"--{name}" for name in names.split("/")), default=default,
+                                      help=text.replace("%", "%%"), **kind)
             tiny_defaults |= {} if tiny is SAME else {flag.dest: tiny}
     args = parser.parse_args(argv)
     if not args.student and not args.teacher:
@@ -161,34 +158,35 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Raises ValueError for flags that cannot work, alone or together, before anything is loaded or written."""
-    def need(condition, message):
-        if not condition:
-            raise ValueError(message)
-
     may_be_zero = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold w_drop "
                    "w_base cap_hit_ratio seed cold_start_steps max_generated_tokens eval_batch_size").split()
     for name, value in vars(args).items():
-        if type(value) in (int, float):
-            need((value > 0 or value == 0 and name in may_be_zero) and value < 2 ** 40,
-                 f"--{name} {value} must {'not be below' if name in may_be_zero else 'be above'} 0, and finite")
-    need(max(args.keep_ratio, args.eval_top_p) <= 1, "--keep_ratio and --eval_top_p must be at most 1")
-    need(args.device in ("", "cpu", "mps") or args.device.startswith("cuda") and torch.cuda.is_available(),
-         f"--device {args.device}: there is none here; leave it out, or use cpu")
-    need("{problem}" in args.prompt_template, "--prompt_template must say {problem} where the problem goes")
-    need(not args.mix or len(args.mix) == len(args.train_file) and min(args.mix) > 0 and abs(sum(args.mix) - 1) < 1e-6,
-         f"--mix needs one share above 0 for each of the {len(args.train_file)} train files, and 1 in all")
-    need(all(0 <= depth < 100 for depth in args.probe_depths), "--probe_depths are percentages from 0 to 99")
-    need(not args.eval_only or not args.resume, "--eval_only has nothing to --resume; leave one of them out")
-    need(args.cap_min <= args.cap_init <= args.cap_max, "--cap_init must lie between --cap_min and --cap_max")
-    if args.method == "prefix-guided":
-        need(round(args.keep_ratio * args.batch_size * args.num_generations) >= args.batch_size,
-             f"--keep_ratio {args.keep_ratio} keeps none for some prompts; use at least 1 / --num_generations")
-        need(args.probe_window <= args.prefix_length < args.max_new_tokens, f"--probe_window {args.probe_window} must "
-             f"be at most --prefix_length {args.prefix_length}, and that below --max_new_tokens {args.max_new_tokens}")
-    need(args.eval_only or bool(args.student) == bool(args.teacher), "give --student and --teacher, or neither")
-    need(not args.student or (args.eval_file if args.eval_only else args.train_file),
-         "--eval_only needs --eval_file" if args.eval_only else "training needs --train_file")
-    need(args.student or not (args.train_file or args.eval_file), "--train_file and --eval_file need --student")
+        if type(value) in (int, float) and not (0 < value < 2 ** 40 or value == 0 and name in may_be_zero):
+            least = "not be below" if name in may_be_zero else "be above"
+            raise ValueError(f"--{name} {value} must {least} 0, and finite")
+    guided, kept = args.method == "prefix-guided", round(args.keep_ratio * args.batch_size * args.num_generations)
+    mistakes = {
+        "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
+        f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
+        and not (args.device.startswith("cuda") and torch.cuda.is_available()),
+        "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
+        "--mix needs a share above 0 for each train file, and 1 in all": args.mix and (
+            len(args.mix) != len(args.train_file) or min(args.mix) <= 0 or abs(sum(args.mix) - 1) > 1e-6),
+        "--probe_depths are percentages from 0 to 99": any(not 0 <= depth < 100 for depth in args.probe_depths),
+        "--eval_only has nothing to --resume; leave one of them out": args.eval_only and args.resume is not None,
+        "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
+        f"--keep_ratio {args.keep_ratio} keeps none for some prompts; use at least 1 / --num_generations":
+            guided and kept < args.batch_size,
+        f"--probe_window {args.probe_window} must be at most --prefix_length {args.prefix_length}, and that below "
+        f"--max_new_tokens {args.max_new_tokens}": guided and not (
+            args.probe_window <= args.prefix_length < args.max_new_tokens),
+        "give --student and --teacher, or neither": not args.eval_only and bool(args.student) != bool(args.teacher),
+        "--eval_only needs --eval_file": args.student and args.eval_only and not args.eval_file,
+        "training needs --train_file": args.student and not args.eval_only and not args.train_file,
+        "--train_file and --eval_file need --student": not args.student and (args.train_file or args.eval_file)}
+    for message, true in mistakes.items():
+        if true:
+            raise ValueError(message)
 
 
 # ---- 2. Data and grading -------------------------------------------------------------------------------------
