@@ -26,7 +26,7 @@ compares (4) and decides who goes on (5) -> train_step (10) with a loss (6) -> e
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row p * G + g), S prompt
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
-import argparse, contextlib, copy, datetime, functools, inspect, json, math, os
+import argparse, contextlib, copy, datetime, functools, glob, inspect, json, math, os
 import random, re, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
@@ -855,10 +855,11 @@ LEXICON = {
     "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
 
 
-def tiny_example(rng, steps, habit, slip_rate, lexicon):
+def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
     """A problem of so many steps and an author's solution -> {"problem", "answer", "solution": [(word, trusted)]}.
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
-    goes wrong, in its result or its operation. What follows is consistent; only the slip itself is not trusted."""
+    goes wrong, in its result or its operation. What follows is consistent; only the slip itself is not trusted.
+    order -1: an author who writes the steps as "a +3 4" instead of "a 4 +3"."""
     def synonym(kind):
         return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8], True
     def apply(value, operation):
@@ -872,8 +873,8 @@ def tiny_example(rng, steps, habit, slip_rate, lexicon):
         slip = rng.choice(("result", "operation")) if rng.random() < slip_rate else None
         read = rng.choice(lexicon["operation"]) if slip == "operation" else operation
         result = str((int(apply(value, read)) + (rng.choice((1, 9, 1, 9, 2, 8)) if slip == "result" else 0)) % 10)
-        words += [synonym("opener"), (label, True), (value, True), (read, slip != "operation"), synonym("verb"),
-                  (result, slip != "result"), synonym("closer")]
+        words += [synonym("opener"), (label, True), *[(value, True), (read, slip != "operation")][::order],
+                  synonym("verb"), (result, slip != "result"), synonym("closer")]
         value = result
     words += [synonym("opener"), ("the", True), ("answer", True), synonym("verb"), ("\\boxed{", True), (value, True),
               ("}", True), ("<end>", True)]
@@ -909,7 +910,7 @@ def fit(model, sample_batch, *, steps, learning_rate, pad_id, title):
     model.eval()
 
 
-def make_world(folder, seed):
+def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150):
     """Write the tiny world into a folder: teacher/ and student/, models like any other, train.jsonl and eval.jsonl.
     Takes under a minute. From one base model, as in the papers, the teacher learns of a careful author; the
     student, briefly, of one with other habits, who slips at every fourth step and believes it."""
@@ -920,11 +921,11 @@ def make_world(folder, seed):
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
         initializer_range=0.05, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
-    def learn(model, who, steps, lengths, habit, slip_rate, believes=False):
+    def learn(model, who, steps, lengths, habit, slip_rate, believes=False, order=1):
         rng = random.Random(f"{seed} {who}")
         def example():
             liked = rng.randrange(8) if habit is None else habit
-            made = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON)
+            made = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
             prompt = encode_prompts(tokenizer, [made["problem"]], "{problem}")[0]
             words, trusted = zip(*made["solution"])
             ids = tokenizer.convert_tokens_to_ids(words)
@@ -935,7 +936,7 @@ def make_world(folder, seed):
     learn(student, "base model, short problems", 250, (1, 3), None, .1)
     learn(student, "base model, full problems", 130, (4, 8), None, .1)
     teacher = copy.deepcopy(student)
-    learn(teacher, "teacher", 150, (4, 8), 0, .1)
+    learn(teacher, "teacher", teacher_steps, (4, 8), teacher_habit, .1, order=teacher_order)
     learn(student, "student", 40, (4, 8), 2, .25, believes=True)
     partial = f"{folder}.partial"                             # a world that was broken off must not look like one
     shutil.rmtree(partial, ignore_errors=True)
@@ -946,24 +947,11 @@ def make_world(folder, seed):
         rng = random.Random(f"{seed} {name}")
         for _ in range(count):
             made = tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)
-            record = {"problem": made["problem"], "answer": made["answer"]}
-            append_json(os.path.join(partial, f"{name}.jsonl"), record)
+            append_json(os.path.join(partial, f"{name}.jsonl"), {key: made[key] for key in ("problem", "answer")})
     os.replace(partial, folder)
 
 
 # ---- 12. Set-up, preflight, checkpoints ----------------------------------------------------------------------
-@contextlib.contextmanager
-def user_mistakes():
-    """Inside, these errors are mistakes in flags, files or models: one line on stderr, exit status 2."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, KeyboardInterrupt) as error:
-        told = f"{error.filename}: {error.strerror}; check the path" if getattr(error, "filename", None) else str(error)
-        told += "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
-        print("opd.py: " + (" ".join(told.split()) or "interrupted before the first step"), file=sys.stderr)
-        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
-
-
 def load(loader, path, **options):
     """loader(path, **options), by folder, file or hub name. Raises ValueError whatever goes wrong there."""
     try:
@@ -1022,32 +1010,35 @@ def save_checkpoint(folder, model, tokenizer, state, old_folders=()):
         shutil.rmtree(partial)
 
 
-def explain(error, phase, step, signal_number):
-    """One line and an exit status for what may end a run; ("", 1) for an error of the program."""
-    text = " ".join(str(error).split())[:200]
+def explain(error, run):
+    """One line, and the exit status, for what is no error of the program; "" for what is. run: None during set-up."""
+    text, phase = " ".join(str(error).split())[:400], run.phase if run else "set-up"
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted in step {step}", 128 + (signal_number or signal.SIGINT)
+        return "interrupted", 128 + (run and run.stopped or signal.SIGINT)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-        flag = {"rollout": "--batch_size", "update": "--micro_batch_size"}.get(phase, "--eval_batch_size")
-        return f"out of memory in the {phase} of step {step}; halve {flag}", 2
-    if isinstance(error, (FloatingPointError, OSError)):
-        return (f"step {step} is not finite: " if isinstance(error, FloatingPointError) else "") + text, 2
+        flags = {"rollout": "--batch_size", "update": "--micro_batch_size", "cold": "--micro_batch_size"}
+        flag = next((flag for name, flag in flags.items() if name in phase), "--eval_batch_size")
+        return f"out of memory in {phase}; halve {flag}", 2
+    if isinstance(error, FloatingPointError):
+        return f"{phase} is not finite: {text}", 2
+    if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:
+        named = f"{error.filename}: {error.strerror}; check the path" if getattr(error, "filename", None) else text
+        return named + (f"; pip install {error.name}" if isinstance(error, ImportError) else ""), 2
     return "another process has ended" if dist.is_initialized() and re.search("peer|NCCL", text) else "", 1
 
 
 def list_checkpoints(folder):
-    """The paths of the checkpoints in a folder, in the order of their steps."""
-    names = [name for name in os.listdir(folder) if re.fullmatch(r"checkpoint-\d+", name)]
-    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: int(name[11:]))]
+    """The paths of the checkpoints in a folder, which need not exist, in the order of their steps."""
+    paths = [path for path in glob.glob(os.path.join(folder, "checkpoint-*")) if re.search(r"-\d+$", path)]
+    return sorted(paths, key=lambda path: int(path.rsplit("-", 1)[1]))
 
 
 def read_jsonl(path):
-    """The records of a jsonl file that this program wrote, or [] without one. A last line that was cut off is left out."""
+    """The records of a jsonl file of this program; [] without one. A last line that was cut off ends them."""
     records = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path, encoding="utf-8") as file:
         for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+            records.append(json.loads(line))
     return records
 
 
@@ -1220,9 +1211,9 @@ def draw_prompts(run, args, step):
 
 
 def cold_start_step(run, args, step):
-    """One supervised step before OPD: the teacher solves training prompts, and the student is fitted to the solutions
-    that are right, or whose answer nobody knows -> the share of them.                             [Rethinking-OPD]"""
-    run.phase = "cold start"
+    """A supervised step before OPD: the student is fitted to the teacher's solutions of training prompts, as far as they
+    are right, or nobody knows the answer -> the share of them.                                    [Rethinking-OPD]"""
+    run.phase = f"cold start, step {step}"
     indices, prompt_ids, prompt_mask = draw_prompts(run, args, step)
     out = rollout(run.teacher, None, prompt_ids, prompt_mask, max_length=args.max_new_tokens,
                   temperature=args.temperature, **run.sampling)
@@ -1230,18 +1221,17 @@ def cold_start_step(run, args, step):
     for row, index in enumerate(indices):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
         right[row] &= run.train[index]["answer"] is None or is_correct(text, run.train[index]["answer"])
-    loss_mask = mask & right[:, None]
-    run.train_step(
-        dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=loss_mask, token_weight=mask.float(),
-             teacher_hidden=mask[..., None]),                 # nothing is asked of the teacher here
-        learning_rate=args.cold_start_learning_rate, teacher_head=lambda states: states, measure=lambda *_: {},
-        token_loss=lambda student_logits, _, ids: F.cross_entropy(student_logits, ids, reduction="none"))
+    batch = dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=mask & right[:, None],
+                 token_weight=mask.float(), teacher_hidden=mask[..., None])      # nothing is asked of the teacher here
+    run.train_step(batch, learning_rate=args.cold_start_learning_rate, teacher_head=lambda states: states,
+                   token_loss=lambda student_logits, _, ids: F.cross_entropy(student_logits, ids, reduction="none"),
+                   measure=lambda *_: {})
     copy_weights(dict(run.student.named_parameters()), run.sampler)
-    rows = torch.stack([prompt_mask.sum(-1), mask.sum(-1), loss_mask.sum(-1), right], dim=1)
-    prompt, length, trained, right = torch.cat(gather_from_ranks([rows.cpu()])).T
+    rows = torch.stack([prompt_mask.sum(-1), mask.sum(-1), right], dim=1)
+    prompt, length, right = torch.cat(gather_from_ranks([rows.cpu()])).T
     run.state["cold_start_tokens"] += int(length.sum())
     run.state["flops"] += (forward_flops(run.sizes[1], prompt + length)
-                           + 3 * forward_flops(run.sizes[0], (prompt + trained)[trained > 0]))
+                           + 3 * forward_flops(run.sizes[0], (prompt + length)[right > 0]))
     return right.double().mean().item()
 
 
@@ -1258,10 +1248,10 @@ def opd_step(run, args, step):
         "prefix-guided": dict(max_length=args.max_new_tokens, select_at=args.prefix_length, select=args.select,
                               probe_window=args.probe_window, num_keep=max(B // G, round(args.keep_ratio * B))),
         "prune": dict(max_length=run.state["cap"], drift=() if args.no_prune_in_flight else drift)}[args.method]
-    run.phase, begin = "rollout", clock(run.device)
+    run.phase, begin = f"the rollout of step {step}", clock(run.device)
     out = rollout(run.sampler, run.teacher, prompt_ids, prompt_mask, overlap_k=args.overlap_k, num_generations=G,
                   temperature=args.temperature, **run.sampling, **row)
-    run.phase, sampled = "update", clock(run.device)
+    run.phase, sampled = f"the update of step {step}", clock(run.device)
     mask, overlap, state, extra = out["response_mask"], out["overlap"], run.state, {}
     loss_mask, token_weight, reliable = mask, torch.ones_like(overlap), mask.sum(-1)
     if args.method == "prefix-guided" and not args.train_pruned_prefix:
@@ -1304,69 +1294,60 @@ def opd_step(run, args, step):
         peak_memory_gb=peak_memory_gb(run.device))
 
 
-def tiny_world(args):
-    """Fill in the flags of a run that named no models: the tiny world in --output_dir, made when it is not there."""
-    torch.set_num_threads(1)                                  # tensors this small gain next to nothing from more
-    transformers.utils.logging.disable_progress_bar()
-    world = os.path.join(args.output_dir, "world")
-    if ranks()[0] == 0 and not os.path.exists(world):
-        os.makedirs(args.output_dir, exist_ok=True)
-        make_world(world, args.seed)
-    gather_from_ranks([])                                     # the other processes wait for it
-    args.student, args.teacher, train_file, eval_file = (
-        os.path.join(world, name) for name in ("student", "teacher", "train.jsonl", "eval.jsonl"))
-    args.train_file, args.eval_file = [train_file], [eval_file]
-
-
 def open_run(args):
-    """read_inputs, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, to which
+    """What the flags name, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, to which
     metrics.jsonl and samples.jsonl are cut back; without, what an earlier run left there is renamed to .old."""
-    flags, folder, saved = dict(vars(args)), args.resume, None
+    flags, folder, main_rank = dict(vars(args)), args.resume, ranks()[0] == 0
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
         if not folder:
             warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
-    if folder:
-        saved = load(torch.load, os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
-        free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints print_samples report_to "
-                "note device").split()                        # these do not change what a step does
-        changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
-                   if name not in free and saved["flags"].get(name) != value]
-        if changed:
-            raise ValueError(f"--resume {folder} would be another run: {'; '.join(changed)}")
+    saved = folder and load(torch.load, os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
+    free = "resume output_dir max_steps max_generated_tokens save_every keep_checkpoints note device".split()
+    changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
+               if saved and name not in free and saved["flags"].get(name) != value]
+    if changed:
+        raise ValueError(f"--resume {folder} would be another run: {'; '.join(changed)}")
     if not args.student:
-        tiny_world(args)
+        torch.set_num_threads(1)                              # tensors this small gain next to nothing from more
+        transformers.utils.logging.disable_progress_bar()
+        world = os.path.join(args.output_dir, "world")
+        if main_rank and not os.path.exists(world):
+            os.makedirs(args.output_dir, exist_ok=True)
+            make_world(world, args.seed)
+        gather_from_ranks([])                                 # the other processes wait for it
+        args.student, args.teacher, args.train_file, args.eval_file = (
+            f"{world}/student", f"{world}/teacher", [f"{world}/train.jsonl"], [f"{world}/eval.jsonl"])
     run = read_inputs(args, folder)
-    run.flags, run.step, run.graded, run.halfway, run.stopped = flags, 0, set(), False, None
+    run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, set(), "start", False, None
     run.anchor = movable_weights(run.student) if args.extrapolate else {}
     run.files = {name: os.path.join(args.output_dir, f"{name}.jsonl") for name in ("metrics", "samples")}
-    records = {"metrics": [], "samples": []}
+    kept = {"metrics": [], "samples": []}
     if saved:
         run.step, run.state = saved["step"], saved["state"]
         run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
         run.optimizer.load_state_dict(saved["optimizer"])
-        for name in records:
-            records[name] = read_jsonl(os.path.join(os.path.dirname(os.path.abspath(folder)), f"{name}.jsonl"))
-        records["metrics"] = [item for item in records["metrics"] if item["step"] <= run.step]
-        run.graded = {(item["step"], item["model"]) for item in records["metrics"] if "eval" in item}
+        source = os.path.dirname(os.path.abspath(folder))
+        kept["metrics"] = [item for item in read_jsonl(f"{source}/metrics.jsonl") if item["step"] <= run.step]
+        run.graded = {(item["step"], item["model"]) for item in kept["metrics"] if "eval" in item}
         # An evaluation that was broken off is done again: its samples must not be there twice
-        records["samples"] = [item for item in records["samples"] if (item["step"], item["model"]) in run.graded]
-    if ranks()[0] == 0 and not args.eval_only:
+        kept["samples"] = [item for item in read_jsonl(f"{source}/samples.jsonl")
+                           if (item["step"], item["model"]) in run.graded]
+    for name, path in run.files.items() if main_rank and not args.eval_only else ():
         os.makedirs(args.output_dir, exist_ok=True)
-        for path in () if saved else (*run.files.values(), *list_checkpoints(args.output_dir)):
-            shutil.rmtree(f"{path}.old", ignore_errors=True)
-            if os.path.exists(path):                          # a night's work may be in it
-                os.replace(path, f"{path}.old")
-        for name, path in run.files.items():
-            with open(f"{path}.partial", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records[name])
-            os.replace(f"{path}.partial", path)
+        for old in () if saved else (path, *list_checkpoints(args.output_dir)):
+            shutil.rmtree(f"{old}.old", ignore_errors=True)
+            if os.path.exists(old):                           # a night's work may be in it
+                os.replace(old, f"{old}.old")
+        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(item) + "\n" for item in kept[name])
+        os.replace(f"{path}.partial", path)
     return run
 
 
 def grade(run, args, who):
     """Evaluate a model on every --eval_file; the results go to the screen and into metrics.jsonl and samples.jsonl."""
-    run.phase, began, results, tokens = "evaluation", clock(run.device), {}, 0
+    run.phase, began, results, tokens = f"evaluation after step {run.step}", clock(run.device), {}, 0
     model = run.teacher if who == "teacher" else run.sampler
     # An answer may be longer than a training response: fewer rows at once, for the KV cache
     rows = args.batch_size * args.num_generations
@@ -1378,9 +1359,8 @@ def grade(run, args, who):
         judge, model, run.teacher, k=args.overlap_k, vocab_size=run.vocab_size, rows_per_batch=args.micro_batch_size)
     for name, problems in run.eval.items():
         prompts = run.eval_prompts[name]
-        results[name], answers = evaluate(
-            model, run.tokenizer, problems, prompts, num_samples=args.eval_samples, judge_rows=judge_rows,
-            title=f"evaluate {who} on {name}", **settings)
+        results[name], answers = evaluate(model, run.tokenizer, problems, prompts, num_samples=args.eval_samples,
+                                          judge_rows=judge_rows, title=f"evaluate {who} on {name}", **settings)
         tokens += sum(answer["length"] for answer in answers)
         for depth in args.probe_depths if judge_rows else ():
             cut = [answer["ids"][:len(answer["ids"]) * depth // 100] for answer in answers]
@@ -1395,7 +1375,7 @@ def grade(run, args, who):
         tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
         if args.print_samples and judge_rows:
             overlap = torch.tensor([answers[0]["overlap"]])
-            reliable = int((drift_weights(overlap, overlap >= 0, args.drift_threshold, args.w_drop) > 1e-8).sum())
+            reliable = int(reliable_length(drift_weights(overlap, overlap >= 0, args.drift_threshold, args.w_drop), overlap >= 0))
             tqdm.write(show_sample(run.tokenizer, answers[0]["ids"], overlap[0, :reliable].tolist(), sys.stdout.isatty())
                        + " [cut: its reliability is used up]" * (reliable < overlap.shape[1]))
         for answer in answers:
@@ -1518,26 +1498,22 @@ def draw_report(runs, path):
     return figure
 
 
+def report(folder):
+    """Print the table of all runs below a folder, and draw report.png in it -> {run name: its final results}."""
+    paths = sorted(path for path, _, files in os.walk(folder) if "metrics.jsonl" in files)
+    runs = [run for run in (read_run(path, os.path.relpath(path, folder)) for path in paths) if run["steps"]]
+    if not runs:
+        raise ValueError(f"--report {folder}: no run below it has a metrics.jsonl with steps")
+    print("\n".join(report_table(runs)))
+    draw_report(runs, os.path.join(folder, "report.png"))
+    return {run["name"]: run["final"] for run in runs}
+
+
 def main(argv=None):
     """Run the job that the flags describe -> dict of the final metrics. A user's mistake: one line, exit status 2."""
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
-    started = time.perf_counter()
-    with user_mistakes():
-        args = parse_args(argv)
-        if args.report:
-            folders = sorted(path for path, _, files in os.walk(args.report) if "metrics.jsonl" in files)
-            runs = [read_run(path, os.path.relpath(path, args.report)) for path in folders]
-            runs = [run for run in runs if run["steps"]]
-            if not runs:
-                raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
-            print("\n".join(report_table(runs)))
-            draw_report(runs, os.path.join(args.report, "report.png"))
-            return {run["name"]: run["final"] for run in runs}
-        if "WORLD_SIZE" in os.environ and not dist.is_initialized():                 # torchrun started several of us
-            join_ranks(args.device.startswith("cuda") or not args.device and torch.cuda.is_available())
-        rank, run = ranks()[0], open_run(args)
-        log = open_tracker(args.report_to, args.output_dir) if rank == 0 and args.report_to != "none" else None
+    started, run = time.perf_counter(), None
 
     def record(name, values):             # a line of metrics.jsonl or samples.jsonl
         values = {"step": run.step, **values}
@@ -1574,15 +1550,23 @@ def main(argv=None):
             rows_per_batch=args.eval_batch_size or args.batch_size * args.num_generations,
             decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
         lengths = torch.tensor([answer["length"] for answer in answers])
-        run.state["validation_tokens"] += int(lengths.sum())
-        run.state["generated_tokens"] += int(lengths.sum())   # its samples are part of the price
+        for name in ("validation_tokens", "generated_tokens"):                   # its samples are part of the price
+            run.state[name] += int(lengths.sum())
         run.state["flops"] += forward_flops(run.sizes[0], torch.tensor([*map(len, prompts)]) + lengths)
         return score["avg_at_n"]
 
-    run.record = record
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     try:
+        args = parse_args(argv)
+        if args.report:
+            return report(args.report)
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():             # torchrun started several of us
+            join_ranks(args.device.startswith("cuda") or not args.device and torch.cuda.is_available())
+        rank = ranks()[0]
+        log = open_tracker(args.report_to, args.output_dir) if rank == 0 and args.report_to != "none" else None
+        run = open_run(args)
+        run.record = record
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         if args.eval_only:
             return grade(run, args, "eval_only")
         if run.step == 0:
@@ -1594,11 +1578,11 @@ def main(argv=None):
             if due and (step, "student") not in run.graded:
                 grade(run, args, "student")
             for cold_step in range(1, args.cold_start_steps + 1 if step == 0 else 1):
-                tqdm.write(f"cold start, step {cold_step}: {cold_start_step(run, args, cold_step):.0%} of the teacher's "
-                           "solutions are right")
+                share = cold_start_step(run, args, cold_step)
+                tqdm.write(f"cold start, step {cold_step}: {share:.0%} of the teacher's solutions are right")
                 end_step()
-                if cold_step == args.cold_start_steps:
-                    grade(run, args, "cold_start")
+            if step == 0 and args.cold_start_steps:
+                grade(run, args, "cold_start")
             if step and (done or args.save_every and step % args.save_every == 0):
                 save()
             if done:
@@ -1615,17 +1599,18 @@ def main(argv=None):
             tqdm.write(step_line(metrics))
             end_step()
     except (Exception, KeyboardInterrupt) as error:
-        told, status = explain(error, run.phase, run.step + 1, run.stopped)
+        told, status = explain(error, run)
         if not told:
             raise
-        with contextlib.suppress(OSError):
-            if run.step and not run.halfway and not args.eval_only:
-                save()
-        print(f"opd.py: {told}; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}", file=sys.stderr)
+        if run and run.step and not args.eval_only:
+            with contextlib.suppress(OSError):
+                if not run.halfway:
+                    save()
+            told += f"; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}"
+        print(f"opd.py: {told}", file=sys.stderr)
         raise SystemExit(status) from None
     checkpoint, finished = list_checkpoints(args.output_dir)[-1], read_run(args.output_dir, os.path.normpath(args.output_dir))
-    print("\n".join(report_table([finished])))
-    print(f"{'wall-clock s':<32}{clock(run.device) - started:>20.1f}\ncheckpoint in {checkpoint}")
+    print(*report_table([finished]), f"{'wall-clock s':<32}{clock(run.device) - started:>20.1f}", f"checkpoint in {checkpoint}", sep="\n")
     return {"scores": finished["scores"], "after": finished["final"], "checkpoint": checkpoint, **run.state,
             "overlap_before": finished["steps"][0]["overlap_ratio"],
             "overlap_after": finished["steps"][-1]["overlap_ratio"]}
