@@ -37,9 +37,8 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-# ---- 1. Flags. One row each: name/alias, default (of a tuple of choices the first), tiny world's default, help ---
-#    A tag in the help says whose value the default is. "our choice": we saw no published value.
-
+# ---- 1. Flags. One row each, or several alike: names/alias, default (of a tuple of choices the first), tiny world's
+#    default, help. A tag in the help says whose value the default is. "our choice": we saw no published value.
 SAME = object()
 FLAGS = {
     "models and data": [
@@ -51,27 +50,24 @@ FLAGS = {
         ("output_dir", "out", SAME, "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
         ("report", "", SAME, "compare the runs below this folder: print a table, draw report.png in it, and stop"),
         ("note", "", SAME, "a remark on this run, which --report repeats"),
-        ("report_to", ("none", "tensorboard", "wandb"), SAME, "where else the numbers of metrics.jsonl go"),
         ("prompt_template", r"{problem} Please reason step by step, and put your final answer within \boxed{}.",
          "{problem}", "the user's message [Rethinking-OPD]"),
         ("no_chat_template", False, SAME, "give the model that message as it is"),
         ("enable_thinking", False, SAME, "thinking, in chat templates that know it (Qwen3); off without the flag"),
         ("dtype", ("auto", "float32", "bfloat16"), SAME, "auto: on a GPU bfloat16 with float32 master weights"),
         ("device", "", SAME, "such as cuda, cuda:1, cpu; default: a GPU if there is one"),
-        ("seed", 0, SAME, "of a tiny world yet to be made, the order of the data, all sampling"),
-    ],
+        ("seed", 0, SAME, "of a tiny world yet to be made, the order of the data, all sampling")],
     "method and loss": [
         ("method", ("opd", "prefix", "progressive", "prefix-guided", "prune"), SAME,
-         "opd: all rows to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. progressive: to a growing horizon "
-         "[FastOPD, POPD]. prefix-guided: on where overlap is high [PG-OPD]. prune: stop what drifts [Prune-OPD]"),
+         "opd: all to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. progressive: to a growing horizon "
+         "[FastOPD, POPD]. prefix-guided: on where overlap is high [PG-OPD]. prune: less after drift [Prune-OPD]"),
         ("loss", ("topk", "reverse_kl", "sampled"), "reverse_kl", "topk: KL(student || teacher) on top-k tokens, with "
          "the released gradient [Rethinking-OPD]. reverse_kl: whole vocabulary [GKD]. sampled: k1 policy gradient"),
         ("support", ("student", "teacher", "intersection", "union"), SAME, "whose top k --loss topk sums over"),
         ("baseline", False, SAME, "subtract the closed-form baseline in --loss sampled [vOPD]"),
-        ("cold_start_steps", 0, SAME, "steps of learning from the teacher's own right solutions first [Rethinking-OPD]"),
-        ("cold_start_learning_rate", 1e-5, 2e-3, "of these steps (our choice)"),
         ("overlap_k", 16, 4, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
-    ],
+        ("cold_start_steps", 0, SAME, "steps of learning the teacher's own right solutions first [Rethinking-OPD]"),
+        ("cold_start_learning_rate", 1e-5, 2e-3, "of these steps (our choice)")],
     "sampling": [
         ("batch_size", 64, 16, "prompts per step [Rethinking-OPD]"),
         ("num_generations", 4, SAME, "candidates per prompt [Rethinking-OPD, PG-OPD, Prune-OPD]"),
@@ -84,47 +80,39 @@ FLAGS = {
         ("keep_ratio", 0.5, SAME, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
         ("select", ("overlap", "random"), SAME, "prefix-guided: what ranks the candidates; random is a control"),
         ("train_pruned_prefix", False, SAME, "prefix-guided: train on the prefixes of the others too"),
-        ("horizon_start", 512, 16, "progressive: the first horizon (our choice)"),
-        ("horizon_growth", 256, 8, "progressive: tokens added each time (our choice)"),
-        ("horizon_every", 10, 4, "progressive: steps between two additions (our choice)"),
+        ("horizon_start horizon_growth horizon_every", (512, 256, 10), (16, 8, 4), "progressive: the first horizon, "
+         "the tokens added each time, the steps between two additions (our choice)"),
         ("drift_threshold", 0.7, SAME, "prune: an overlap below it is a bad event [Prune-OPD]"),
         ("w_drop", 0.01, 0.05, "prune: reliability lost at a bad event [Prune-OPD]"),
         ("w_base", 0.5, SAME, "prune: weight of a token without reliability [Prune-OPD]"),
-        ("cap_init", 2048, 48, "prune: the first cap, instead of --max_new_tokens [Prune-OPD]"),
-        ("cap_min", 1024, 24, "prune: smallest cap [Prune-OPD]"),
-        ("cap_max", 12288, 96, "prune: largest cap [Prune-OPD]"),
-        ("cap_step", 100, 8, "prune: how far the cap moves at once [Prune-OPD]"),
+        ("cap_init cap_min cap_max cap_step", (2048, 1024, 12288, 100), (48, 24, 96, 8), "prune: the cap in place of "
+         "--max_new_tokens at first, at least, at most, and how far it moves at once [Prune-OPD]"),
         ("cap_margin", 100, 8, "prune: a row reliable to within this margin hits the cap [Prune-OPD]"),
-        ("cap_hit_ratio", 0.1, SAME, "prune: share of rows that must hit before the cap grows [Prune-OPD]"),
-        ("cap_patience", 3, SAME, "prune: misses in a row before it shrinks [Prune-OPD]"),
-        ("no_prune_in_flight", False, SAME, "prune: stop no row while it runs, as in the released code"),
-    ],
+        ("cap_hit_ratio cap_patience", (0.1, 3), SAME, "prune: the share of rows that must hit before the cap grows, "
+         "and the misses in a row before it shrinks [Prune-OPD]"),
+        ("no_prune_in_flight", False, SAME, "prune: stop no row while it runs, as in the released code")],
     "optimisation": [
         ("learning_rate", 1e-6, 1e-3, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
         ("warmup_steps", 0, 5, "linear warm-up [EffOPD: none]"),
         ("max_steps", 200, 60, "an epoch of DAPO-Math-17K is about 200 [Rethinking-OPD]"),
+        ("max_generated_tokens", 0, SAME, "stop after the step that reaches so many; 0: no limit"),
         ("max_grad_norm", 1.0, SAME, "gradient clipping (our choice)"),
         ("micro_batch_size", 4, 64, "rows per forward and backward; the gradients do not depend on it"),
         ("gradient_checkpointing", False, SAME, "recompute the student's layers in backward to save memory"),
         ("extrapolate", False, SAME, "at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]"),
         ("validation_size", 50, SAME, "training prompts with answers that judge it [EffOPD]"),
-        ("max_generated_tokens", 0, SAME, "stop after the step that reaches so many; 0: no limit"),
         ("save_every", 0, SAME, "steps between checkpoints; 0: at the end, and when interrupted"),
         ("keep_checkpoints", 2, SAME, "how many checkpoints stay, the last ones"),
-        ("resume", None, SAME, "go on from the last checkpoint in --output_dir, or from the one named here"),
-    ],
+        ("resume", None, SAME, "go on from the last checkpoint in --output_dir, or from the one named here")],
     "evaluation": [
         ("eval_only", False, SAME, "grade --student on --eval_file and stop"),
-        ("eval_every", 20, 0, "steps between evaluations; 0: before and after only [Prune-OPD]"),
+        ("eval_every", 20, 10, "steps between evaluations; 0: before and after only [Prune-OPD]"),
         ("eval_samples", 16, 4, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
-        ("eval_temperature", 0.7, 1.0, "0 is greedy [Rethinking-OPD]"),
-        ("eval_top_p", 0.95, 1.0, "nucleus, in evaluation only [Rethinking-OPD, Prune-OPD]"),
+        ("eval_temperature eval_top_p", (0.7, 0.95), (1.0, 1.0), "of evaluation alone; temperature 0 is greedy "
+         "[Rethinking-OPD]"),
         ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
         ("eval_batch_size", 0, SAME, "rows at once; 0: as in training, fewer if answers may be longer"),
-        ("probe_depths", [int], SAME, "percentages of its solutions from which the teacher goes on [Rethinking-OPD]"),
-        ("print_samples", False, SAME, "show a response per evaluation: green to red by overlap, up to reliability 0"),
-    ],
-}
+        ("probe_depths", [int], SAME, "percentages of its solutions from which the teacher goes on [Rethinking-OPD]")]}
 
 
 def parse_args(argv=None):
@@ -137,17 +125,20 @@ def parse_args(argv=None):
     parser.error, tiny_defaults = fail, {}
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
-        for names, default, tiny, text in rows:
-            kind = {bool: {"action": "store_true"}, tuple: {"choices": default}, list: {"nargs": "+"},
-                    type(None): {"nargs": "?", "const": "latest"}}.get(type(default), {"type": type(default)})
-            if isinstance(default, list):
-                kind["type"], default = default[0], []
-            default = default[0] if isinstance(default, tuple) else default
-            if default not in ("", [], None) and default is not False:
-                text += f" (default {default}{'' if tiny is SAME else f'; tiny world {tiny}'})"
-            flag = group.add_argument(*(f"--{name}" for name in names.split("/")), default=default,
-                                      help=text.replace("%", "%%"), **kind)
-            tiny_defaults |= {} if tiny is SAME else {flag.dest: tiny}
+        for names, defaults, tiny, text in rows:
+            several = " " in names
+            for index, name in enumerate(names.split()):
+                default, small = (defaults[index], tiny if tiny is SAME else tiny[index]) if several else (defaults, tiny)
+                kind = {bool: {"action": "store_true"}, tuple: {"choices": default}, list: {"nargs": "+"},
+                        type(None): {"nargs": "?", "const": "latest"}}.get(type(default), {"type": type(default)})
+                if isinstance(default, list):
+                    kind["type"], default = default[0], []
+                default = default[0] if isinstance(default, tuple) else default
+                shown = "" if default in ("", [], None) or default is False else f" (default {default})"
+                shown = shown if small is SAME else f"{shown[:-1]}; tiny world {small})"
+                flag = group.add_argument(*(f"--{part}" for part in name.split("/")), default=default,
+                                          help=(text + shown).replace("%", "%%"), **kind)
+                tiny_defaults |= {} if small is SAME else {flag.dest: small}
     args = parser.parse_args(argv)
     if not args.student and not args.teacher:
         parser.set_defaults(**tiny_defaults)
@@ -609,19 +600,18 @@ def auroc(scores, correct):
 
 
 @torch.no_grad()
-def judge(student, teacher, ids, mask, num_last, *, k, vocab_size, rows_per_batch, chunk_tokens=256):
-    """What the teacher makes of the last num_last columns of ids (B, L), mask (B, L) -> two tensors (B, num_last): the
-    reward log q - log p of the token there, and the top-k overlap."""
-    rewards, overlaps = [], []
+def judge(student, teacher, ids, mask, num_last, *, vocab_size, rows_per_batch, chunk_tokens=256):
+    """log q - log p, teacher less student, of the tokens in the last num_last columns of ids (B, L), mask (B, L) ->
+    (B, num_last)."""
+    pieces = []
     for rows, valid in zip(ids.split(rows_per_batch), mask.split(rows_per_batch)):
         columns = [hidden_states(model, rows, valid, num_last).flatten(0, 1) for model in (student, teacher)]
         columns.append(rows[:, -num_last:].flatten())
         for student_states, teacher_states, tokens in zip(*(column.split(chunk_tokens) for column in columns)):
-            log_p = head_logits(student, student_states, vocab_size).log_softmax(-1)             # (chunk, V)
-            log_q = head_logits(teacher, teacher_states, vocab_size).log_softmax(-1)
-            rewards.append((log_q - log_p).gather(-1, tokens[:, None])[:, 0])
-            overlaps.append(topk_overlap(log_p, log_q, k))
-    return torch.cat(rewards).view(-1, num_last), torch.cat(overlaps).view(-1, num_last)
+            log_p, log_q = (head_logits(model, states, vocab_size).log_softmax(-1)               # (chunk, V)
+                            for model, states in ((student, student_states), (teacher, teacher_states)))
+            pieces.append((log_q - log_p).gather(-1, tokens[:, None])[:, 0])
+    return torch.cat(pieces).view(-1, num_last)
 
 
 def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate",
@@ -641,9 +631,9 @@ def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch
                 [prompts[index] + prefix for (index, _), prefix in zip(batch, begun)], decoding["pad_id"]))
             out = rollout(model, None, ids, mask, **decoding)
             valid = out["response_mask"]
+            reward = torch.full(valid.shape, math.nan)
             if judge_rows:
-                reward, overlap = judge_rows(torch.cat([ids, out["response_ids"]], 1), torch.cat([mask, valid], 1),
-                                             valid.shape[1])
+                reward = judge_rows(torch.cat([ids, out["response_ids"]], 1), torch.cat([mask, valid], 1), valid.shape[1])
             for row, (index, sample) in enumerate(batch):
                 response = begun[row] + out["response_ids"][row][valid[row]].tolist()
                 text = tokenizer.decode(response, skip_special_tokens=True)
@@ -652,8 +642,7 @@ def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch
                     "correct": is_correct(text, problems[index]["answer"]),
                     "no_box": last_boxed(text.rsplit("</think>", 1)[-1]) is None, "length": len(response),
                     "truncated": not out["ended"][row].item(), "repetition": repetition(response),
-                    "reward": reward[row][valid[row]].mean().item() if judge_rows else math.nan,
-                    "overlap": overlap[row][valid[row]].tolist() if judge_rows else [], "ids": response})
+                    "reward": reward[row][valid[row]].mean().item(), "ids": response})
     answers = sorted(gather_from_ranks(answers), key=lambda answer: (answer["index"], answer["sample"]))
     means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
         "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",
@@ -741,14 +730,6 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
 def ranks():
     """(rank of this process, number of processes): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def join_ranks(cuda):
-    """Become one of the processes that torchrun started; only the first prints. One that dies ends all of them."""
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-    sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
 
 
 def gather_from_ranks(items):
@@ -1040,27 +1021,6 @@ def read_jsonl(path):
         for line in file:
             records.append(json.loads(line))
     return records
-
-
-def open_tracker(kind, folder):
-    """-> log(values, step) of tensorboard or wandb, which are imported only here."""
-    if kind == "wandb":
-        import wandb
-        return wandb.init(project="opd", dir=folder).log
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(folder)
-    return lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()]
-
-
-def show_sample(tokenizer, ids, overlap, colour):
-    """A response as text; with colour each token is green, yellow or red: overlap of at least .75, of .5, or below."""
-    shown = ""
-    for place, agreed in enumerate(overlap):
-        # Decoded together with the token before it: alone it would lose the space between them
-        piece = tokenizer.decode(ids[max(0, place - 1):place + 1])[len(tokenizer.decode(ids[place - 1:place])):]
-        number = 32 if agreed >= 0.75 else 33 if agreed >= 0.5 else 31
-        shown += f"\033[{number}m{piece}\033[0m" if colour else piece
-    return shown
 
 
 def append_json(path, record):
@@ -1356,7 +1316,7 @@ def grade(run, args, who):
         run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p, max_length=args.eval_max_new_tokens,
         eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer)))
     judge_rows = None if who in ("teacher", "eval_only") else functools.partial(
-        judge, model, run.teacher, k=args.overlap_k, vocab_size=run.vocab_size, rows_per_batch=args.micro_batch_size)
+        judge, model, run.teacher, vocab_size=run.vocab_size, rows_per_batch=args.micro_batch_size)
     for name, problems in run.eval.items():
         prompts = run.eval_prompts[name]
         results[name], answers = evaluate(model, run.tokenizer, problems, prompts, num_samples=args.eval_samples,
@@ -1373,12 +1333,8 @@ def grade(run, args, who):
         shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}"
                  for key, value in results[name].items())
         tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
-        if args.print_samples and judge_rows:
-            overlap = torch.tensor([answers[0]["overlap"]])
-            reliable = int(reliable_length(drift_weights(overlap, overlap >= 0, args.drift_threshold, args.w_drop), overlap >= 0))
-            tqdm.write(show_sample(run.tokenizer, answers[0]["ids"], overlap[0, :reliable].tolist(), sys.stdout.isatty())
-                       + " [cut: its reliability is used up]" * (reliable < overlap.shape[1]))
         for answer in answers:
+            del answer["ids"]
             run.record("samples", {"model": who, "eval": name, **answer})
     run.record("metrics", {"model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
                            "note": args.note, "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
@@ -1516,13 +1472,8 @@ def main(argv=None):
     started, run = time.perf_counter(), None
 
     def record(name, values):             # a line of metrics.jsonl or samples.jsonl
-        values = {"step": run.step, **values}
         if rank == 0:
-            append_json(run.files[name], {key: value for key, value in values.items() if key not in ("ids", "overlap")})
-        if log and name == "metrics":
-            values |= {f"eval/{values['model']}/{file}/{key}": value for file, result in values.pop("eval", {}).items()
-                       for key, value in result.items()}
-            log({key: value for key, value in values.items() if type(value) in (int, float)}, step=run.step)
+            append_json(run.files[name], {"step": run.step, **values})
 
     def save():
         folder, saved = os.path.join(args.output_dir, f"checkpoint-{run.step}"), list_checkpoints(args.output_dir)
@@ -1560,9 +1511,12 @@ def main(argv=None):
         if args.report:
             return report(args.report)
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():             # torchrun started several of us
-            join_ranks(args.device.startswith("cuda") or not args.device and torch.cuda.is_available())
+            cuda = args.device.startswith("cuda") or not args.device and torch.cuda.is_available()
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if cuda else -1)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
         rank = ranks()[0]
-        log = open_tracker(args.report_to, args.output_dir) if rank == 0 and args.report_to != "none" else None
+        if rank:                                              # one process speaks for all
+            sys.stdout = open(os.devnull, "w")
         run = open_run(args)
         run.record = record
         for number in (signal.SIGINT, signal.SIGTERM):
