@@ -26,7 +26,7 @@ compares (4) and decides who goes on (5) -> train_step (10) with a loss (6) -> e
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row p * G + g), S prompt
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
-import argparse, contextlib, copy, datetime, functools, glob, inspect, json, math, os
+import argparse, contextlib, copy, datetime, functools, glob, json, math, os
 import random, re, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
@@ -254,34 +254,25 @@ def load_problems(path):
     return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
 
 
-def math_equal(gold, answer):
-    """Whether math-verify takes answer for gold, both bare LaTeX, in any time. None: whether gold can be read."""
-    from math_verify import parse, verify
-    # Wrapped, because a bare \left( 3, \frac{\pi}{2} \right) is read as 3
-    gold = parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
-    if answer is None:
-        return bool(gold)
+def ask_math_verify(gold, answer, seconds=3.0, worker={"lock": threading.Lock(), "process": None}):
+    """Whether math-verify takes answer for gold, both bare LaTeX; None as answer: whether it can read gold. From any
+    thread; False when it fails or takes longer than that. 2003^{2002^{2001}} keeps sympy busy for ever in one C call,
+    which no signal can stop, but a process can be killed. One serves all answers, because sympy imports slowly."""
+    code = r"""import json, sys
+from math_verify import parse, verify
+print("ready")
+for line in sys.stdin:
+    # In a box, because a bare \left( 3, \frac{\pi}{2} \right) is read as 3
+    gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
     # Gold first, because verify is not symmetric: 1<x<2 is taken for (1,2), but not the other way round
-    return bool(verify(gold, parse(f"\\boxed{{{answer}}}", parsing_timeout=None), timeout_seconds=None))
-
-
-GRADER = {"lock": threading.Lock(), "process": None}
-
-
-def ask_math_verify(gold, answer, seconds=3.0):
-    """math_equal in a process of its own, from any thread; False when it fails or takes longer than that.
-    2003^{2002^{2001}} keeps sympy busy for ever in one C call: no signal and no thread can stop it, and signals
-    cancel the caller's alarm. A process can be killed. One serves all answers, because sympy imports slowly."""
-    with GRADER["lock"]:
-        process = GRADER["process"]
-        if process is None or process.poll() is not None:
-            code = (f"import json, math_verify, sys\n{inspect.getsource(math_equal)}\nprint('ready')\n"
-                    "for line in sys.stdin:\n    print(math_equal(*json.loads(line)))")
-            process = GRADER["process"] = subprocess.Popen(
-                [sys.executable, "-u", "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL)
-            if process.stdout.readline() != "ready\n":        # the import does not count towards the limit
-                raise ImportError("math-verify cannot be imported")
+    print(bool(gold) if answer is None else verify(gold, answer, timeout_seconds=None))"""
+    with worker["lock"]:
+        if worker["process"] is None or worker["process"].poll() is not None:
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            worker["process"] = subprocess.Popen([sys.executable, "-u", "-c", code], **pipes)
+            if worker["process"].stdout.readline() != "ready\n":                 # not counted towards the limit
+                raise ImportError("math-verify cannot be imported", name="math-verify")
+        process = worker["process"]
         print(json.dumps([gold, answer]), file=process.stdin, flush=True)
         reply = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else ""
         if not reply:
@@ -872,29 +863,10 @@ def tiny_tokenizer(words):
     return tokenizer
 
 
-def fit(model, sample_batch, *, steps, learning_rate, pad_id, title):
-    """Supervised training, in place: sample_batch() -> list of (ids, labels); ids whose label is -100 are only read."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    model.train()
-    for step in tqdm(range(steps), desc=title, leave=False):
-        for group in optimizer.param_groups:                  # up over 20 steps, then down a cosine to a twentieth
-            group["lr"] = learning_rate * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
-        rows = sample_batch()
-        ids, labels = (torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], True, pad).to(model.device)
-                       for part, pad in zip(zip(*rows), (pad_id, -100)))
-        logits = model(input_ids=ids[:, :-1]).logits          # padded on the right and causal: no mask is needed
-        loss = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    model.eval()
-
-
 def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150):
     """Write the tiny world into a folder: teacher/ and student/, models like any other, train.jsonl and eval.jsonl.
-    Takes under a minute. From one base model, as in the papers, the teacher learns of a careful author; the
-    student, briefly, of one with other habits, who slips at every fourth step and believes it."""
+    Takes about a minute. From one base model, as in the papers, the teacher learns of a careful author; the student,
+    briefly, of one with other habits, who slips at every fourth step and believes it."""
     tokenizer = tiny_tokenizer([word for words in LEXICON.values() for word in words])
     torch.manual_seed(seed)
     student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
@@ -903,16 +875,27 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
         initializer_range=0.05, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
     def learn(model, who, steps, lengths, habit, slip_rate, believes=False, order=1):
-        rng = random.Random(f"{seed} {who}")
-        def example():
-            liked = rng.randrange(8) if habit is None else habit
-            made = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
-            prompt = encode_prompts(tokenizer, [made["problem"]], "{problem}")[0]
-            words, trusted = zip(*made["solution"])
-            ids = tokenizer.convert_tokens_to_ids(words)
-            return prompt + ids, [-100] * len(prompt) + [i if t or believes else -100 for i, t in zip(ids, trusted)]
-        fit(model, lambda: [example() for _ in range(64)], steps=steps, learning_rate=4e-3,
-            pad_id=tokenizer.pad_token_id, title=f"tiny world: {who}")
+        rng, optimizer = random.Random(f"{seed} {who}"), torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+        model.train()
+        for step in tqdm(range(steps), desc=f"tiny world: {who}", leave=False):
+            rows, labels = [], []
+            for _ in range(64):
+                liked = rng.randrange(8) if habit is None else habit
+                made = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
+                prompt = encode_prompts(tokenizer, [made["problem"]], "{problem}")[0]
+                words, trusted = zip(*made["solution"])
+                ids = tokenizer.convert_tokens_to_ids(words)
+                rows.append(torch.tensor(prompt + ids))
+                labels.append(torch.tensor([-100] * len(prompt) + [i if t or believes else -100 for i, t in zip(ids, trusted)]))
+            ids, labels = (torch.nn.utils.rnn.pad_sequence(part, True, pad) for part, pad in ((rows, 0), (labels, -100)))
+            logits = model(input_ids=ids[:, :-1]).logits      # padded on the right and causal: no mask is needed
+            optimizer.zero_grad()
+            F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:              # up over 20 steps, then down a cosine to a twentieth
+                group["lr"] = 4e-3 * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
+            optimizer.step()
+        model.eval()
 
     learn(student, "base model, short problems", 250, (1, 3), None, .1)
     learn(student, "base model, full problems", 130, (4, 8), None, .1)
@@ -973,15 +956,17 @@ def check_head(own_logits, our_logits, model_type):
                          "state with a scale or softcap that head_logits knows, or their cache is not keys and values")
 
 
-def save_checkpoint(folder, model, tokenizer, state, old_folders=()):
-    """folder/ with model, tokenizer and state (a dict): whole or not at all, since it gets its name when complete; then
-    the old ones go. Raises OSError, and leaves no trace of it, if it cannot be written."""
+def save_checkpoint(folder, model, tokenizer, state, files=(), old_folders=()):
+    """folder/ with model, tokenizer, state (a dict) and copies of files: whole or not at all, since it gets its name
+    when complete; then the old ones go. Raises OSError, and leaves no trace of it, if it cannot be written."""
     partial = f"{folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         torch.save(state, os.path.join(partial, "trainer_state.pt"))
+        for path in files:
+            shutil.copy(path, partial)
     except Exception as error:            # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
@@ -1004,7 +989,7 @@ def explain(error, run):
         return f"{phase} is not finite: {text}", 2
     if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:
         named = f"{error.filename}: {error.strerror}; check the path" if getattr(error, "filename", None) else text
-        return named + (f"; pip install {error.name}" if isinstance(error, ImportError) else ""), 2
+        return named + (f"; pip install {error.name.split('.')[0]}" if isinstance(error, ImportError) else ""), 2
     return "another process has ended" if dist.is_initialized() and re.search("peer|NCCL", text) else "", 1
 
 
@@ -1255,19 +1240,20 @@ def opd_step(run, args, step):
 
 
 def open_run(args):
-    """What the flags name, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, to which
-    metrics.jsonl and samples.jsonl are cut back; without, what an earlier run left there is renamed to .old."""
-    flags, folder, main_rank = dict(vars(args)), args.resume, ranks()[0] == 0
+    """What the flags name, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, which holds
+    its metrics.jsonl and samples.jsonl; without, what an earlier run left there is renamed to .old."""
+    flags, folder, saved, main_rank = dict(vars(args)), args.resume, None, ranks()[0] == 0
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
         if not folder:
             warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
-    saved = folder and load(torch.load, os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
-    free = "resume output_dir max_steps max_generated_tokens save_every keep_checkpoints note device".split()
-    changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
-               if saved and name not in free and saved["flags"].get(name) != value]
-    if changed:
-        raise ValueError(f"--resume {folder} would be another run: {'; '.join(changed)}")
+    if folder:
+        saved = load(torch.load, os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
+        free = "resume output_dir max_steps max_generated_tokens save_every keep_checkpoints note device".split()
+        changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
+                   if name not in free and saved["flags"].get(name) != value]
+        if changed:
+            raise ValueError(f"--resume {folder} would be another run: {'; '.join(changed)}")
     if not args.student:
         torch.set_num_threads(1)                              # tensors this small gain next to nothing from more
         transformers.utils.logging.disable_progress_bar()
@@ -1279,29 +1265,22 @@ def open_run(args):
         args.student, args.teacher, args.train_file, args.eval_file = (
             f"{world}/student", f"{world}/teacher", [f"{world}/train.jsonl"], [f"{world}/eval.jsonl"])
     run = read_inputs(args, folder)
-    run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, set(), "start", False, None
-    run.anchor = movable_weights(run.student) if args.extrapolate else {}
-    run.files = {name: os.path.join(args.output_dir, f"{name}.jsonl") for name in ("metrics", "samples")}
-    kept = {"metrics": [], "samples": []}
+    run.flags, run.step, run.phase, run.halfway, run.stopped = flags, 0, "the first step", False, None
+    run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
+    run.anchor, run.graded = movable_weights(run.student) if args.extrapolate else {}, set()
+    if main_rank and not args.eval_only:
+        os.makedirs(args.output_dir, exist_ok=True)
+        for path in run.files + (list_checkpoints(args.output_dir) if not saved else []):
+            shutil.rmtree(f"{path}.old", ignore_errors=True)
+            if os.path.exists(path):                          # a night's work may be in it
+                os.replace(path, f"{path}.old")
+            if path in run.files:
+                shutil.copy(os.path.join(folder, os.path.basename(path)), path) if saved else open(path, "w").close()
     if saved:
         run.step, run.state = saved["step"], saved["state"]
         run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
         run.optimizer.load_state_dict(saved["optimizer"])
-        source = os.path.dirname(os.path.abspath(folder))
-        kept["metrics"] = [item for item in read_jsonl(f"{source}/metrics.jsonl") if item["step"] <= run.step]
-        run.graded = {(item["step"], item["model"]) for item in kept["metrics"] if "eval" in item}
-        # An evaluation that was broken off is done again: its samples must not be there twice
-        kept["samples"] = [item for item in read_jsonl(f"{source}/samples.jsonl")
-                           if (item["step"], item["model"]) in run.graded]
-    for name, path in run.files.items() if main_rank and not args.eval_only else ():
-        os.makedirs(args.output_dir, exist_ok=True)
-        for old in () if saved else (path, *list_checkpoints(args.output_dir)):
-            shutil.rmtree(f"{old}.old", ignore_errors=True)
-            if os.path.exists(old):                           # a night's work may be in it
-                os.replace(old, f"{old}.old")
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(item) + "\n" for item in kept[name])
-        os.replace(f"{path}.partial", path)
+        run.graded = {(item["step"], item["model"]) for item in read_jsonl(f"{folder}/metrics.jsonl") if "eval" in item}
     return run
 
 
@@ -1376,15 +1355,13 @@ def read_run(folder, name):
                 final=final, curve=curve)
 
 
-def percent(scores, sign=""):
-    """(accuracy, its error) of each seed -> text: mean ± standard error over seeds; of one seed ± its own error."""
-    values, errors = np.array(scores, float).T
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else errors[0]
-    return f"{100 * values.mean():{sign}.1f}" + (f"±{100 * error:.1f}" if np.isfinite(error) else "")
-
-
 def report_table(runs):
     """Runs, as read_run gives them -> lines: a row per group of runs; of a single group a line per fact."""
+    def percent(scores, sign=""):                             # (accuracy, its error) of each seed -> mean ± error
+        values, errors = np.array(scores, float).T
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else errors[0]
+        return f"{100 * values.mean():{sign}.1f}" + (f"±{100 * error:.1f}" if np.isfinite(error) else "")
+
     def mean(group, key, step=-1):
         return np.array([run["steps"][step].get(key) for run in group], float).mean()
 
@@ -1394,10 +1371,10 @@ def report_table(runs):
 
     names = sorted({run["group"] for run in runs}, key=lambda name: (name.split("/")[-1] != "opd", name))
     groups = {name: [run for run in runs if run["group"] == name] for name in names}
-    baseline, rows, notes = groups[names[0]], {}, {}
+    baseline, rows, notes = groups[names[0]], [], {}
     base = {run["pair"]: run["scores"]["after"][0] for run in baseline if "after" in run["scores"]}
     for name, group in groups.items():
-        row = rows[name] = {"": name, "runs": f"{len(group)}", "steps": f"{mean(group, 'step'):.0f}"}
+        row = {"": name, "runs": f"{len(group)}", "steps": f"{mean(group, 'step'):.0f}"}
         for label in ("teacher", "before", "after", *(label for run in runs for label in run["scores"])):
             scores = [run["scores"][label] for run in group if label in run["scores"]]
             row[label] = percent(scores) if scores else "-"
@@ -1409,20 +1386,21 @@ def report_table(runs):
         row["gap"] = "-" if not known else "no gap" if len(gaps) < len(known) else f"{np.mean(gaps):.0%}"
         row["overlap"] = f"{mean(group, 'overlap_ratio', 0):.2f}->{mean(group, 'overlap_ratio'):.2f}"
         row["entropies"] = f"{mean(group, 'entropy_student'):.2f} {mean(group, 'entropy_teacher'):.2f}"
-        for label, key in zip(("generated", "scored", "trained", "FLOPs", "rollout s", "all s"), (
-                "generated_tokens", "teacher_tokens", "trained_tokens", "flops", "rollout_seconds", "seconds")):
+        for label, key in {"generated": "generated_tokens", "scored": "teacher_tokens", "trained": "trained_tokens",
+                           "FLOPs": "flops", "rollout s": "rollout_seconds", "all s": "seconds"}.items():
             own, other = mean(group, key), mean(baseline, key)
             row[label] = amount(own) + (f" {own / other:.2f}x" if other and len(groups) > 1 else "")
         row["eval s"] = amount(np.mean([sum(item.get("time_eval", 0) for item in run["evals"]) for run in group]))
         notes |= {f"{name}: {item['note']}": None for run in group for item in run["evals"] if item.get("note")}
-    legend = ["accuracy in %, ±: standard error over seeds, of a single run over problems; entropies: student teacher"]
+        rows.append(row)
+    legend = ["accuracy in %, ±: standard error over seeds, of a single run over problems; entropies: student teacher", *notes]
     if len(rows) == 1:
-        return [f"{label:<32}{text:>20}" for label, text in row.items() if text] + legend + [*notes]
-    same = [label for label in ("runs", "steps", "teacher", "before") if len({r[label] for r in rows.values()}) == 1]
-    legend += ["in every row: " + ", ".join(f"{label} {row[label]}" for label in same)] * bool(same)
-    table = [{label: label for label in row}, *rows.values()]
-    widths = {label: max(len(row[label]) for row in table) for label in row if label not in same}
-    return ["  ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in table] + legend + [*notes]
+        return [f"{label:<32}{text:>20}" for label, text in rows[0].items() if text] + legend
+    same = [label for label in ("runs", "steps", "teacher", "before") if len({row[label] for row in rows}) == 1]
+    legend += ["in every row: " + ", ".join(f"{label} {rows[0][label]}" for label in same)] * bool(same)
+    rows.insert(0, {label: label for label in rows[0]})
+    widths = {label: max(len(row[label]) for row in rows) for label in rows[0] if label not in same}
+    return ["  ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in rows] + legend
 
 
 def draw_report(runs, path):
@@ -1454,17 +1432,6 @@ def draw_report(runs, path):
     return figure
 
 
-def report(folder):
-    """Print the table of all runs below a folder, and draw report.png in it -> {run name: its final results}."""
-    paths = sorted(path for path, _, files in os.walk(folder) if "metrics.jsonl" in files)
-    runs = [run for run in (read_run(path, os.path.relpath(path, folder)) for path in paths) if run["steps"]]
-    if not runs:
-        raise ValueError(f"--report {folder}: no run below it has a metrics.jsonl with steps")
-    print("\n".join(report_table(runs)))
-    draw_report(runs, os.path.join(folder, "report.png"))
-    return {run["name"]: run["final"] for run in runs}
-
-
 def main(argv=None):
     """Run the job that the flags describe -> dict of the final metrics. A user's mistake: one line, exit status 2."""
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
@@ -1473,14 +1440,14 @@ def main(argv=None):
 
     def record(name, values):             # a line of metrics.jsonl or samples.jsonl
         if rank == 0:
-            append_json(run.files[name], {"step": run.step, **values})
+            append_json(run.files[name == "samples"], {"step": run.step, **values})
 
     def save():
         folder, saved = os.path.join(args.output_dir, f"checkpoint-{run.step}"), list_checkpoints(args.output_dir)
         if rank == 0 and folder not in saved:
             save_checkpoint(folder, run.student, run.tokenizer, dict(
                 step=run.step, flags=run.flags, state=run.state, anchor=run.anchor,
-                optimizer=run.optimizer.state_dict()), saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
+                optimizer=run.optimizer.state_dict()), run.files, saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
 
     def stop(number, _):                  # Ctrl-C and SIGTERM; where weights are halfway, at the end of the step
         run.stopped = number
@@ -1509,10 +1476,18 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         if args.report:
-            return report(args.report)
+            paths = sorted(path for path, _, files in os.walk(args.report) if "metrics.jsonl" in files)
+            runs = [read_run(path, os.path.relpath(path, args.report)) for path in paths if "checkpoint-" not in path]
+            runs = [run for run in runs if run["steps"]]
+            if not runs:
+                raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
+            print("\n".join(report_table(runs)))
+            draw_report(runs, os.path.join(args.report, "report.png"))
+            return {run["name"]: run["final"] for run in runs}
         if "WORLD_SIZE" in os.environ and not dist.is_initialized():             # torchrun started several of us
             cuda = args.device.startswith("cuda") or not args.device and torch.cuda.is_available()
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if cuda else -1)
+            if cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
         rank = ranks()[0]
         if rank:                                              # one process speaks for all
