@@ -27,7 +27,7 @@ Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of promp
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
 import argparse, contextlib, copy, datetime, functools, glob, json, math, os
-import random, re, select, shutil, signal, subprocess, sys, threading, time, warnings
+import random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
 import torch
@@ -114,7 +114,6 @@ FLAGS = {
         ("eval_batch_size", 0, SAME, "rows at once; 0: as in training, fewer if answers may be longer"),
         ("probe_depths", [int], SAME, "percentages of its solutions from which the teacher goes on [Rethinking-OPD]")]}
 
-
 def parse_args(argv=None):
     """Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work."""
     parser = argparse.ArgumentParser(usage="python opd.py [flags]", description=__doc__, allow_abbrev=False,
@@ -145,7 +144,6 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     check_args(args)
     return args
-
 
 def check_args(args):
     """Raises ValueError for flags that cannot work, alone or together, before anything is loaded or written."""
@@ -179,7 +177,6 @@ def check_args(args):
         if true:
             raise ValueError(message)
 
-
 # ---- 2. Data and grading -------------------------------------------------------------------------------------
 def read_records(path):
     """A jsonl, json or parquet file -> list of (line number, object). Raises OSError, or ValueError naming the line."""
@@ -203,7 +200,6 @@ def read_records(path):
             raise ValueError(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg})") from None
     return list(enumerate(records[0][1], start=1)) if whole else records
 
-
 def last_boxed(text):
     r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is none: a solution
     that was cut off in its answer has no answer. Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"."""
@@ -215,14 +211,12 @@ def last_boxed(text):
                 return text[start:brace.start()]
     return None
 
-
 def strip_instructions(text):
     """A problem without the instructions that data sets add to it: they fight the template, and a grader of boxes."""
     instructions = (r"Solve the following math problem step by step\. The last line of .*? to the problem\."
                     r'|Remember to put your answer on its own line after "Answer:"\.'
                     r"|Please reason step by step, and put your final answer within \\boxed\{\}\.")
     return re.sub(instructions, "", text).strip()
-
 
 def load_problems(path):
     """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, without duplicates; or
@@ -253,7 +247,6 @@ def load_problems(path):
         warnings.warn(f"{path}: left out {len(records) - len(problems)} duplicates, {len(problems)} problems stay")
     return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
 
-
 def ask_math_verify(gold, answer, seconds=3.0, worker={"lock": threading.Lock(), "process": None}):
     """Whether math-verify takes answer for gold, both bare LaTeX; None as answer: whether it can read gold. From any
     thread; False when it fails or takes longer than that. 2003^{2002^{2001}} keeps sympy busy for ever in one C call,
@@ -280,7 +273,6 @@ for line in sys.stdin:
             process.wait()                                    # poll() sees it, and the next call starts another
         return reply == "True\n"
 
-
 def is_correct(response_text, gold):
     r"""Whether the last balanced \boxed{...} after any </think> equals the gold answer. No box is wrong."""
     answer = last_boxed(response_text.rsplit("</think>", 1)[-1])
@@ -293,7 +285,6 @@ def is_correct(response_text, gold):
         return int(answer) == int(gold)                       # what most answers are, without asking
     return ask_math_verify(gold, answer)
 
-
 def encode_prompts(tokenizer, problems, template, chat_template=True, **template_flags):
     """Problems (str) -> list of lists of ids: the template filled in, as a user's turn if there is a chat template."""
     texts = [template.replace("{problem}", problem) for problem in problems]
@@ -302,14 +293,12 @@ def encode_prompts(tokenizer, problems, template, chat_template=True, **template
     return [tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
                                           return_dict=False, **template_flags) for text in texts]
 
-
 def pad_left(rows, pad_id):
     """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: all rows then start their response in one column."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     # From the lengths, not ids != pad_id: where pad and EOS are one id, that would hide real tokens
     return ids, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
-
 
 def batch_indices(step, batch_size, sizes, shares, seed):
     """The problems of step 1, 2, ... from files of these sizes, laid end to end, a share of every batch from each.
@@ -328,13 +317,11 @@ def batch_indices(step, batch_size, sizes, shares, seed):
         batch += [int(first + orders[epoch][index]) for epoch, index in places]
     return batch
 
-
 # ---- 3. Sampling ---------------------------------------------------------------------------------------------
 def mask_through_eos(ids, eos_ids):
     """(B, T) ids -> (B, T) bool, True through the first EOS: left out, a student would never learn to stop."""
     is_eos = torch.isin(ids, torch.tensor(sorted(eos_ids), dtype=ids.dtype, device=ids.device))
     return is_eos.cumsum(-1) - is_eos.long() == 0             # no EOS strictly before
-
 
 @torch.no_grad()
 def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_size, eos_ids, pad_id,
@@ -364,7 +351,6 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
         model.generation_config = shipped
     return ids[:, input_ids.shape[1]:], torch.stack(topk, dim=1) if record_k else None
 
-
 # ---- 4. Scoring and overlap ----------------------------------------------------------------------------------
 def hidden_states(model, ids, mask, num_last, cache=None):
     """The final hidden states that predict the last num_last columns of ids (B, L), mask (B, L) -> (B, num_last, H).
@@ -378,7 +364,6 @@ def hidden_states(model, ids, mask, num_last, cache=None):
         past_key_values=cache, use_cache=cache is not None)
     return output.last_hidden_state[:, -num_last:]
 
-
 def head_logits(model, hidden, vocab_size):
     """Hidden states (..., H) -> logits (..., vocab_size) in float32, as the model's own forward makes them: Gemma's
     softcap, Cohere's factor, Granite's divisor. Rows of the head that are no tokens are cut off before any softmax."""
@@ -388,12 +373,10 @@ def head_logits(model, hidden, vocab_size):
     softcap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
-
 def topk_in_chunks(hidden, head, k, chunk_tokens=256):
     """The k likeliest tokens at each position, best first: (B, T, H) -> (B, T, K), never holding (B, T, V) logits."""
     chunks = hidden.flatten(0, 1).split(chunk_tokens)
     return torch.cat([head(chunk).topk(k).indices for chunk in chunks]).view(*hidden.shape[:2], k)
-
 
 def topk_overlap(student_logits, teacher_logits, k):
     """The share of the student's k likeliest tokens that are among the teacher's.                    [Rethinking-OPD]
@@ -403,7 +386,6 @@ def topk_overlap(student_logits, teacher_logits, k):
     teacher_topk = teacher_logits.topk(k, dim=-1).indices                        # (B, T, K)
     shared = student_topk[..., :, None] == teacher_topk[..., None, :]            # (B, T, K, K)
     return shared.any(-1).float().mean(-1)                                           # (B, T)
-
 
 def alignment(student_logits, teacher_logits, response_mask, k):
     """How well the two models agree where the student went: (B, T, V), (B, T, V), (B, T) -> dict of floats, the means
@@ -431,13 +413,11 @@ def alignment(student_logits, teacher_logits, response_mask, k):
         return values
     return {name: value[response_mask.bool()].nanmean().item() for name, value in values.items()}
 
-
 def overlap_by_position(overlap, response_mask, parts=8):
     """Mean overlap in equal parts of the longest response: (B, T), (B, T) -> list of floats; None: no token there."""
     columns = overlap.tensor_split(parts, dim=1), response_mask.bool().tensor_split(parts, dim=1)
     pieces = [values[mask] for values, mask in zip(*columns)]
     return [piece.mean().item() if len(piece) else None for piece in pieces]
-
 
 # ---- 5. Who goes on: horizon, selection, drift, cap ----------------------------------------------------------
 def horizon(step, start, growth, every, max_length):
@@ -445,7 +425,6 @@ def horizon(step, start, growth, every, max_length):
     every = 1 is FastOPD's ramp, more is POPD's staircase, growth = 0 a fixed prefix.
     Example: start 512, growth 256, every 10: steps 0 to 9 sample 512, step 10 samples 768."""
     return min(max_length, start + growth * (step // every))
-
 
 def select_prefixes(score, num_keep):
     """Which candidates go on past the prefix: scores (P, G) -> (P, G) bool, num_keep of them True.           [PG-OPD]
@@ -458,7 +437,6 @@ def select_prefixes(score, num_keep):
     rank = best_first.argsort(descending=True, stable=True).argsort()            # stable: of equals the first
     return (rank < num_keep).view(P, G)
 
-
 def drift_weights(overlap, response_mask, threshold, w_drop):
     """The reliability w of each token: (B, T), (B, T) -> (B, T) in [0, 1], never rising, 0 off the mask. [Prune-OPD]
         w_t = max(0, 1 - w_drop * #{s <= t : overlap_s < threshold})          the loss weight is w_t + w_base
@@ -467,11 +445,9 @@ def drift_weights(overlap, response_mask, threshold, w_drop):
     # Cumulative: the teacher judges a token given all before it, so nothing makes up for a wrong turn
     return (1 - w_drop * bad.cumsum(-1)).clamp(min=0) * response_mask
 
-
 def reliable_length(weights, response_mask):
     """How many tokens of each row have some reliability left, w > 1e-8: (B, T), (B, T) -> (B,)         [Prune-OPD]"""
     return ((weights > 1e-8) & response_mask.bool()).sum(-1)
-
 
 def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, patience, low, high):
     """The cap of the next rollouts, from the reliable lengths (B,) under this one -> (max_length, misses). [Prune-OPD]
@@ -485,7 +461,6 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
         return max(max_length - step, low), 0
     return max_length, misses + 1
 
-
 # ---- 6. Losses, per token. Contexts are constants: no gradient flows through the sampling. -------------------
 def reverse_kl(student_logits, teacher_logits):
     """KL(student || teacher) over the whole vocabulary: (B, T, V), (B, T, V) -> (B, T).                         [GKD]
@@ -494,7 +469,6 @@ def reverse_kl(student_logits, teacher_logits):
     log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
     log_q = F.log_softmax(teacher_logits.float(), dim=-1)                        # (B, T, V)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
 
 def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     """Reverse KL on a support S of top-k tokens: (B, T, V), (B, T, V) -> (B, T).        [Rethinking-OPD, released code]
@@ -522,7 +496,6 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     ratio = (log_p - log_p.detach()).exp()
     return (constant.detach() * ratio).sum(-1)
 
-
 def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
     """The k1 policy-gradient surrogate of the sampled tokens y: (B, T, V), (B, T, V), (B, T) -> (B, T).
         - stop_gradient(r) log p(y),   r = log q(y) - log p(y); with the baseline r + KL(p || q)           [vOPD]
@@ -535,7 +508,6 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
         # Added to r, never in its place: it centres r, and a constant of the context has mean gradient 0
         advantage = advantage + (log_p.exp() * (log_p - log_q)).sum(-1)
     return -advantage.detach() * log_p.gather(-1, sampled).squeeze(-1)
-
 
 # ---- 7. Extrapolation ----------------------------------------------------------------------------------------
 def extrapolate(weights, anchor, validate, max_tries=5):
@@ -552,12 +524,10 @@ def extrapolate(weights, anchor, validate, max_tries=5):
         accepted, accepted_k = candidate, k
     return accepted, accepted_k, scores
 
-
 def movable_weights(model):
     """Copies of what EffOPD extrapolates, by name: attention and MLP weights; no embedding, head or input norm."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()
             if re.search(r"attn|attention|mlp|fc\d", name)}
-
 
 @torch.no_grad()
 def copy_weights(weights, *models):
@@ -565,7 +535,6 @@ def copy_weights(weights, *models):
     for name, parameter in (pair for model in models for pair in model.named_parameters()):
         if name in weights and weights[name] is not parameter:
             parameter.copy_(weights[name])
-
 
 # ---- 8. Evaluation -------------------------------------------------------------------------------------------
 def pass_at_k(num_samples, num_correct, k):
@@ -575,12 +544,10 @@ def pass_at_k(num_samples, num_correct, k):
         raise ValueError(f"needs 1 <= k <= n and 0 <= c <= n, got k {k}, n {num_samples}, c {num_correct}")
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
-
 def repetition(ids):
     """The share of the 4-grams of a list of ids that occurred earlier in it: 0 without repeats, near 1 in a loop."""
     grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
 
 def auroc(scores, correct):
     """The chance that a right answer has a higher score than a wrong one, ties half: lists of floats and bools ->
@@ -588,7 +555,6 @@ def auroc(scores, correct):
     scores, correct = np.array(scores), np.array(correct, dtype=bool)
     difference = scores[correct][:, None] - scores[~correct]                         # (right, wrong)
     return float(np.mean((difference > 0) + 0.5 * (difference == 0))) if difference.size else math.nan
-
 
 @torch.no_grad()
 def judge(student, teacher, ids, mask, num_last, *, vocab_size, rows_per_batch, chunk_tokens=256):
@@ -604,7 +570,6 @@ def judge(student, teacher, ids, mask, num_last, *, vocab_size, rows_per_batch, 
             pieces.append((log_q - log_p).gather(-1, tokens[:, None])[:, 0])
     return torch.cat(pieces).view(-1, num_last)
 
-
 def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate",
              prefixes=None, judge_rows=None):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
@@ -612,21 +577,19 @@ def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch
     models and settings. It has a random stream of its own, so it cannot change training. Ranks share the answers out."""
     rank, num_ranks = ranks()
     rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)][rank::num_ranks]
-    answers = []
+    answers, prefixes = [], prefixes or [[]] * len(problems)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * num_ranks + rank)
         for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False, disable=rank > 0):
             batch = rows[start:start + rows_per_batch]
-            begun = [prefixes[index] if prefixes else [] for index, _ in batch]
-            ids, mask = (part.to(model.device) for part in pad_left(
-                [prompts[index] + prefix for (index, _), prefix in zip(batch, begun)], decoding["pad_id"]))
+            prompt_rows = [prompts[index] + prefixes[index] for index, _ in batch]
+            ids, mask = (part.to(model.device) for part in pad_left(prompt_rows, decoding["pad_id"]))
             out = rollout(model, None, ids, mask, **decoding)
             valid = out["response_mask"]
-            reward = torch.full(valid.shape, math.nan)
-            if judge_rows:
-                reward = judge_rows(torch.cat([ids, out["response_ids"]], 1), torch.cat([mask, valid], 1), valid.shape[1])
+            ids, mask = torch.cat([ids, out["response_ids"]], dim=1), torch.cat([mask, valid], dim=1)
+            reward = judge_rows(ids, mask, valid.shape[1]) if judge_rows else torch.full(valid.shape, math.nan)
             for row, (index, sample) in enumerate(batch):
-                response = begun[row] + out["response_ids"][row][valid[row]].tolist()
+                response = prefixes[index] + out["response_ids"][row][valid[row]].tolist()
                 text = tokenizer.decode(response, skip_special_tokens=True)
                 answers.append({
                     **problems[index], "index": index, "sample": sample, "response": text,
@@ -635,18 +598,18 @@ def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch
                     "truncated": not out["ended"][row].item(), "repetition": repetition(response),
                     "reward": reward[row][valid[row]].mean().item(), "ids": response})
     answers = sorted(gather_from_ranks(answers), key=lambda answer: (answer["index"], answer["sample"]))
-    means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
-        "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",
-        "repetition": "repetition", "mean_reward": "reward"}.items()}
-    correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)       # (problems, n)
+    columns = {key: np.array([answer[key] for answer in answers], dtype=float) for key in (
+        "correct", "length", "truncated", "no_box", "repetition", "reward")}
+    correct = columns["correct"].reshape(-1, num_samples)                        # (problems, n)
     # Over problems, not answers: answers to one problem are not independent evidence
     se = float(correct.mean(1).std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else math.nan
-    pass_at_n = float(np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)]))
-    return dict(means, se=se, pass_at_n=pass_at_n, n=num_samples, num_problems=len(correct), seed=seed,
-                auroc=auroc([answer["reward"] for answer in answers], [answer["correct"] for answer in answers]),
-                temperature=decoding["temperature"], top_p=decoding["top_p"],
-                max_new_tokens=decoding["max_length"]), answers
-
+    return {"avg_at_n": float(correct.mean()), "se": se, "n": num_samples, "num_problems": len(correct),
+            "pass_at_n": float(np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)])),
+            "mean_length": columns["length"].mean(), "truncated_fraction": columns["truncated"].mean(),
+            "no_box_fraction": columns["no_box"].mean(), "repetition": columns["repetition"].mean(),
+            "mean_reward": columns["reward"].mean(), "auroc": auroc(columns["reward"], columns["correct"]), "seed": seed,
+            "temperature": decoding["temperature"], "top_p": decoding["top_p"],
+            "max_new_tokens": decoding["max_length"]}, answers
 
 # ---- 9. Rollout ----------------------------------------------------------------------------------------------
 def clock(device):
@@ -654,7 +617,6 @@ def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
 
 @torch.no_grad()
 def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_length, vocab_size, eos_ids, pad_id,
@@ -716,12 +678,10 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
             "ended": ended, "kept": kept, "teacher_seconds": teacher_seconds,
             "teacher_hidden": [torch.cat(pieces) for pieces in teacher_hidden] if teacher else None}
 
-
 # ---- 9b. Several processes: torchrun ... opd.py trains data-parallel ------------------------------------------
 def ranks():
     """(rank of this process, number of processes): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 
 def gather_from_ranks(items):
     """The lists of all processes, end to end, in the order of the ranks."""
@@ -731,14 +691,12 @@ def gather_from_ranks(items):
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
-
 def sum_gradients_over_ranks(model):
     """Sum every gradient over all processes, in place. None, as on a rank without rows, counts as 0."""
     for parameter in model.parameters() if dist.is_initialized() else ():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
-
 
 # ---- 10. One update ------------------------------------------------------------------------------------------
 def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, student_head, teacher_head, token_loss,
@@ -762,7 +720,6 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
         with torch.no_grad():
             measures.append(measure(student_logits, teacher_logits))
     return torch.cat(grads), total, measures
-
 
 def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, max_grad_norm, recompute=False,
                autocast=contextlib.nullcontext, **chunk):
@@ -807,13 +764,11 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
     means = {name: torch.cat([part[name] for part in parts]).nanmean().item() for name in parts[0]}
     return {"loss": loss, "grad_norm": grad_norm, "num_tokens": num_tokens, **means}
 
-
 def forward_flops(size, lengths):
     """Floating-point operations of one forward over rows of so many tokens (B,), by size (parameters N, n_layer,
     d_model) -> float: the sum of 2 N L + 2 n_layer d_model L^2. Decoding costs a forward, an update three."""
     parameters, layers, width = size
     return float((2 * parameters * lengths.double() + 2 * layers * width * lengths.double() ** 2).sum())
-
 
 # ---- 11. The tiny world: a made-up language in which distillation can be watched -----------------------------
 #     A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step by step: "first
@@ -825,7 +780,6 @@ LEXICON = {
     "digit": list("0123456789"), "operation": [f"+{n}" for n in range(1, 10)] + ["*3", "*7", "*9"],
     "label": list("abcdefgh"), "opener": "first next then now so here well okay".split(),
     "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
-
 
 def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
     """A problem of so many steps and an author's solution -> {"problem", "answer", "solution": [(word, trusted)]}.
@@ -852,7 +806,6 @@ def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
               ("}", True), ("<end>", True)]
     return {"problem": " ".join(problem), "answer": truth, "solution": words}
 
-
 def tiny_tokenizer(words):
     """A tokenizer with one token per word, and a chat template, like any other that transformers loads."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -861,7 +814,6 @@ def tiny_tokenizer(words):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
     tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<solve>"
     return tokenizer
-
 
 def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150):
     """Write the tiny world into a folder: teacher/ and student/, models like any other, train.jsonl and eval.jsonl.
@@ -914,7 +866,6 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
             append_json(os.path.join(partial, f"{name}.jsonl"), {key: made[key] for key in ("problem", "answer")})
     os.replace(partial, folder)
 
-
 # ---- 12. Set-up, preflight, checkpoints ----------------------------------------------------------------------
 def load(loader, path, **options):
     """loader(path, **options), by folder, file or hub name. Raises ValueError whatever goes wrong there."""
@@ -923,22 +874,19 @@ def load(loader, path, **options):
     except Exception as error:            # transformers, safetensors, json, torch: each has errors of its own
         raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
 
-
 def compare_vocabularies(student_vocab, teacher_vocab):
     """Raises ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
     different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
     if different:
-        examples = ", ".join(f"{token!r} (student {student_vocab.get(token, 'none')}, "
-                             f"teacher {teacher_vocab.get(token, 'none')})" for token in different[:3])
-        raise ValueError(f"the tokenizers give {len(different)} tokens different ids: {examples}; use models with one "
+        shown = ", ".join(f"{token!r} (student {student_vocab.get(token, 'none')}, teacher "
+                          f"{teacher_vocab.get(token, 'none')})" for token in different[:3])
+        raise ValueError(f"the tokenizers give {len(different)} tokens different ids: {shown}; use models with one "
                          "tokenizer, or a project that distils across tokenizers (TRL's GOLD)")
-
 
 def stop_ids(model, tokenizer):
     """All ids that end a response: the one or several of the generation config, and the tokenizer's EOS."""
     listed = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
-
 
 def switch_off_dropout(model):
     """For good, in place: training mode must not change the law that was sampled in eval mode."""
@@ -946,15 +894,6 @@ def switch_off_dropout(model):
         for name in [name for name, value in vars(module).items() if type(value) is float]:
             if "dropout" in name or isinstance(module, torch.nn.Dropout):
                 setattr(module, name, 0.0)
-
-
-def check_head(own_logits, our_logits, model_type):
-    """Raises ValueError unless head_logits on the backbone's output (None: unknown) gave what the own forward gives."""
-    share = 1e-3 if own_logits.dtype == torch.float32 else 0.05
-    if our_logits is None or (own_logits - our_logits).abs().max() > share * own_logits.abs().max():
-        raise ValueError(f"{model_type} models are not supported: their logits are not the head on the last hidden "
-                         "state with a scale or softcap that head_logits knows, or their cache is not keys and values")
-
 
 def save_checkpoint(folder, model, tokenizer, state, files=(), old_folders=()):
     """folder/ with model, tokenizer, state (a dict) and copies of files: whole or not at all, since it gets its name
@@ -975,7 +914,6 @@ def save_checkpoint(folder, model, tokenizer, state, files=(), old_folders=()):
         os.replace(old, partial)          # first the name: a kill in the middle must not leave half a checkpoint
         shutil.rmtree(partial)
 
-
 def explain(error, run):
     """One line, and the exit status, for what is no error of the program; "" for what is. run: None during set-up."""
     text, phase = " ".join(str(error).split())[:400], run.phase if run else "set-up"
@@ -992,12 +930,10 @@ def explain(error, run):
         return named + (f"; pip install {error.name.split('.')[0]}" if isinstance(error, ImportError) else ""), 2
     return "another process has ended" if dist.is_initialized() and re.search("peer|NCCL", text) else "", 1
 
-
 def list_checkpoints(folder):
     """The paths of the checkpoints in a folder, which need not exist, in the order of their steps."""
     paths = [path for path in glob.glob(os.path.join(folder, "checkpoint-*")) if re.search(r"-\d+$", path)]
     return sorted(paths, key=lambda path: int(path.rsplit("-", 1)[1]))
-
 
 def read_jsonl(path):
     """The records of a jsonl file of this program; [] without one. A last line that was cut off ends them."""
@@ -1007,96 +943,87 @@ def read_jsonl(path):
             records.append(json.loads(line))
     return records
 
-
 def append_json(path, record):
     """One more line of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)) + "\n")
 
-
 def peak_memory_gb(device):
     """The most memory so far, in GiB: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-
 
 def read_inputs(args, checkpoint=None):
     """The files and models that the flags name, the student perhaps from a checkpoint -> a namespace of what a run
     needs. Mistakes in them come out here."""
-    student = checkpoint or args.student
-    run = argparse.Namespace(device=torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    run.device = torch.device("cuda", torch.cuda.current_device()) if str(run.device) == "cuda" else run.device
-    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and run.device.type == "cuda"
-    files = [load_problems(path) for path in (args.train_file if args.mix else dict.fromkeys(args.train_file))]
-    run.train = [problem for problems in files for problem in problems]
-    run.eval = {os.path.splitext(os.path.basename(path))[0]: load_problems(path) for path in args.eval_file}
-    if len(run.eval) < len(args.eval_file):
-        raise ValueError("--eval_file names two files of one name; results go by the name, so rename one")
-    for name, problems in run.eval.items():
-        if any(problem["answer"] is None for problem in problems):
-            raise ValueError(f"--eval_file {name}: some problems have no answer, and evaluation needs one for each")
-    run.tokenizer = load(AutoTokenizer.from_pretrained, student)
-    low = torch.bfloat16 if bf16 else torch.float32
-    model = lambda path, dtype: load(AutoModelForCausalLM.from_pretrained, path, dtype=dtype).to(run.device).eval()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    low = torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda" else torch.float32
+    files = [load_problems(path) for path in dict.fromkeys(args.train_file)]
+    run = argparse.Namespace(tokenizer=load(AutoTokenizer.from_pretrained, checkpoint or args.student), eval={})
+    for path in args.eval_file:
+        name = os.path.splitext(os.path.basename(path))[0]
+        if name in run.eval:
+            raise ValueError(f"--eval_file names two files {name}; results go by the name, so rename one")
+        run.eval[name] = load_problems(path)
+        if any(problem["answer"] is None for problem in run.eval[name]):
+            raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
+    encode = functools.partial(encode_prompts, run.tokenizer, template=args.prompt_template,
+                               chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
+    run.eval_prompts = {name: encode([item["problem"] for item in problems]) for name, problems in run.eval.items()}
+    fits = [[(problem, prompt) for problem, prompt in zip(problems, encode([item["problem"] for item in problems]))
+             if len(prompt) <= args.max_prompt_length] for problems in files]
+    if not all(fits):
+        raise ValueError(f"a train file has only prompts longer than --max_prompt_length {args.max_prompt_length}")
+    run.train, run.prompts = ([pair[part] for pairs in fits for pair in pairs] for part in (0, 1))
+    run.file_sizes = list(map(len, fits)) if args.mix else [len(run.train)]
+    run.too_long = sum(map(len, files)) - len(run.train)
+    run.answered = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
+    if args.extrapolate and len(run.answered) < args.validation_size:
+        raise ValueError(f"--extrapolate needs {args.validation_size} answered problems, there are {len(run.answered)}")
+    model = lambda path, dtype: load(AutoModelForCausalLM.from_pretrained, path, dtype=dtype).to(device).eval()
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
-    run.sampler = model(student, low)
-    # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-    run.student = model(student, torch.float32) if bf16 and not args.eval_only else run.sampler
-    run.autocast = functools.partial(torch.autocast, run.device.type, torch.bfloat16, enabled=bf16)
-    models = [run.student]
+    run.sampler = run.student = model(checkpoint or args.student, low)
+    if low == torch.bfloat16 and not args.eval_only:
+        # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
+        run.student = model(checkpoint or args.student, torch.float32)
+    run.device, models = run.sampler.device, [run.student]
     if args.teacher and not args.eval_only:
         run.teacher_tokenizer = load(AutoTokenizer.from_pretrained, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
         run.teacher = model(args.teacher, low)
         models.append(run.teacher)
-    run.vocab_size = min([max(run.tokenizer.get_vocab().values()) + 1]
-                         + [model.get_output_embeddings().weight.shape[0] for model in models])
+    run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1,
+                         *(model.get_output_embeddings().weight.shape[0] for model in models))
     if args.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
     eos_ids, pad_id = stop_ids(run.student, run.tokenizer), run.tokenizer.pad_token_id
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         pad_id=min(eos_ids, default=0) if pad_id is None or pad_id >= run.vocab_size else pad_id)
-    encode = functools.partial(encode_prompts, run.tokenizer, template=args.prompt_template,
-                               chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
-    run.eval_prompts = {name: encode([item["problem"] for item in problems]) for name, problems in run.eval.items()}
-    prompts = encode([problem["problem"] for problem in run.train])
-    fits = [index for index, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_length]
-    if prompts and not fits:
-        raise ValueError(f"all {len(prompts)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
-    origin = [file for file, problems in enumerate(files) for _ in problems]
-    run.file_sizes = np.bincount([origin[index] for index in fits], minlength=len(files)) if args.mix else [len(fits)]
-    if args.mix and 0 in run.file_sizes:
-        raise ValueError(f"--mix: a train file has no prompt within --max_prompt_length {args.max_prompt_length}")
-    run.too_long, run.train = len(prompts) - len(fits), [run.train[index] for index in fits]
-    run.prompts = [prompts[index] for index in fits]
-    run.answered = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
-    if args.extrapolate and len(run.answered) < args.validation_size:
-        raise ValueError(f"--extrapolate needs {args.validation_size} answered problems, there are {len(run.answered)}")
-    ids = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0][:16]], device=run.device)
+    ids = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0][:16]], device=device)
     for model in models:
-        states = getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
-        known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
-        check_head(model(input_ids=ids).logits[..., :run.vocab_size],
-                   head_logits(model, states, run.vocab_size) if known else None, model.config.model_type)
+        own, states = model(input_ids=ids).logits, getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
+        ours = None if states is None or getattr(model, "_is_stateful", False) else head_logits(model, states, own.shape[-1])
+        if ours is None or (own - ours).abs().max() > (1e-3 if low == torch.float32 else .05) * own.abs().max():
+            raise ValueError(f"{model.config.model_type} models are not supported: their logits are not the head on the last "
+                             "hidden state with a scale or softcap that head_logits knows, or their cache not keys and values")
     run.sizes = [(model.num_parameters(), config.num_hidden_layers, config.hidden_size)
                  for model, config in ((model, model.config.get_text_config()) for model in models)]
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    # From here to the end of the step the weights are no longer those of the last step
+    # From here to the end of the step the weights are neither those of the last step nor of this one
     run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         switch_off_dropout(run.student)                       # which its training mode would bring back
     run.train_step = functools.partial(
         train_step, run.student, run.optimizer, micro_batch_size=args.micro_batch_size,
-        max_grad_norm=args.max_grad_norm, autocast=run.autocast, recompute=args.gradient_checkpointing,
+        max_grad_norm=args.max_grad_norm, recompute=args.gradient_checkpointing,
+        autocast=functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=low == torch.bfloat16),
         student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature)
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
                      validation_tokens=0, cold_start_tokens=0, flops=0.0)
     return run
-
 
 def run_warnings(teacher_log_prob, stops, templates, longest, positions):
     """What ruins runs in silence -> list of lines. stops, templates, positions: of the student and the teacher."""
@@ -1108,7 +1035,6 @@ def run_warnings(teacher_log_prob, stops, templates, longest, positions):
         "--max_new_tokens or --eval_max_new_tokens": longest > min(positions)}
     return [f"warning: {text}" for text, true in found.items() if true]
 
-
 def preflight(run, args):
     """What to look at before a run is paid for -> list of lines."""
     golds = [run.train[index]["answer"] for index in run.answered[:500]]
@@ -1117,31 +1043,25 @@ def preflight(run, args):
             "topk": f"KL(student || teacher) on top-{args.overlap_k} tokens, support {args.support}",
             "sampled": "log p_student - log p_teacher of the sampled token, as a policy gradient"}[args.loss]
     lines = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step",
-             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out",
-             f"training answers: {readable} of the first {len(golds)} can be read",
-             f"first prompt: {run.tokenizer.decode(run.prompts[0])!r}"]
-    stops, templates, positions = [], [], []
-    for role, model, tokenizer in (("student", run.student, run.tokenizer),
-                                   ("teacher", run.teacher, run.teacher_tokenizer)):
-        stops.append(sorted(stop_ids(model, tokenizer)))
-        templates.append(tokenizer.chat_template)
-        positions.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf)
-        rows = model.get_output_embeddings().weight.shape[0]
-        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} "
-                     f"rows cut to {run.vocab_size}, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
-                     f"{'a' if templates[-1] else 'no'} chat template")
-    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-        torch.manual_seed(0)
-        ids, mask = (part.to(run.device) for part in pad_left(run.prompts[:4], run.sampling["pad_id"]))
-        out = rollout(run.sampler, run.teacher, ids, mask, max_length=32, overlap_k=args.overlap_k,
-                      temperature=args.temperature, **run.sampling)
-    log_q = F.log_softmax(head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size), dim=-1)
+             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; of the first {len(golds)} "
+             f"answers {readable} can be read; first prompt: {run.tokenizer.decode(run.prompts[0])!r}"]
+    both = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
+    stops, templates = [sorted(stop_ids(*pair)) for _, *pair in both], [tokens.chat_template for _, _, tokens in both]
+    positions = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf for _, model, _ in both]
+    for (role, model, tokenizer), stop, template in zip(both, stops, templates):
+        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
+                     f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stop}, "
+                     f"pad {tokenizer.pad_token_id}, {'a' if template else 'no'} chat template")
+    torch.manual_seed(0)                                      # every step and evaluation seeds again
+    ids, mask = (part.to(run.device) for part in pad_left(run.prompts[:4], run.sampling["pad_id"]))
+    out = rollout(run.sampler, run.teacher, ids, mask, max_length=32, overlap_k=args.overlap_k,
+                  temperature=args.temperature, **run.sampling)
+    log_q = head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size).log_softmax(-1)
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
     lines.append(f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} "
                  f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}")
     longest = max(map(len, run.prompts)) + max(args.max_new_tokens, args.eval_max_new_tokens * bool(run.eval))
     return lines + run_warnings(mean, stops, templates, longest, positions)
-
 
 # ---- 13. Main. With those of section 1, read_inputs and preflight, these functions alone see the flags -------
 def draw_prompts(run, args, step):
@@ -1153,7 +1073,6 @@ def draw_prompts(run, args, step):
     # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
     torch.manual_seed((args.seed * 1_000_003 + step) * num_ranks + rank)
     return indices, prompt_ids.to(run.device), prompt_mask.to(run.device)
-
 
 def cold_start_step(run, args, step):
     """A supervised step before OPD: the student is fitted to the teacher's solutions of training prompts, as far as they
@@ -1178,7 +1097,6 @@ def cold_start_step(run, args, step):
     run.state["flops"] += (forward_flops(run.sizes[1], prompt + length)
                            + 3 * forward_flops(run.sizes[0], (prompt + length)[right > 0]))
     return right.double().mean().item()
-
 
 def opd_step(run, args, step):
     """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
@@ -1238,7 +1156,6 @@ def opd_step(run, args, step):
         time_teacher=out["teacher_seconds"], time_update=updated - sampled, time_validation=0.0,
         peak_memory_gb=peak_memory_gb(run.device))
 
-
 def open_run(args):
     """What the flags name, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, which holds
     its metrics.jsonl and samples.jsonl; without, what an earlier run left there is renamed to .old."""
@@ -1283,7 +1200,6 @@ def open_run(args):
         run.graded = {(item["step"], item["model"]) for item in read_jsonl(f"{folder}/metrics.jsonl") if "eval" in item}
     return run
 
-
 def grade(run, args, who):
     """Evaluate a model on every --eval_file; the results go to the screen and into metrics.jsonl and samples.jsonl."""
     run.phase, began, results, tokens = f"evaluation after step {run.step}", clock(run.device), {}, 0
@@ -1319,16 +1235,6 @@ def grade(run, args, who):
                            "note": args.note, "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
     return results
 
-
-def step_line(metrics):
-    """A step's metrics in fixed columns, for the screen."""
-    seconds = metrics["time_rollout"] + metrics["time_teacher"] + metrics["time_update"]
-    return (f"step {metrics['step']:5} | loss {metrics['loss']:8.4f} | kl {metrics['reverse_kl']:7.4f} | overlap "
-            f"{metrics['overlap_ratio']:.3f} | kept {metrics['kept_fraction']:4.0%} | length "
-            f"{metrics['response_length']:7.1f} | cut {metrics['truncated_fraction']:4.0%} | norm "
-            f"{metrics['grad_norm']:6.2f} | {metrics['generated_tokens']:11,} tokens | {seconds:6.2f} s")
-
-
 def read_run(folder, name):
     """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "steps", "evals": records,
     "scores": {"teacher" | "before" | "after" | "after FILE": (accuracy, its standard error)}, "final": {file: results},
@@ -1353,7 +1259,6 @@ def read_run(folder, name):
     group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", name).groups()
     return dict(name=name, group=group or ".", pair=(seed, *sorted(final)), steps=steps, evals=evals, scores=scores,
                 final=final, curve=curve)
-
 
 def report_table(runs):
     """Runs, as read_run gives them -> lines: a row per group of runs; of a single group a line per fact."""
@@ -1402,7 +1307,6 @@ def report_table(runs):
     widths = {label: max(len(row[label]) for row in rows) for label in rows[0] if label not in same}
     return ["  ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in rows] + legend
 
-
 def draw_report(runs, path):
     """Draw accuracy against tokens and against seconds, and overlap by position, a colour per group -> the figure."""
     from matplotlib.figure import Figure
@@ -1430,7 +1334,6 @@ def draw_report(runs, path):
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
     return figure
-
 
 def main(argv=None):
     """Run the job that the flags describe -> dict of the final metrics. A user's mistake: one line, exit status 2."""
@@ -1525,7 +1428,10 @@ def main(argv=None):
                                time_validation=clock(run.device) - begin)
             run.step = step + 1
             record("metrics", metrics)
-            tqdm.write(step_line(metrics))
+            seconds = sum(value for name, value in metrics.items() if name.startswith("time_"))
+            tqdm.write("step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | kept "
+                       "{kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | norm "
+                       "{grad_norm:6.2f} | {generated_tokens:11,} tokens | {seconds:6.2f} s".format(seconds=seconds, **metrics))
             end_step()
     except (Exception, KeyboardInterrupt) as error:
         told, status = explain(error, run)
@@ -1543,7 +1449,6 @@ def main(argv=None):
     return {"scores": finished["scores"], "after": finished["final"], "checkpoint": checkpoint, **run.state,
             "overlap_before": finished["steps"][0]["overlap_ratio"],
             "overlap_after": finished["steps"][-1]["overlap_ratio"]}
-
 
 if __name__ == "__main__":
     main()
