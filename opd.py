@@ -27,7 +27,7 @@ Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of promp
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
 import argparse, contextlib, copy, datetime, functools, glob, json, math, os
-import random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
+import pickle, random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ FLAGS = {
         ("cap_init cap_min cap_max cap_step", (2048, 1024, 12288, 100), (48, 24, 96, 8), "prune: the cap in place of "
          "--max_new_tokens at first, at least, at most, and how far it moves at once [Prune-OPD]"),
         ("cap_margin", 100, 8, "prune: a row reliable to within this margin hits the cap [Prune-OPD]"),
-        ("cap_hit_ratio cap_patience", (0.1, 3), SAME, "prune: the share of rows that must hit before the cap grows, "
+        ("cap_hit_ratio cap_patience", (0.1, 3), (SAME, SAME), "prune: the share of rows that must hit before the cap grows, "
          "and the misses in a row before it shrinks [Prune-OPD]"),
         ("no_prune_in_flight", False, SAME, "prune: stop no row while it runs, as in the released code")],
     "optimisation": [
@@ -111,33 +111,30 @@ FLAGS = {
         ("eval_temperature eval_top_p", (0.7, 0.95), (1.0, 1.0), "of evaluation alone; temperature 0 is greedy "
          "[Rethinking-OPD]"),
         ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
-        ("eval_batch_size", 0, SAME, "rows at once; 0: as in training, fewer if answers may be longer"),
-        ("probe_depths", [int], SAME, "percentages of its solutions from which the teacher goes on [Rethinking-OPD]")]}
+        ("eval_batch_size", 0, SAME, "rows at once; 0: as in training, fewer if answers may be longer")]}
 
 def parse_args(argv=None):
     """Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work."""
     parser = argparse.ArgumentParser(usage="python opd.py [flags]", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-
     def fail(message):                    # argparse would print its whole usage before the one line that matters
         raise ValueError(f"{message}; see python opd.py --help")
     parser.error, tiny_defaults = fail, {}
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
-        for names, defaults, tiny, text in rows:
-            several = " " in names
-            for index, name in enumerate(names.split()):
-                default, small = (defaults[index], tiny if tiny is SAME else tiny[index]) if several else (defaults, tiny)
+        for names, defaults, tinies, text in rows:
+            alike = zip(names.split(), defaults, tinies) if " " in names else [(names, defaults, tinies)]
+            for name, default, tiny in alike:
                 kind = {bool: {"action": "store_true"}, tuple: {"choices": default}, list: {"nargs": "+"},
                         type(None): {"nargs": "?", "const": "latest"}}.get(type(default), {"type": type(default)})
                 if isinstance(default, list):
                     kind["type"], default = default[0], []
                 default = default[0] if isinstance(default, tuple) else default
                 shown = "" if default in ("", [], None) or default is False else f" (default {default})"
-                shown = shown if small is SAME else f"{shown[:-1]}; tiny world {small})"
+                shown = shown if tiny is SAME else f"{shown[:-1]}; tiny world {tiny})"
                 flag = group.add_argument(*(f"--{part}" for part in name.split("/")), default=default,
                                           help=(text + shown).replace("%", "%%"), **kind)
-                tiny_defaults |= {} if small is SAME else {flag.dest: small}
+                tiny_defaults |= {} if tiny is SAME else {flag.dest: tiny}
     args = parser.parse_args(argv)
     if not args.student and not args.teacher:
         parser.set_defaults(**tiny_defaults)
@@ -154,6 +151,7 @@ def check_args(args):
             least = "not be below" if name in may_be_zero else "be above"
             raise ValueError(f"--{name} {value} must {least} 0, and finite")
     guided, kept = args.method == "prefix-guided", round(args.keep_ratio * args.batch_size * args.num_generations)
+    lengths = args.probe_window, args.prefix_length, args.max_new_tokens
     mistakes = {
         "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
         f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
@@ -161,14 +159,12 @@ def check_args(args):
         "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
         "--mix needs a share above 0 for each train file, and 1 in all": args.mix and (
             len(args.mix) != len(args.train_file) or min(args.mix) <= 0 or abs(sum(args.mix) - 1) > 1e-6),
-        "--probe_depths are percentages from 0 to 99": any(not 0 <= depth < 100 for depth in args.probe_depths),
         "--eval_only has nothing to --resume; leave one of them out": args.eval_only and args.resume is not None,
         "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
         f"--keep_ratio {args.keep_ratio} keeps none for some prompts; use at least 1 / --num_generations":
-            guided and kept < args.batch_size,
-        f"--probe_window {args.probe_window} must be at most --prefix_length {args.prefix_length}, and that below "
-        f"--max_new_tokens {args.max_new_tokens}": guided and not (
-            args.probe_window <= args.prefix_length < args.max_new_tokens),
+        guided and kept < args.batch_size,
+        "--probe_window {} must be at most --prefix_length {}, and that below --max_new_tokens {}".format(*lengths):
+        guided and not (lengths[0] <= lengths[1] < lengths[2]),
         "give --student and --teacher, or neither": not args.eval_only and bool(args.student) != bool(args.teacher),
         "--eval_only needs --eval_file": args.student and args.eval_only and not args.eval_file,
         "training needs --train_file": args.student and not args.eval_only and not args.train_file,
@@ -549,67 +545,38 @@ def repetition(ids):
     grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
-def auroc(scores, correct):
-    """The chance that a right answer has a higher score than a wrong one, ties half: lists of floats and bools ->
-    float, NaN where all are right or all wrong. 0.5: the score says nothing.                        [Rethinking-OPD]"""
-    scores, correct = np.array(scores), np.array(correct, dtype=bool)
-    difference = scores[correct][:, None] - scores[~correct]                         # (right, wrong)
-    return float(np.mean((difference > 0) + 0.5 * (difference == 0))) if difference.size else math.nan
-
-@torch.no_grad()
-def judge(student, teacher, ids, mask, num_last, *, vocab_size, rows_per_batch, chunk_tokens=256):
-    """log q - log p, teacher less student, of the tokens in the last num_last columns of ids (B, L), mask (B, L) ->
-    (B, num_last)."""
-    pieces = []
-    for rows, valid in zip(ids.split(rows_per_batch), mask.split(rows_per_batch)):
-        columns = [hidden_states(model, rows, valid, num_last).flatten(0, 1) for model in (student, teacher)]
-        columns.append(rows[:, -num_last:].flatten())
-        for student_states, teacher_states, tokens in zip(*(column.split(chunk_tokens) for column in columns)):
-            log_p, log_q = (head_logits(model, states, vocab_size).log_softmax(-1)               # (chunk, V)
-                            for model, states in ((student, student_states), (teacher, teacher_states)))
-            pieces.append((log_q - log_p).gather(-1, tokens[:, None])[:, 0])
-    return torch.cat(pieces).view(-1, num_last)
-
-def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate",
-             prefixes=None, judge_rows=None):
+def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
-    prompts: their ids; prefixes: ids that the answers begin with; decoding: for rollout; judge_rows: judge with its
-    models and settings. It has a random stream of its own, so it cannot change training. Ranks share the answers out."""
+    prompts: their ids; decoding: for rollout. Ranks share the answers out. It has a random stream of its own, so it
+    cannot change training."""
     rank, num_ranks = ranks()
     rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)][rank::num_ranks]
-    answers, prefixes = [], prefixes or [[]] * len(problems)
+    answers = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * num_ranks + rank)
         for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False, disable=rank > 0):
             batch = rows[start:start + rows_per_batch]
-            prompt_rows = [prompts[index] + prefixes[index] for index, _ in batch]
-            ids, mask = (part.to(model.device) for part in pad_left(prompt_rows, decoding["pad_id"]))
-            out = rollout(model, None, ids, mask, **decoding)
-            valid = out["response_mask"]
-            ids, mask = torch.cat([ids, out["response_ids"]], dim=1), torch.cat([mask, valid], dim=1)
-            reward = judge_rows(ids, mask, valid.shape[1]) if judge_rows else torch.full(valid.shape, math.nan)
+            ids, mask = pad_left([prompts[index] for index, _ in batch], decoding["pad_id"])
+            out = rollout(model, None, ids.to(model.device), mask.to(model.device), **decoding)
             for row, (index, sample) in enumerate(batch):
-                response = prefixes[index] + out["response_ids"][row][valid[row]].tolist()
+                response = out["response_ids"][row][out["response_mask"][row]].tolist()
                 text = tokenizer.decode(response, skip_special_tokens=True)
                 answers.append({
                     **problems[index], "index": index, "sample": sample, "response": text,
                     "correct": is_correct(text, problems[index]["answer"]),
                     "no_box": last_boxed(text.rsplit("</think>", 1)[-1]) is None, "length": len(response),
-                    "truncated": not out["ended"][row].item(), "repetition": repetition(response),
-                    "reward": reward[row][valid[row]].mean().item(), "ids": response})
+                    "truncated": not out["ended"][row].item(), "repetition": repetition(response)})
     answers = sorted(gather_from_ranks(answers), key=lambda answer: (answer["index"], answer["sample"]))
-    columns = {key: np.array([answer[key] for answer in answers], dtype=float) for key in (
-        "correct", "length", "truncated", "no_box", "repetition", "reward")}
-    correct = columns["correct"].reshape(-1, num_samples)                        # (problems, n)
+    means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
+        "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",
+        "repetition": "repetition"}.items()}
+    correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)       # (problems, n)
     # Over problems, not answers: answers to one problem are not independent evidence
     se = float(correct.mean(1).std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else math.nan
-    return {"avg_at_n": float(correct.mean()), "se": se, "n": num_samples, "num_problems": len(correct),
-            "pass_at_n": float(np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)])),
-            "mean_length": columns["length"].mean(), "truncated_fraction": columns["truncated"].mean(),
-            "no_box_fraction": columns["no_box"].mean(), "repetition": columns["repetition"].mean(),
-            "mean_reward": columns["reward"].mean(), "auroc": auroc(columns["reward"], columns["correct"]), "seed": seed,
-            "temperature": decoding["temperature"], "top_p": decoding["top_p"],
-            "max_new_tokens": decoding["max_length"]}, answers
+    pass_at_n = float(np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)]))
+    return dict(means, se=se, pass_at_n=pass_at_n, n=num_samples, num_problems=len(correct), seed=seed,
+                temperature=decoding["temperature"], top_p=decoding["top_p"],
+                max_new_tokens=decoding["max_length"]), answers
 
 # ---- 9. Rollout ----------------------------------------------------------------------------------------------
 def clock(device):
@@ -867,13 +834,6 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     os.replace(partial, folder)
 
 # ---- 12. Set-up, preflight, checkpoints ----------------------------------------------------------------------
-def load(loader, path, **options):
-    """loader(path, **options), by folder, file or hub name. Raises ValueError whatever goes wrong there."""
-    try:
-        return loader(path, **options)
-    except Exception as error:            # transformers, safetensors, json, torch: each has errors of its own
-        raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
-
 def compare_vocabularies(student_vocab, teacher_vocab):
     """Raises ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
     different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
@@ -935,14 +895,6 @@ def list_checkpoints(folder):
     paths = [path for path in glob.glob(os.path.join(folder, "checkpoint-*")) if re.search(r"-\d+$", path)]
     return sorted(paths, key=lambda path: int(path.rsplit("-", 1)[1]))
 
-def read_jsonl(path):
-    """The records of a jsonl file of this program; [] without one. A last line that was cut off ends them."""
-    records = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path, encoding="utf-8") as file:
-        for line in file:
-            records.append(json.loads(line))
-    return records
-
 def append_json(path, record):
     """One more line of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
     with open(path, "a", encoding="utf-8") as file:
@@ -954,44 +906,57 @@ def peak_memory_gb(device):
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
+def read_data(args, tokenizer):
+    """The problems of the files that the flags name, and their prompts as ids -> a namespace."""
+    data = argparse.Namespace(tokenizer=tokenizer, eval={}, train=[], prompts=[], too_long=0, file_sizes=[])
+    encode = functools.partial(encode_prompts, tokenizer, template=args.prompt_template,
+                               chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
+    for path in args.eval_file:
+        name = os.path.splitext(os.path.basename(path))[0]
+        if name in data.eval:
+            raise ValueError(f"--eval_file names two files {name}; results go by the name, so rename one")
+        data.eval[name] = load_problems(path)
+        if any(problem["answer"] is None for problem in data.eval[name]):
+            raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
+    data.eval_prompts = {name: encode([item["problem"] for item in problems]) for name, problems in data.eval.items()}
+    for path in dict.fromkeys(args.train_file):
+        problems = load_problems(path)
+        pairs = zip(problems, encode([problem["problem"] for problem in problems]))
+        pairs = [(problem, prompt) for problem, prompt in pairs if len(prompt) <= args.max_prompt_length]
+        if not pairs:
+            raise ValueError(f"{path}: all prompts are longer than --max_prompt_length {args.max_prompt_length}")
+        data.train += [problem for problem, _ in pairs]
+        data.prompts += [prompt for _, prompt in pairs]
+        data.file_sizes.append(len(pairs))
+        data.too_long += len(problems) - len(pairs)
+    data.file_sizes = data.file_sizes if args.mix else [len(data.train)]
+    data.answered = [index for index, problem in enumerate(data.train) if problem["answer"] is not None]
+    if args.extrapolate and len(data.answered) < args.validation_size:
+        raise ValueError(f"--extrapolate needs {args.validation_size} answered problems, there are {len(data.answered)}")
+    return data
+
 def read_inputs(args, checkpoint=None):
     """The files and models that the flags name, the student perhaps from a checkpoint -> a namespace of what a run
     needs. Mistakes in them come out here."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    def load(auto_class, path, **options):
+        try:
+            return auto_class.from_pretrained(path, **options)
+        except Exception as error:        # transformers, safetensors, json: each has errors of its own
+            raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
+
+    device, student = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), checkpoint or args.student
     low = torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda" else torch.float32
-    files = [load_problems(path) for path in dict.fromkeys(args.train_file)]
-    run = argparse.Namespace(tokenizer=load(AutoTokenizer.from_pretrained, checkpoint or args.student), eval={})
-    for path in args.eval_file:
-        name = os.path.splitext(os.path.basename(path))[0]
-        if name in run.eval:
-            raise ValueError(f"--eval_file names two files {name}; results go by the name, so rename one")
-        run.eval[name] = load_problems(path)
-        if any(problem["answer"] is None for problem in run.eval[name]):
-            raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
-    encode = functools.partial(encode_prompts, run.tokenizer, template=args.prompt_template,
-                               chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
-    run.eval_prompts = {name: encode([item["problem"] for item in problems]) for name, problems in run.eval.items()}
-    fits = [[(problem, prompt) for problem, prompt in zip(problems, encode([item["problem"] for item in problems]))
-             if len(prompt) <= args.max_prompt_length] for problems in files]
-    if not all(fits):
-        raise ValueError(f"a train file has only prompts longer than --max_prompt_length {args.max_prompt_length}")
-    run.train, run.prompts = ([pair[part] for pairs in fits for pair in pairs] for part in (0, 1))
-    run.file_sizes = list(map(len, fits)) if args.mix else [len(run.train)]
-    run.too_long = sum(map(len, files)) - len(run.train)
-    run.answered = [index for index, problem in enumerate(run.train) if problem["answer"] is not None]
-    if args.extrapolate and len(run.answered) < args.validation_size:
-        raise ValueError(f"--extrapolate needs {args.validation_size} answered problems, there are {len(run.answered)}")
-    model = lambda path, dtype: load(AutoModelForCausalLM.from_pretrained, path, dtype=dtype).to(device).eval()
+    run = read_data(args, load(AutoTokenizer, student))
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
-    run.sampler = run.student = model(checkpoint or args.student, low)
+    run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(device).eval()
     if low == torch.bfloat16 and not args.eval_only:
         # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-        run.student = model(checkpoint or args.student, torch.float32)
+        run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(device).eval()
     run.device, models = run.sampler.device, [run.student]
     if args.teacher and not args.eval_only:
-        run.teacher_tokenizer = load(AutoTokenizer.from_pretrained, args.teacher)
+        run.teacher_tokenizer = load(AutoTokenizer, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = model(args.teacher, low)
+        run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(device).eval()
         models.append(run.teacher)
     run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1,
                          *(model.get_output_embeddings().weight.shape[0] for model in models))
@@ -1001,15 +966,16 @@ def read_inputs(args, checkpoint=None):
     eos_ids, pad_id = stop_ids(run.student, run.tokenizer), run.tokenizer.pad_token_id
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         pad_id=min(eos_ids, default=0) if pad_id is None or pad_id >= run.vocab_size else pad_id)
-    ids = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0][:16]], device=device)
+    ids, run.sizes = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0][:16]], device=device), []
     for model in models:
         own, states = model(input_ids=ids).logits, getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
-        ours = None if states is None or getattr(model, "_is_stateful", False) else head_logits(model, states, own.shape[-1])
-        if ours is None or (own - ours).abs().max() > (1e-3 if low == torch.float32 else .05) * own.abs().max():
-            raise ValueError(f"{model.config.model_type} models are not supported: their logits are not the head on the last "
-                             "hidden state with a scale or softcap that head_logits knows, or their cache not keys and values")
-    run.sizes = [(model.num_parameters(), config.num_hidden_layers, config.hidden_size)
-                 for model, config in ((model, model.config.get_text_config()) for model in models)]
+        known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
+        error = (own - head_logits(model, states, own.shape[-1])).abs().max() if known else math.inf
+        if error > (1e-3 if low == torch.float32 else .05) * own.abs().max():
+            raise ValueError(f"{model.config.model_type} models are not supported: their logits are not the head on the last"
+                             " hidden state with a scale or softcap that head_logits knows, or their cache is another")
+        config = model.config.get_text_config()
+        run.sizes.append((model.num_parameters(), config.num_hidden_layers, config.hidden_size))
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
     # From here to the end of the step the weights are neither those of the last step nor of this one
     run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))
@@ -1021,22 +987,10 @@ def read_inputs(args, checkpoint=None):
         max_grad_norm=args.max_grad_norm, recompute=args.gradient_checkpointing,
         autocast=functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=low == torch.bfloat16),
         student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature)
-    run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
-                     validation_tokens=0, cold_start_tokens=0, flops=0.0)
     return run
 
-def run_warnings(teacher_log_prob, stops, templates, longest, positions):
-    """What ruins runs in silence -> list of lines. stops, templates, positions: of the student and the teacher."""
-    found = {
-        "the teacher finds what the student writes very unlikely; compare prompts and templates": teacher_log_prob < -3,
-        f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
-        "the chat templates differ; both models read the student's": templates[0] != templates[1],
-        f"a prompt and its response may need {longest} positions, and the models have {positions}; lower "
-        "--max_new_tokens or --eval_max_new_tokens": longest > min(positions)}
-    return [f"warning: {text}" for text, true in found.items() if true]
-
 def preflight(run, args):
-    """What to look at before a run is paid for -> list of lines."""
+    """What to look at before a run is paid for, and what ruins runs in silence -> list of lines."""
     golds = [run.train[index]["answer"] for index in run.answered[:500]]
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
     loss = {"reverse_kl": "KL(student || teacher) over the whole vocabulary",
@@ -1046,12 +1000,11 @@ def preflight(run, args):
              f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; of the first {len(golds)} "
              f"answers {readable} can be read; first prompt: {run.tokenizer.decode(run.prompts[0])!r}"]
     both = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
-    stops, templates = [sorted(stop_ids(*pair)) for _, *pair in both], [tokens.chat_template for _, _, tokens in both]
-    positions = [getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf for _, model, _ in both]
-    for (role, model, tokenizer), stop, template in zip(both, stops, templates):
+    for role, model, tokenizer in both:
         lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
-                     f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stop}, "
-                     f"pad {tokenizer.pad_token_id}, {'a' if template else 'no'} chat template")
+                     f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at "
+                     f"{sorted(stop_ids(model, tokenizer))}, pad {tokenizer.pad_token_id}, "
+                     f"{'a' if tokenizer.chat_template else 'no'} chat template")
     torch.manual_seed(0)                                      # every step and evaluation seeds again
     ids, mask = (part.to(run.device) for part in pad_left(run.prompts[:4], run.sampling["pad_id"]))
     out = rollout(run.sampler, run.teacher, ids, mask, max_length=32, overlap_k=args.overlap_k,
@@ -1060,8 +1013,16 @@ def preflight(run, args):
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
     lines.append(f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} "
                  f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}")
+    stops, templates, positions = zip(*((stop_ids(model, tokenizer), tokenizer.chat_template, getattr(
+        model.config.get_text_config(), "max_position_embeddings", None) or math.inf) for _, model, tokenizer in both))
     longest = max(map(len, run.prompts)) + max(args.max_new_tokens, args.eval_max_new_tokens * bool(run.eval))
-    return lines + run_warnings(mean, stops, templates, longest, positions)
+    found = {
+        "the teacher finds what the student writes very unlikely; compare prompts and templates": mean < -3,
+        "student and teacher stop at different tokens; the student may unlearn to stop": stops[0] != stops[1],
+        "the chat templates differ; both models read the student's": templates[0] != templates[1],
+        f"a prompt and its response may need {longest} positions, and the models have {positions}; lower "
+        "--max_new_tokens or --eval_max_new_tokens": longest > min(positions)}
+    return lines + [f"warning: {text}" for text, true in found.items() if true]
 
 # ---- 13. Main. With those of section 1, read_inputs and preflight, these functions alone see the flags -------
 def draw_prompts(run, args, step):
@@ -1159,13 +1120,16 @@ def opd_step(run, args, step):
 def open_run(args):
     """What the flags name, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, which holds
     its metrics.jsonl and samples.jsonl; without, what an earlier run left there is renamed to .old."""
-    flags, folder, saved, main_rank = dict(vars(args)), args.resume, None, ranks()[0] == 0
+    flags, folder, main_rank = dict(vars(args)), args.resume, ranks()[0] == 0
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
         if not folder:
             warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
     if folder:
-        saved = load(torch.load, os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
         free = "resume output_dir max_steps max_generated_tokens save_every keep_checkpoints note device".split()
         changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
                    if name not in free and saved["flags"].get(name) != value]
@@ -1182,22 +1146,23 @@ def open_run(args):
         args.student, args.teacher, args.train_file, args.eval_file = (
             f"{world}/student", f"{world}/teacher", [f"{world}/train.jsonl"], [f"{world}/eval.jsonl"])
     run = read_inputs(args, folder)
-    run.flags, run.step, run.phase, run.halfway, run.stopped = flags, 0, "the first step", False, None
+    run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, [], "set-up", False, None
+    run.anchor = movable_weights(run.student) if args.extrapolate else {}
+    run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
+                     validation_tokens=0, cold_start_tokens=0, flops=0.0)
     run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
-    run.anchor, run.graded = movable_weights(run.student) if args.extrapolate else {}, set()
+    if folder:
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.step, run.state, run.graded = saved["step"], saved["state"], saved["graded"]
+        run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
     if main_rank and not args.eval_only:
         os.makedirs(args.output_dir, exist_ok=True)
-        for path in run.files + (list_checkpoints(args.output_dir) if not saved else []):
+        for path in run.files + (list_checkpoints(args.output_dir) if not folder else []):
             shutil.rmtree(f"{path}.old", ignore_errors=True)
             if os.path.exists(path):                          # a night's work may be in it
                 os.replace(path, f"{path}.old")
-            if path in run.files:
-                shutil.copy(os.path.join(folder, os.path.basename(path)), path) if saved else open(path, "w").close()
-    if saved:
-        run.step, run.state = saved["step"], saved["state"]
-        run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
-        run.optimizer.load_state_dict(saved["optimizer"])
-        run.graded = {(item["step"], item["model"]) for item in read_jsonl(f"{folder}/metrics.jsonl") if "eval" in item}
+        for path in run.files:
+            shutil.copy(os.path.join(folder, os.path.basename(path)), path) if folder else open(path, "w").close()
     return run
 
 def grade(run, args, who):
@@ -1207,39 +1172,31 @@ def grade(run, args, who):
     # An answer may be longer than a training response: fewer rows at once, for the KV cache
     rows = args.batch_size * args.num_generations
     rows = args.eval_batch_size or max(1, min(rows, rows * args.max_new_tokens // args.eval_max_new_tokens))
-    settings = dict(seed=args.seed, rows_per_batch=rows, decoding=dict(
-        run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p, max_length=args.eval_max_new_tokens,
-        eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer)))
-    judge_rows = None if who in ("teacher", "eval_only") else functools.partial(
-        judge, model, run.teacher, vocab_size=run.vocab_size, rows_per_batch=args.micro_batch_size)
+    decoding = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
+                    max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer))
     for name, problems in run.eval.items():
-        prompts = run.eval_prompts[name]
-        results[name], answers = evaluate(model, run.tokenizer, problems, prompts, num_samples=args.eval_samples,
-                                          judge_rows=judge_rows, title=f"evaluate {who} on {name}", **settings)
-        tokens += sum(answer["length"] for answer in answers)
-        for depth in args.probe_depths if judge_rows else ():
-            cut = [answer["ids"][:len(answer["ids"]) * depth // 100] for answer in answers]
-            went_on, longer = evaluate(
-                run.teacher, run.tokenizer, [problems[answer["index"]] for answer in answers],
-                [prompts[answer["index"]] for answer in answers], prefixes=cut, num_samples=1,
-                title=f"teacher goes on at {depth}%", **settings)
-            results[name][f"continuation_advantage_{depth}"] = went_on["avg_at_n"] - results[name]["avg_at_n"]
-            tokens += sum(answer["length"] for answer in longer) - sum(map(len, cut))
-        shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}"
-                 for key, value in results[name].items())
+        result, answers = evaluate(
+            model, run.tokenizer, problems, run.eval_prompts[name], num_samples=args.eval_samples, seed=args.seed,
+            rows_per_batch=rows, decoding=decoding, title=f"evaluate {who} on {name}")
+        shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}" for key, value in result.items())
         tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
         for answer in answers:
-            del answer["ids"]
             run.record("samples", {"model": who, "eval": name, **answer})
+        results[name], tokens = result, tokens + sum(answer["length"] for answer in answers)
     run.record("metrics", {"model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
                            "note": args.note, "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
+    run.graded.append(run.step)
     return results
 
 def read_run(folder, name):
     """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "steps", "evals": records,
     "scores": {"teacher" | "before" | "after" | "after FILE": (accuracy, its standard error)}, "final": {file: results},
     "curve": {step: (generated tokens, seconds, accuracy)}}."""
-    records, paid, rollout, seconds = read_jsonl(os.path.join(folder, "metrics.jsonl")), {0: (0, 0)}, 0, 0
+    records, paid, rollout, seconds = [], {0: (0, 0)}, 0, 0
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):   # half a line: the run was killed while it wrote
+                records.append(json.loads(line))
     steps = [record for record in records if "overlap_by_position" in record]
     for step in steps:                                        # sums since the start, as its tokens and FLOPs are
         rollout += step["time_rollout"]
@@ -1349,7 +1306,7 @@ def main(argv=None):
         folder, saved = os.path.join(args.output_dir, f"checkpoint-{run.step}"), list_checkpoints(args.output_dir)
         if rank == 0 and folder not in saved:
             save_checkpoint(folder, run.student, run.tokenizer, dict(
-                step=run.step, flags=run.flags, state=run.state, anchor=run.anchor,
+                step=run.step, flags=run.flags, state=run.state, anchor=run.anchor, graded=run.graded,
                 optimizer=run.optimizer.state_dict()), run.files, saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
 
     def stop(number, _):                  # Ctrl-C and SIGTERM; where weights are halfway, at the end of the step
@@ -1407,7 +1364,7 @@ def main(argv=None):
         for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=rank > 0):
             done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
             due = done or step == 0 or args.eval_every and step % args.eval_every == 0
-            if due and (step, "student") not in run.graded:
+            if due and step not in run.graded:
                 grade(run, args, "student")
             for cold_step in range(1, args.cold_start_steps + 1 if step == 0 else 1):
                 share = cold_start_step(run, args, cold_step)
