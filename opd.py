@@ -20,9 +20,6 @@ Papers, by the tags used below
     [EffOPD]          2605.11739   extrapolate the update, judged on a small validation set
     [vOPD]            2605.07865   a closed-form baseline for the sampled-token loss
 
-One step, by section: prompts (2) -> rollout (9), which for each segment of the response generates (3), scores and
-compares (4) and decides who goes on (5) -> train_step (10) with a loss (6) -> extrapolate (7) -> evaluate (8)
-
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row p * G + g), S prompt
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
@@ -37,6 +34,8 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
+RANK, NUM_RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # torchrun sets these
+
 # ---- 1. Flags. One row each, or several alike: names/alias, default (of a tuple of choices the first), tiny world's
 #    default, help. A tag in the help says whose value the default is. "our choice": we saw no published value.
 SAME = object()
@@ -45,11 +44,9 @@ FLAGS = {
         ("student/model_name_or_path", "", SAME, "model folder or hub name; without it and --teacher: tiny world"),
         ("teacher/teacher_model_name_or_path", "", SAME, "model folder or hub name, with the student's tokenizer map"),
         ("train_file", [str], SAME, "problems to train on: jsonl, json, parquet; answers are not needed"),
-        ("mix", [float], SAME, "each train file's share of every batch, such as 0.8 0.2; default: one pool of all"),
         ("eval_file", [str], SAME, "problems with answers to evaluate on; one result per file"),
         ("output_dir", "out", SAME, "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
         ("report", "", SAME, "compare the runs below this folder: print a table, draw report.png in it, and stop"),
-        ("note", "", SAME, "a remark on this run, which --report repeats"),
         ("prompt_template", r"{problem} Please reason step by step, and put your final answer within \boxed{}.",
          "{problem}", "the user's message [Rethinking-OPD]"),
         ("no_chat_template", False, SAME, "give the model that message as it is"),
@@ -157,8 +154,6 @@ def check_args(args):
         f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
         and not (args.device.startswith("cuda") and torch.cuda.is_available()),
         "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
-        "--mix needs a share above 0 for each train file, and 1 in all": args.mix and (
-            len(args.mix) != len(args.train_file) or min(args.mix) <= 0 or abs(sum(args.mix) - 1) > 1e-6),
         "--eval_only has nothing to --resume; leave one of them out": args.eval_only and args.resume is not None,
         "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
         f"--keep_ratio {args.keep_ratio} keeps none for some prompts; use at least 1 / --num_generations":
@@ -183,17 +178,15 @@ def read_records(path):
         except ImportError:
             raise ValueError(f"{path}: needs 'pip install pandas pyarrow'; or save it as jsonl") from None
         return list(enumerate(frame.astype(object).where(frame.notna(), None).to_dict("records"), start=1))
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        text = file.read()
-    if "\ufffd" in text:
-        raise ValueError(f"{path}, line {text[:text.index(chr(0xfffd))].count(chr(10)) + 1}: not UTF-8; save it so")
+    with open(path, "rb") as file:
+        text = file.read().removeprefix("\ufeff".encode())
     # Many a .json file holds JSON lines. Not splitlines(): U+2028 may stand inside a string
-    whole, records = path.endswith(".json") and text.lstrip().startswith("["), []
-    for number, line in [(1, text)] if whole else enumerate(text.split("\n"), start=1):
+    whole, records = path.endswith(".json") and text.lstrip().startswith(b"["), []
+    for number, line in enumerate([text] if whole else text.split(b"\n"), start=1):
         try:
-            records += [(number, json.loads(line))] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg})") from None
+            records += [(number, json.loads(line.decode()))] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number + getattr(error, 'lineno', 1) - 1}: not JSON in UTF-8 ({error})") from None
     return list(enumerate(records[0][1], start=1)) if whole else records
 
 def last_boxed(text):
@@ -296,22 +289,12 @@ def pad_left(rows, pad_id):
     # From the lengths, not ids != pad_id: where pad and EOS are one id, that would hide real tokens
     return ids, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
 
-def batch_indices(step, batch_size, sizes, shares, seed):
-    """The problems of step 1, 2, ... from files of these sizes, laid end to end, a share of every batch from each.
-    Every problem once, in a new order each epoch, before any of its file comes again. It depends on its arguments
-    alone: there is no sampler to save, and every method meets the same prompts in the same order."""
-    # One point in each of batch_size equal parts of [0, 1], all moved by an offset: the file whose share it falls into.
-    # So no batch is off by more than a problem, and the offsets spread that over the steps
-    offsets = np.arange(1, step + 1) * 0.618 % 1                                     # (step,)
-    edges = np.ceil(np.cumsum([0, *shares])[:, None] * batch_size - offsets)         # (files + 1, step)
-    counts = np.diff(edges, axis=0).astype(int)                                      # (files, step)
-    batch = []
-    for file, (size, first) in enumerate(zip(sizes, np.cumsum([0, *sizes]))):
-        taken, count = counts[file, :-1].sum(), counts[file, -1]
-        places = [divmod(place, size) for place in range(taken, taken + count)]
-        orders = {epoch: np.random.default_rng((seed, file, epoch)).permutation(size) for epoch, _ in places}
-        batch += [int(first + orders[epoch][index]) for epoch, index in places]
-    return batch
+def batch_indices(step, batch_size, num_problems, seed):
+    """The problems of step 1, 2, ...: every one once, in a new order each epoch, before any comes again. It depends on
+    its arguments alone: there is no sampler to save, and every method meets the same prompts in the same order."""
+    places = [divmod(place, num_problems) for place in range((step - 1) * batch_size, step * batch_size)]
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_problems) for epoch, _ in places}
+    return [int(orders[epoch][index]) for epoch, index in places]
 
 # ---- 3. Sampling ---------------------------------------------------------------------------------------------
 def mask_through_eos(ids, eos_ids):
@@ -549,12 +532,12 @@ def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
     prompts: their ids; decoding: for rollout. Ranks share the answers out. It has a random stream of its own, so it
     cannot change training."""
-    rank, num_ranks = ranks()
-    rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)][rank::num_ranks]
+    rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)]
     answers = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed * num_ranks + rank)
-        for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False, disable=rank > 0):
+        torch.manual_seed(seed * NUM_RANKS + RANK)
+        rows = rows[RANK::NUM_RANKS]
+        for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
             batch = rows[start:start + rows_per_batch]
             ids, mask = pad_left([prompts[index] for index, _ in batch], decoding["pad_id"])
             out = rollout(model, None, ids.to(model.device), mask.to(model.device), **decoding)
@@ -645,25 +628,13 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
             "ended": ended, "kept": kept, "teacher_seconds": teacher_seconds,
             "teacher_hidden": [torch.cat(pieces) for pieces in teacher_hidden] if teacher else None}
 
-# ---- 9b. Several processes: torchrun ... opd.py trains data-parallel ------------------------------------------
-def ranks():
-    """(rank of this process, number of processes): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 def gather_from_ranks(items):
-    """The lists of all processes, end to end, in the order of the ranks."""
+    """The lists of all processes that torchrun started, end to end in the order of their ranks; alone the list itself."""
     if not dist.is_initialized():
         return items
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
-
-def sum_gradients_over_ranks(model):
-    """Sum every gradient over all processes, in place. None, as on a rank without rows, counts as 0."""
-    for parameter in model.parameters() if dist.is_initialized() else ():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+    return sum(lists, [])
 
 # ---- 10. One update ------------------------------------------------------------------------------------------
 def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, student_head, teacher_head, token_loss,
@@ -702,7 +673,8 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
     order = lengths.argsort(descending=True, stable=True)                        # like lengths together: less padding
     loss, measures = 0.0, []
     optimizer.zero_grad(set_to_none=True)
-    student.train(recompute)                                  # gradient checkpointing works in training mode only
+    for module in student.modules():      # recomputed in training mode only; all else stays in eval mode: no dropout
+        module.training = recompute and hasattr(module, "gradient_checkpointing")
     for rows in order[lengths[order] > 0].split(micro_batch_size):
         S, T = int(batch["prompt_mask"][rows].sum(-1).max()), int(lengths[rows].max())
         loss_mask, response_ids = batch["loss_mask"][rows, :T], batch["response_ids"][rows, :T]
@@ -718,7 +690,9 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
         loss += value
         measures += measured
     student.eval()
-    sum_gradients_over_ranks(student)
+    for parameter in student.parameters() if dist.is_initialized() else ():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        dist.all_reduce(parameter.grad)                       # summed over the ranks
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
     loss = sum(gather_from_ranks([loss]))
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -848,13 +822,6 @@ def stop_ids(model, tokenizer):
     listed = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
 
-def switch_off_dropout(model):
-    """For good, in place: training mode must not change the law that was sampled in eval mode."""
-    for module in model.modules():
-        for name in [name for name, value in vars(module).items() if type(value) is float]:
-            if "dropout" in name or isinstance(module, torch.nn.Dropout):
-                setattr(module, name, 0.0)
-
 def save_checkpoint(folder, model, tokenizer, state, files=(), old_folders=()):
     """folder/ with model, tokenizer, state (a dict) and copies of files: whole or not at all, since it gets its name
     when complete; then the old ones go. Raises OSError, and leaves no trace of it, if it cannot be written."""
@@ -880,8 +847,7 @@ def explain(error, run):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 128 + (run and run.stopped or signal.SIGINT)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-        flags = {"rollout": "--batch_size", "update": "--micro_batch_size", "cold": "--micro_batch_size"}
-        flag = next((flag for name, flag in flags.items() if name in phase), "--eval_batch_size")
+        flag = "--micro_batch_size" if "update" in phase else "--batch_size" if "roll" in phase else "--eval_batch_size"
         return f"out of memory in {phase}; halve {flag}", 2
     if isinstance(error, FloatingPointError):
         return f"{phase} is not finite: {text}", 2
@@ -908,9 +874,9 @@ def peak_memory_gb(device):
 
 def read_data(args, tokenizer):
     """The problems of the files that the flags name, and their prompts as ids -> a namespace."""
-    data = argparse.Namespace(tokenizer=tokenizer, eval={}, train=[], prompts=[], too_long=0, file_sizes=[])
     encode = functools.partial(encode_prompts, tokenizer, template=args.prompt_template,
                                chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
+    data = argparse.Namespace(tokenizer=tokenizer, eval={})
     for path in args.eval_file:
         name = os.path.splitext(os.path.basename(path))[0]
         if name in data.eval:
@@ -919,17 +885,13 @@ def read_data(args, tokenizer):
         if any(problem["answer"] is None for problem in data.eval[name]):
             raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
     data.eval_prompts = {name: encode([item["problem"] for item in problems]) for name, problems in data.eval.items()}
-    for path in dict.fromkeys(args.train_file):
-        problems = load_problems(path)
-        pairs = zip(problems, encode([problem["problem"] for problem in problems]))
-        pairs = [(problem, prompt) for problem, prompt in pairs if len(prompt) <= args.max_prompt_length]
-        if not pairs:
-            raise ValueError(f"{path}: all prompts are longer than --max_prompt_length {args.max_prompt_length}")
-        data.train += [problem for problem, _ in pairs]
-        data.prompts += [prompt for _, prompt in pairs]
-        data.file_sizes.append(len(pairs))
-        data.too_long += len(problems) - len(pairs)
-    data.file_sizes = data.file_sizes if args.mix else [len(data.train)]
+    problems = [problem for path in dict.fromkeys(args.train_file) for problem in load_problems(path)]
+    prompts = encode([problem["problem"] for problem in problems])
+    fits = [index for index, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_length]
+    if prompts and not fits:
+        raise ValueError(f"all {len(prompts)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
+    data.too_long, data.train = len(prompts) - len(fits), [problems[index] for index in fits]
+    data.prompts = [prompts[index] for index in fits]
     data.answered = [index for index, problem in enumerate(data.train) if problem["answer"] is not None]
     if args.extrapolate and len(data.answered) < args.validation_size:
         raise ValueError(f"--extrapolate needs {args.validation_size} answered problems, there are {len(data.answered)}")
@@ -981,7 +943,6 @@ def read_inputs(args, checkpoint=None):
     run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        switch_off_dropout(run.student)                       # which its training mode would bring back
     run.train_step = functools.partial(
         train_step, run.student, run.optimizer, micro_batch_size=args.micro_batch_size,
         max_grad_norm=args.max_grad_norm, recompute=args.gradient_checkpointing,
@@ -1027,12 +988,11 @@ def preflight(run, args):
 # ---- 13. Main. With those of section 1, read_inputs and preflight, these functions alone see the flags -------
 def draw_prompts(run, args, step):
     """This rank's share of the prompts of a step -> their indices (B), prompt_ids, prompt_mask (B, S)."""
-    rank, num_ranks = ranks()
-    indices = batch_indices(step, args.batch_size, run.file_sizes, args.mix or [1], args.seed)[rank::num_ranks]
+    indices = batch_indices(step, args.batch_size, len(run.prompts), args.seed)[RANK::NUM_RANKS]
     indices = [index for index in indices for _ in range(args.num_generations)]              # row p * G + g
     prompt_ids, prompt_mask = pad_left([run.prompts[index] for index in indices], run.sampling["pad_id"])
     # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
-    torch.manual_seed((args.seed * 1_000_003 + step) * num_ranks + rank)
+    torch.manual_seed((args.seed * 1_000_003 + step) * NUM_RANKS + RANK)
     return indices, prompt_ids.to(run.device), prompt_mask.to(run.device)
 
 def cold_start_step(run, args, step):
@@ -1120,7 +1080,7 @@ def opd_step(run, args, step):
 def open_run(args):
     """What the flags name, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, which holds
     its metrics.jsonl and samples.jsonl; without, what an earlier run left there is renamed to .old."""
-    flags, folder, main_rank = dict(vars(args)), args.resume, ranks()[0] == 0
+    flags, folder = dict(vars(args)), args.resume
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
         if not folder:
@@ -1130,7 +1090,7 @@ def open_run(args):
             saved = torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
-        free = "resume output_dir max_steps max_generated_tokens save_every keep_checkpoints note device".split()
+        free = "resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device".split()
         changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
                    if name not in free and saved["flags"].get(name) != value]
         if changed:
@@ -1139,14 +1099,14 @@ def open_run(args):
         torch.set_num_threads(1)                              # tensors this small gain next to nothing from more
         transformers.utils.logging.disable_progress_bar()
         world = os.path.join(args.output_dir, "world")
-        if main_rank and not os.path.exists(world):
+        if RANK == 0 and not os.path.exists(world):
             os.makedirs(args.output_dir, exist_ok=True)
             make_world(world, args.seed)
         gather_from_ranks([])                                 # the other processes wait for it
         args.student, args.teacher, args.train_file, args.eval_file = (
             f"{world}/student", f"{world}/teacher", [f"{world}/train.jsonl"], [f"{world}/eval.jsonl"])
     run = read_inputs(args, folder)
-    run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, [], "set-up", False, None
+    run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, -1, "set-up", False, None
     run.anchor = movable_weights(run.student) if args.extrapolate else {}
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
                      validation_tokens=0, cold_start_tokens=0, flops=0.0)
@@ -1155,7 +1115,7 @@ def open_run(args):
         run.optimizer.load_state_dict(saved["optimizer"])
         run.step, run.state, run.graded = saved["step"], saved["state"], saved["graded"]
         run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
-    if main_rank and not args.eval_only:
+    if RANK == 0 and not args.eval_only:
         os.makedirs(args.output_dir, exist_ok=True)
         for path in run.files + (list_checkpoints(args.output_dir) if not folder else []):
             shutil.rmtree(f"{path}.old", ignore_errors=True)
@@ -1184,8 +1144,8 @@ def grade(run, args, who):
             run.record("samples", {"model": who, "eval": name, **answer})
         results[name], tokens = result, tokens + sum(answer["length"] for answer in answers)
     run.record("metrics", {"model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
-                           "note": args.note, "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
-    run.graded.append(run.step)
+                           "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
+    run.graded = run.step if who == "student" else run.graded
     return results
 
 def read_run(folder, name):
@@ -1223,20 +1183,18 @@ def report_table(runs):
         values, errors = np.array(scores, float).T
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else errors[0]
         return f"{100 * values.mean():{sign}.1f}" + (f"±{100 * error:.1f}" if np.isfinite(error) else "")
-
     def mean(group, key, step=-1):
         return np.array([run["steps"][step].get(key) for run in group], float).mean()
-
     def amount(number):                                       # 142935 -> 142.9k
         power = int(math.log10(max(1, number)) // 3)
         return f"{number / 1000 ** power:.4g}{' kMGTPEZY'[power].strip()}"
 
     names = sorted({run["group"] for run in runs}, key=lambda name: (name.split("/")[-1] != "opd", name))
     groups = {name: [run for run in runs if run["group"] == name] for name in names}
-    baseline, rows, notes = groups[names[0]], [], {}
+    baseline, rows = groups[names[0]], []
     base = {run["pair"]: run["scores"]["after"][0] for run in baseline if "after" in run["scores"]}
     for name, group in groups.items():
-        row = {"": name, "runs": f"{len(group)}", "steps": f"{mean(group, 'step'):.0f}"}
+        row = {"": name, "runs": f"{len(group)}"}
         for label in ("teacher", "before", "after", *(label for run in runs for label in run["scores"])):
             scores = [run["scores"][label] for run in group if label in run["scores"]]
             row[label] = percent(scores) if scores else "-"
@@ -1253,16 +1211,13 @@ def report_table(runs):
             own, other = mean(group, key), mean(baseline, key)
             row[label] = amount(own) + (f" {own / other:.2f}x" if other and len(groups) > 1 else "")
         row["eval s"] = amount(np.mean([sum(item.get("time_eval", 0) for item in run["evals"]) for run in group]))
-        notes |= {f"{name}: {item['note']}": None for run in group for item in run["evals"] if item.get("note")}
         rows.append(row)
-    legend = ["accuracy in %, ±: standard error over seeds, of a single run over problems; entropies: student teacher", *notes]
+    notes = ["accuracy in %, ±: standard error over seeds, of a single run over problems; entropies: student teacher"]
     if len(rows) == 1:
-        return [f"{label:<32}{text:>20}" for label, text in rows[0].items() if text] + legend
-    same = [label for label in ("runs", "steps", "teacher", "before") if len({row[label] for row in rows}) == 1]
-    legend += ["in every row: " + ", ".join(f"{label} {rows[0][label]}" for label in same)] * bool(same)
+        return [f"{label:<32}{text:>20}" for label, text in rows[0].items() if text] + notes
     rows.insert(0, {label: label for label in rows[0]})
-    widths = {label: max(len(row[label]) for row in rows) for label in rows[0] if label not in same}
-    return ["  ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in rows] + legend
+    widths = {label: max(len(row[label]) for row in rows) for label in rows[0]}
+    return [" ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in rows] + notes
 
 def draw_report(runs, path):
     """Draw accuracy against tokens and against seconds, and overlap by position, a colour per group -> the figure."""
@@ -1299,12 +1254,12 @@ def main(argv=None):
     started, run = time.perf_counter(), None
 
     def record(name, values):             # a line of metrics.jsonl or samples.jsonl
-        if rank == 0:
+        if RANK == 0:
             append_json(run.files[name == "samples"], {"step": run.step, **values})
 
     def save():
         folder, saved = os.path.join(args.output_dir, f"checkpoint-{run.step}"), list_checkpoints(args.output_dir)
-        if rank == 0 and folder not in saved:
+        if RANK == 0 and folder not in saved:
             save_checkpoint(folder, run.student, run.tokenizer, dict(
                 step=run.step, flags=run.flags, state=run.state, anchor=run.anchor, graded=run.graded,
                 optimizer=run.optimizer.state_dict()), run.files, saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
@@ -1336,21 +1291,20 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         if args.report:
-            paths = sorted(path for path, _, files in os.walk(args.report) if "metrics.jsonl" in files)
-            runs = [read_run(path, os.path.relpath(path, args.report)) for path in paths if "checkpoint-" not in path]
-            runs = [run for run in runs if run["steps"]]
+            paths = sorted(glob.glob(os.path.join(args.report, "**", "metrics.jsonl"), recursive=True))
+            folders = [os.path.dirname(path) for path in paths if "checkpoint-" not in path]
+            runs = [run for run in (read_run(path, os.path.relpath(path, args.report)) for path in folders) if run["steps"]]
             if not runs:
                 raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
             print("\n".join(report_table(runs)))
             draw_report(runs, os.path.join(args.report, "report.png"))
             return {run["name"]: run["final"] for run in runs}
-        if "WORLD_SIZE" in os.environ and not dist.is_initialized():             # torchrun started several of us
+        if NUM_RANKS > 1 and not dist.is_initialized():
             cuda = args.device.startswith("cuda") or not args.device and torch.cuda.is_available()
             if cuda:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-        rank = ranks()[0]
-        if rank:                                              # one process speaks for all
+        if RANK:                                              # one process speaks for all
             sys.stdout = open(os.devnull, "w")
         run = open_run(args)
         run.record = record
@@ -1361,10 +1315,10 @@ def main(argv=None):
         if run.step == 0:
             print("\n".join(preflight(run, args)), flush=True)
             grade(run, args, "teacher")
-        for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=rank > 0):
+        for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=RANK > 0):
             done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
             due = done or step == 0 or args.eval_every and step % args.eval_every == 0
-            if due and step not in run.graded:
+            if due and step > run.graded:
                 grade(run, args, "student")
             for cold_step in range(1, args.cold_start_steps + 1 if step == 0 else 1):
                 share = cold_start_step(run, args, cold_step)
@@ -1401,11 +1355,12 @@ def main(argv=None):
             told += f"; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}"
         print(f"opd.py: {told}", file=sys.stderr)
         raise SystemExit(status) from None
-    checkpoint, finished = list_checkpoints(args.output_dir)[-1], read_run(args.output_dir, os.path.normpath(args.output_dir))
-    print(*report_table([finished]), f"{'wall-clock s':<32}{clock(run.device) - started:>20.1f}", f"checkpoint in {checkpoint}", sep="\n")
-    return {"scores": finished["scores"], "after": finished["final"], "checkpoint": checkpoint, **run.state,
-            "overlap_before": finished["steps"][0]["overlap_ratio"],
-            "overlap_after": finished["steps"][-1]["overlap_ratio"]}
+    finished, checkpoint = read_run(args.output_dir, args.output_dir), list_checkpoints(args.output_dir)[-1]
+    print(*report_table([finished]), f"{'wall-clock s':<32}{time.perf_counter() - started:>20.1f}",
+          f"checkpoint in {checkpoint}", sep="\n")
+    overlap_before, overlap_after = (finished["steps"][place]["overlap_ratio"] for place in (0, -1))
+    return dict(run.state, scores=finished["scores"], after=finished["final"], checkpoint=checkpoint,
+                overlap_before=overlap_before, overlap_after=overlap_after)
 
 if __name__ == "__main__":
     main()

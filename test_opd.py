@@ -452,16 +452,16 @@ def test_repetition_is_the_share_of_four_grams_seen_before():
 
 
 def test_every_problem_comes_once_in_each_epoch_in_a_new_order():
-    epoch = lambda e: [i for step in (1, 2, 3, 4) for i in opd.batch_indices(4 * e + step, 3, [12], [1], 0)]
+    epoch = lambda e: [i for step in (1, 2, 3, 4) for i in opd.batch_indices(4 * e + step, 3, 12, 0)]
     assert sorted(epoch(0)) == sorted(epoch(1)) == list(range(12)) and epoch(0) != epoch(1) != list(range(12))
 
 
 def test_the_order_of_problems_depends_on_the_arguments_alone():
-    expected = [opd.batch_indices(step, 5, [7], [1], 3) for step in range(1, 9)]
+    expected = [opd.batch_indices(step, 5, 7, 3) for step in range(1, 9)]
     random.random(), torch.rand(1)
-    assert [opd.batch_indices(step, 5, [7], [1], 3) for step in range(8, 0, -1)] == expected[::-1]
-    assert opd.batch_indices(1, 5, [7], [1], 4) != expected[0]
-    assert len(opd.batch_indices(1, 20, [7], [1], 3)) == 20          # more prompts than problems: epochs run on
+    assert [opd.batch_indices(step, 5, 7, 3) for step in range(8, 0, -1)] == expected[::-1]
+    assert opd.batch_indices(1, 5, 7, 4) != expected[0]
+    assert len(opd.batch_indices(1, 20, 7, 3)) == 20          # more prompts than problems: epochs run on
 
 
 def test_a_batch_holds_the_stated_share_of_every_file_and_repeats_nothing_before_its_file_is_used_up():
