@@ -811,9 +811,9 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
 def compare_vocabularies(student_vocab, teacher_vocab):
     """Raises ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
     different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
+    shown = ", ".join(f"{token!r} (student {student_vocab.get(token, 'none')}, teacher {teacher_vocab.get(token, 'none')})"
+                      for token in different[:3])
     if different:
-        shown = ", ".join(f"{token!r} (student {student_vocab.get(token, 'none')}, teacher "
-                          f"{teacher_vocab.get(token, 'none')})" for token in different[:3])
         raise ValueError(f"the tokenizers give {len(different)} tokens different ids: {shown}; use models with one "
                          "tokenizer, or a project that distils across tokenizers (TRL's GOLD)")
 
@@ -828,8 +828,8 @@ def save_checkpoint(folder, model, tokenizer, state, files=(), old_folders=()):
     partial = f"{folder}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        for part in (model, tokenizer):
+            part.save_pretrained(partial)
         torch.save(state, os.path.join(partial, "trainer_state.pt"))
         for path in files:
             shutil.copy(path, partial)
@@ -957,32 +957,30 @@ def preflight(run, args):
     loss = {"reverse_kl": "KL(student || teacher) over the whole vocabulary",
             "topk": f"KL(student || teacher) on top-{args.overlap_k} tokens, support {args.support}",
             "sampled": "log p_student - log p_teacher of the sampled token, as a policy gradient"}[args.loss]
-    lines = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step",
-             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; of the first {len(golds)} "
-             f"answers {readable} can be read; first prompt: {run.tokenizer.decode(run.prompts[0])!r}"]
-    both = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
-    for role, model, tokenizer in both:
-        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
-                     f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at "
-                     f"{sorted(stop_ids(model, tokenizer))}, pad {tokenizer.pad_token_id}, "
-                     f"{'a' if tokenizer.chat_template else 'no'} chat template")
-    torch.manual_seed(0)                                      # every step and evaluation seeds again
+    torch.manual_seed(0)                                      # every step and every evaluation seeds anew
     ids, mask = (part.to(run.device) for part in pad_left(run.prompts[:4], run.sampling["pad_id"]))
-    out = rollout(run.sampler, run.teacher, ids, mask, max_length=32, overlap_k=args.overlap_k,
-                  temperature=args.temperature, **run.sampling)
+    out = rollout(run.sampler, run.teacher, ids, mask, max_length=32, overlap_k=args.overlap_k, **run.sampling)
     log_q = head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size).log_softmax(-1)
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
-    lines.append(f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} "
-                 f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}")
-    stops, templates, positions = zip(*((stop_ids(model, tokenizer), tokenizer.chat_template, getattr(
-        model.config.get_text_config(), "max_position_embeddings", None) or math.inf) for _, model, tokenizer in both))
+    lines = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step",
+             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; of the first {len(golds)} "
+             f"answers {readable} can be read; first prompt: {run.tokenizer.decode(run.prompts[0])!r}",
+             f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} overlap "
+             f"{out['overlap'][out['response_mask']].mean().item():.2f}"]
+    stops, templates, positions = [], [], []
+    for role, model, tokenizer in (("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)):
+        stops.append(sorted(stop_ids(model, tokenizer)))
+        templates.append(tokenizer.chat_template)
+        positions.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf)
+        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
+                     f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stops[-1]}, "
+                     f"pad {tokenizer.pad_token_id}, {'a' if templates[-1] else 'no'} chat template")
     longest = max(map(len, run.prompts)) + max(args.max_new_tokens, args.eval_max_new_tokens * bool(run.eval))
     found = {
         "the teacher finds what the student writes very unlikely; compare prompts and templates": mean < -3,
-        "student and teacher stop at different tokens; the student may unlearn to stop": stops[0] != stops[1],
+        f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
         "the chat templates differ; both models read the student's": templates[0] != templates[1],
-        f"a prompt and its response may need {longest} positions, and the models have {positions}; lower "
-        "--max_new_tokens or --eval_max_new_tokens": longest > min(positions)}
+        f"prompt and response may take {longest} positions, the models have {positions}": longest > min(positions)}
     return lines + [f"warning: {text}" for text, true in found.items() if true]
 
 # ---- 13. Main. With those of section 1, read_inputs and preflight, these functions alone see the flags -------
@@ -1108,6 +1106,7 @@ def open_run(args):
     run = read_inputs(args, folder)
     run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, -1, "set-up", False, None
     run.anchor = movable_weights(run.student) if args.extrapolate else {}
+    run.record = lambda name, values: RANK or append_json(f"{args.output_dir}/{name}.jsonl", {"step": run.step, **values})
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
                      validation_tokens=0, cold_start_tokens=0, flops=0.0)
     run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
@@ -1217,7 +1216,7 @@ def report_table(runs):
         return [f"{label:<32}{text:>20}" for label, text in rows[0].items() if text] + notes
     rows.insert(0, {label: label for label in rows[0]})
     widths = {label: max(len(row[label]) for row in rows) for label in rows[0]}
-    return [" ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in rows] + notes
+    return ["  ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in rows] + notes
 
 def draw_report(runs, path):
     """Draw accuracy against tokens and against seconds, and overlap by position, a colour per group -> the figure."""
@@ -1253,10 +1252,6 @@ def main(argv=None):
     transformers.utils.logging.set_verbosity_error()
     started, run = time.perf_counter(), None
 
-    def record(name, values):             # a line of metrics.jsonl or samples.jsonl
-        if RANK == 0:
-            append_json(run.files[name == "samples"], {"step": run.step, **values})
-
     def save():
         folder, saved = os.path.join(args.output_dir, f"checkpoint-{run.step}"), list_checkpoints(args.output_dir)
         if RANK == 0 and folder not in saved:
@@ -1264,14 +1259,9 @@ def main(argv=None):
                 step=run.step, flags=run.flags, state=run.state, anchor=run.anchor, graded=run.graded,
                 optimizer=run.optimizer.state_dict()), run.files, saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
 
-    def stop(number, _):                  # Ctrl-C and SIGTERM; where weights are halfway, at the end of the step
-        run.stopped = number
-        if not run.halfway:
-            raise KeyboardInterrupt
-
-    def end_step():
-        run.halfway = False
-        if run.stopped:
+    def stop(number=None, _=None):        # Ctrl-C and SIGTERM, at the end of the step while weights are halfway
+        run.stopped, run.halfway = number or run.stopped, run.halfway and number
+        if run.stopped and not run.halfway:
             raise KeyboardInterrupt
 
     def validate(weights):                # EffOPD's judge: right answers to always the same problems and random stream
@@ -1307,7 +1297,6 @@ def main(argv=None):
         if RANK:                                              # one process speaks for all
             sys.stdout = open(os.devnull, "w")
         run = open_run(args)
-        run.record = record
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         if args.eval_only:
@@ -1320,10 +1309,9 @@ def main(argv=None):
             due = done or step == 0 or args.eval_every and step % args.eval_every == 0
             if due and step > run.graded:
                 grade(run, args, "student")
-            for cold_step in range(1, args.cold_start_steps + 1 if step == 0 else 1):
-                share = cold_start_step(run, args, cold_step)
-                tqdm.write(f"cold start, step {cold_step}: {share:.0%} of the teacher's solutions are right")
-                end_step()
+            for cold_step in range(args.cold_start_steps if step == 0 else 0):
+                tqdm.write(f"cold start: {cold_start_step(run, args, cold_step + 1):.0%} of the solutions are right")
+                stop()
             if step == 0 and args.cold_start_steps:
                 grade(run, args, "cold_start")
             if step and (done or args.save_every and step % args.save_every == 0):
@@ -1338,12 +1326,12 @@ def main(argv=None):
                 metrics.update(run.state, extrapolation_k=tried, validation_scores=scores,
                                time_validation=clock(run.device) - begin)
             run.step = step + 1
-            record("metrics", metrics)
+            run.record("metrics", metrics)
             seconds = sum(value for name, value in metrics.items() if name.startswith("time_"))
             tqdm.write("step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | kept "
                        "{kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | norm "
                        "{grad_norm:6.2f} | {generated_tokens:11,} tokens | {seconds:6.2f} s".format(seconds=seconds, **metrics))
-            end_step()
+            stop()
     except (Exception, KeyboardInterrupt) as error:
         told, status = explain(error, run)
         if not told:
