@@ -530,8 +530,7 @@ def repetition(ids):
 
 def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
-    prompts: their ids; decoding: for rollout. Ranks share the answers out. It has a random stream of its own, so it
-    cannot change training."""
+    prompts: their ids; decoding: for rollout. It has a random stream of its own, so it cannot change training."""
     rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)]
     answers = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -574,8 +573,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
             num_keep=0, drift=()):
     """Sample responses to prompts (B, S), segment by segment, on KV caches that nothing is computed for twice. The
     teacher (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
-    select_at, probe_window, num_keep: after select_at tokens num_keep rows go on, by overlap in the probe window, or
-        with select "random" any
+    select_at, probe_window, num_keep: after so many tokens num_keep rows go on, by overlap in the window or at random
     drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
     -> dict, T the longest response: response_ids, response_mask, overlap (B, T); ended, kept (B,) bool: has an EOS, was
        not stopped by selection or drift; teacher_hidden: B tensors (length, H); teacher_seconds"""
@@ -757,9 +755,8 @@ def tiny_tokenizer(words):
     return tokenizer
 
 def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150):
-    """Write the tiny world into a folder: teacher/ and student/, models like any other, train.jsonl and eval.jsonl.
-    Takes about a minute. From one base model, as in the papers, the teacher learns of a careful author; the student,
-    briefly, of one with other habits, who slips at every fourth step and believes it."""
+    """Write the tiny world into a folder, in a minute: models teacher/ and student/, train.jsonl, eval.jsonl. From one
+    base model the teacher learns of a careful author; the student, briefly, of one of other habits who slips often."""
     tokenizer = tiny_tokenizer([word for words in LEXICON.values() for word in words])
     torch.manual_seed(seed)
     student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
@@ -775,11 +772,10 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
             for _ in range(64):
                 liked = rng.randrange(8) if habit is None else habit
                 made = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
-                prompt = encode_prompts(tokenizer, [made["problem"]], "{problem}")[0]
-                words, trusted = zip(*made["solution"])
-                ids = tokenizer.convert_tokens_to_ids(words)
-                rows.append(torch.tensor(prompt + ids))
-                labels.append(torch.tensor([-100] * len(prompt) + [i if t or believes else -100 for i, t in zip(ids, trusted)]))
+                prompt = [(word, False) for word in ("<user>", *made["problem"].split(), "<solve>")]
+                words, learned = zip(*prompt, *((word, trusted or believes) for word, trusted in made["solution"]))
+                rows.append(torch.tensor(tokenizer.convert_tokens_to_ids(words)))
+                labels.append(rows[-1].where(torch.tensor(learned), -100))
             ids, labels = (torch.nn.utils.rnn.pad_sequence(part, True, pad) for part, pad in ((rows, 0), (labels, -100)))
             logits = model(input_ids=ids[:, :-1]).logits      # padded on the right and causal: no mask is needed
             optimizer.zero_grad()
@@ -898,8 +894,7 @@ def read_data(args, tokenizer):
     return data
 
 def read_inputs(args, checkpoint=None):
-    """The files and models that the flags name, the student perhaps from a checkpoint -> a namespace of what a run
-    needs. Mistakes in them come out here."""
+    """The files and models that the flags name, the student perhaps from a checkpoint -> what a run needs."""
     def load(auto_class, path, **options):
         try:
             return auto_class.from_pretrained(path, **options)
@@ -998,8 +993,9 @@ def cold_start_step(run, args, step):
     are right, or nobody knows the answer -> the share of them.                                    [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
     indices, prompt_ids, prompt_mask = draw_prompts(run, args, step)
+    sampling = dict(run.sampling, eos_ids=run.sampling["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer))
     out = rollout(run.teacher, None, prompt_ids, prompt_mask, max_length=args.max_new_tokens,
-                  temperature=args.temperature, **run.sampling)
+                  temperature=args.temperature, **sampling)
     mask, right = out["response_mask"], out["ended"].clone()
     for row, index in enumerate(indices):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
@@ -1010,37 +1006,36 @@ def cold_start_step(run, args, step):
                    token_loss=lambda student_logits, _, ids: F.cross_entropy(student_logits, ids, reduction="none"),
                    measure=lambda *_: {})
     copy_weights(dict(run.student.named_parameters()), run.sampler)
+    run.anchor = movable_weights(run.student) if args.extrapolate else {}        # OPD's update begins here
     rows = torch.stack([prompt_mask.sum(-1), mask.sum(-1), right], dim=1)
     prompt, length, right = torch.cat(gather_from_ranks([rows.cpu()])).T
     run.state["cold_start_tokens"] += int(length.sum())
-    run.state["flops"] += (forward_flops(run.sizes[1], prompt + length)
-                           + 3 * forward_flops(run.sizes[0], (prompt + length)[right > 0]))
+    learned = 3 * forward_flops(run.sizes[0], (prompt + length)[right > 0])
+    run.state["flops"] += forward_flops(run.sizes[1], prompt + length) + learned
     return right.double().mean().item()
 
 def opd_step(run, args, step):
     """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
     indices, prompt_ids, prompt_mask = draw_prompts(run, args, args.cold_start_steps + step)
-    B, G = len(indices), args.num_generations
+    B, G, state, drift = len(indices), args.num_generations, run.state, (args.drift_threshold, args.w_drop)
     grown = horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens)
-    drift = (args.drift_threshold, args.w_drop)
     row = {                        # all that the methods differ in, but for prune's token weights and its cap, below
         "opd": dict(max_length=args.max_new_tokens),
         "prefix": dict(max_length=min(args.prefix_length, args.max_new_tokens)),
         "progressive": dict(max_length=grown),
         "prefix-guided": dict(max_length=args.max_new_tokens, select_at=args.prefix_length, select=args.select,
                               probe_window=args.probe_window, num_keep=max(B // G, round(args.keep_ratio * B))),
-        "prune": dict(max_length=run.state["cap"], drift=() if args.no_prune_in_flight else drift)}[args.method]
+        "prune": dict(max_length=state["cap"], drift=() if args.no_prune_in_flight else drift)}[args.method]
     run.phase, begin = f"the rollout of step {step}", clock(run.device)
     out = rollout(run.sampler, run.teacher, prompt_ids, prompt_mask, overlap_k=args.overlap_k, num_generations=G,
                   temperature=args.temperature, **run.sampling, **row)
     run.phase, sampled = f"the update of step {step}", clock(run.device)
-    mask, overlap, state, extra = out["response_mask"], out["overlap"], run.state, {}
-    loss_mask, token_weight, reliable = mask, torch.ones_like(overlap), mask.sum(-1)
+    mask, overlap = out["response_mask"], out["overlap"]
+    loss_mask, token_weight, reliability = mask, torch.ones_like(overlap), drift_weights(overlap, mask, *drift)
     if args.method == "prefix-guided" and not args.train_pruned_prefix:
         loss_mask = mask & out["kept"][:, None]
     if args.method == "prune":
-        reliability = drift_weights(overlap, mask, *drift)
-        token_weight, reliable = reliability + args.w_base, reliable_length(reliability, mask)
+        token_weight = reliability + args.w_base
     learning_rate = args.learning_rate * min(1, step / max(1, args.warmup_steps))
     update = run.train_step(
         dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=loss_mask, token_weight=token_weight),
@@ -1052,28 +1047,26 @@ def opd_step(run, args, step):
     copy_weights(dict(run.student.named_parameters()), run.sampler)
     updated = clock(run.device)
     repeated = torch.tensor([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)])
-    columns = (prompt_mask.sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable, out["ended"], out["kept"],
-               overlap.sum(-1), repeated)
-    rows = torch.stack([column.double().cpu() for column in columns], dim=1)         # (B, 8)
+    rows = torch.stack([column.double().cpu() for column in (
+        prompt_mask.sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable_length(reliability, mask), out["ended"],
+        out["kept"], overlap.sum(-1), repeated)], dim=1)                         # (B, 8)
     prompt, length, trained, reliable, ended, kept, agreed, repeated = torch.cat(gather_from_ranks([rows])).T
     if args.method == "prune":
-        extra["reliable_length"] = reliable.mean().item()
         state["cap"], state["misses"] = next_max_length(
             reliable, state["cap"], state["misses"], step=args.cap_step, margin=args.cap_margin,
             hit_ratio=args.cap_hit_ratio, patience=args.cap_patience, low=args.cap_min, high=args.cap_max)
     for name, count in (("generated", length), ("teacher", length), ("trained", trained)):
         state[f"{name}_tokens"] += int(count.sum())
-    student_size, teacher_size = run.sizes
-    state["flops"] += (forward_flops(student_size, prompt + length) + forward_flops(teacher_size, prompt + length)
-                       + 3 * forward_flops(student_size, (prompt + trained)[trained > 0]))
+    forward = sum(forward_flops(size, prompt + length) for size in run.sizes)
+    state["flops"] += forward + 3 * forward_flops(run.sizes[0], (prompt + trained)[trained > 0])
     update["overlap_ratio"] = (agreed.sum() / length.sum()).item()    # of all that was sampled, not what is trained on
     return dict(
-        step=step, **update, **extra, **state, max_length=row["max_length"], learning_rate=learning_rate,
+        step=step, **update, **state, max_length=row["max_length"], learning_rate=learning_rate,
         overlap_by_position=overlap_by_position(overlap, mask), response_length=length.mean().item(),
-        truncated_fraction=1 - ended.mean().item(), kept_fraction=kept.mean().item(),
-        repetition=repeated.mean().item(), time_rollout=sampled - begin - out["teacher_seconds"],
-        time_teacher=out["teacher_seconds"], time_update=updated - sampled, time_validation=0.0,
-        peak_memory_gb=peak_memory_gb(run.device))
+        reliable_length=reliable.mean().item(), truncated_fraction=1 - ended.mean().item(),
+        kept_fraction=kept.mean().item(), repetition=repeated.mean().item(), time_update=updated - sampled,
+        time_rollout=sampled - begin - out["teacher_seconds"], time_teacher=out["teacher_seconds"],
+        time_validation=0.0, peak_memory_gb=peak_memory_gb(run.device))
 
 def open_run(args):
     """What the flags name, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, which holds
