@@ -58,8 +58,8 @@ FLAGS = {
         ("method", ("opd", "prefix", "progressive", "prefix-guided", "prune"), SAME,
          "opd: all to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. progressive: to a growing horizon "
          "[FastOPD, POPD]. prefix-guided: on where overlap is high [PG-OPD]. prune: less after drift [Prune-OPD]"),
-        ("loss", ("topk", "reverse_kl", "sampled"), "reverse_kl", "topk: KL(student || teacher) on top-k tokens, with "
-         "the released gradient [Rethinking-OPD]. reverse_kl: whole vocabulary [GKD]. sampled: k1 policy gradient"),
+        ("loss", ("topk", "reverse_kl", "sampled"), "reverse_kl", "topk: KL(student || teacher) on top-k tokens, with the "
+         "released gradient [Rethinking-OPD]. reverse_kl: whole vocabulary [GKD]. sampled: k1 policy gradient"),
         ("support", ("student", "teacher", "intersection", "union"), SAME, "whose top k --loss topk sums over"),
         ("baseline", False, SAME, "subtract the closed-form baseline in --loss sampled [vOPD]"),
         ("overlap_k", 16, 4, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
@@ -77,16 +77,15 @@ FLAGS = {
         ("keep_ratio", 0.5, SAME, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
         ("select", ("overlap", "random"), SAME, "prefix-guided: what ranks the candidates; random is a control"),
         ("train_pruned_prefix", False, SAME, "prefix-guided: train on the prefixes of the others too"),
-        ("horizon_start horizon_growth horizon_every", (512, 256, 10), (16, 8, 4), "progressive: the first horizon, "
-         "the tokens added each time, the steps between two additions (our choice)"),
+        ("horizon_start horizon_growth horizon_every", (512, 256, 10), (16, 8, 4), "progressive: the schedule (our choice)"),
         ("drift_threshold", 0.7, SAME, "prune: an overlap below it is a bad event [Prune-OPD]"),
         ("w_drop", 0.01, 0.05, "prune: reliability lost at a bad event [Prune-OPD]"),
         ("w_base", 0.5, SAME, "prune: weight of a token without reliability [Prune-OPD]"),
-        ("cap_init cap_min cap_max cap_step", (2048, 1024, 12288, 100), (48, 24, 96, 8), "prune: the cap in place of "
-         "--max_new_tokens at first, at least, at most, and how far it moves at once [Prune-OPD]"),
+        ("cap_init cap_min cap_max", (2048, 1024, 12288), (48, 24, 96), "prune: cap in place of --max_new_tokens [Prune-OPD]"),
+        ("cap_step", 100, 8, "prune: how far the cap moves at once [Prune-OPD]"),
         ("cap_margin", 100, 8, "prune: a row reliable to within this margin hits the cap [Prune-OPD]"),
-        ("cap_hit_ratio cap_patience", (0.1, 3), (SAME, SAME), "prune: the share of rows that must hit before the cap grows, "
-         "and the misses in a row before it shrinks [Prune-OPD]"),
+        ("cap_hit_ratio", 0.1, SAME, "prune: share of rows that must hit before the cap grows [Prune-OPD]"),
+        ("cap_patience", 3, SAME, "prune: misses in a row before it shrinks [Prune-OPD]"),
         ("no_prune_in_flight", False, SAME, "prune: stop no row while it runs, as in the released code")],
     "optimisation": [
         ("learning_rate", 1e-6, 1e-3, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
@@ -105,8 +104,7 @@ FLAGS = {
         ("eval_only", False, SAME, "grade --student on --eval_file and stop"),
         ("eval_every", 20, 10, "steps between evaluations; 0: before and after only [Prune-OPD]"),
         ("eval_samples", 16, 4, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
-        ("eval_temperature eval_top_p", (0.7, 0.95), (1.0, 1.0), "of evaluation alone; temperature 0 is greedy "
-         "[Rethinking-OPD]"),
+        ("eval_temperature eval_top_p", (0.7, 0.95), (1.0, 1.0), "of evaluation; temperature 0: greedy [Rethinking-OPD]"),
         ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
         ("eval_batch_size", 0, SAME, "rows at once; 0: as in training, fewer if answers may be longer")]}
 
@@ -141,8 +139,8 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Raises ValueError for flags that cannot work, alone or together, before anything is loaded or written."""
-    may_be_zero = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold w_drop "
-                   "w_base cap_hit_ratio seed cold_start_steps max_generated_tokens eval_batch_size").split()
+    may_be_zero = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold seed "
+                   "w_drop w_base cap_hit_ratio cold_start_steps max_generated_tokens eval_batch_size").split()
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < 2 ** 40 or value == 0 and name in may_be_zero):
             least = "not be below" if name in may_be_zero else "be above"
@@ -159,14 +157,14 @@ def check_args(args):
         f"--keep_ratio {args.keep_ratio} keeps none for some prompts; use at least 1 / --num_generations":
         guided and kept < args.batch_size,
         "--probe_window {} must be at most --prefix_length {}, and that below --max_new_tokens {}".format(*lengths):
-        guided and not (lengths[0] <= lengths[1] < lengths[2]),
+        guided and not lengths[0] <= lengths[1] < lengths[2],
+        f"--batch_size {args.batch_size} is less than a prompt for each of {NUM_RANKS} processes": args.batch_size < NUM_RANKS,
         "give --student and --teacher, or neither": not args.eval_only and bool(args.student) != bool(args.teacher),
         "--eval_only needs --eval_file": args.student and args.eval_only and not args.eval_file,
         "training needs --train_file": args.student and not args.eval_only and not args.train_file,
         "--train_file and --eval_file need --student": not args.student and (args.train_file or args.eval_file)}
-    for message, true in mistakes.items():
-        if true:
-            raise ValueError(message)
+    for message in (message for message, true in mistakes.items() if true):
+        raise ValueError(message)
 
 # ---- 2. Data and grading -------------------------------------------------------------------------------------
 def read_records(path):
@@ -186,7 +184,8 @@ def read_records(path):
         try:
             records += [(number, json.loads(line.decode()))] if line.strip() else []
         except ValueError as error:
-            raise ValueError(f"{path}, line {number + getattr(error, 'lineno', 1) - 1}: not JSON in UTF-8 ({error})") from None
+            number += getattr(error, "lineno", 1) - 1
+            raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
     return list(enumerate(records[0][1], start=1)) if whole else records
 
 def last_boxed(text):
@@ -627,7 +626,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
             "teacher_hidden": [torch.cat(pieces) for pieces in teacher_hidden] if teacher else None}
 
 def gather_from_ranks(items):
-    """The lists of all processes that torchrun started, end to end in the order of their ranks; alone the list itself."""
+    """The lists of all processes that torchrun started, end to end, in the order of their ranks."""
     if not dist.is_initialized():
         return items
     lists = [None] * dist.get_world_size()
@@ -669,11 +668,12 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
     if not num_tokens:
         return {}
     order = lengths.argsort(descending=True, stable=True)                        # like lengths together: less padding
+    order = order[lengths[order] > 0]
     loss, measures = 0.0, []
     optimizer.zero_grad(set_to_none=True)
     for module in student.modules():      # recomputed in training mode only; all else stays in eval mode: no dropout
         module.training = recompute and hasattr(module, "gradient_checkpointing")
-    for rows in order[lengths[order] > 0].split(micro_batch_size):
+    for rows in order.split(micro_batch_size) if len(order) else ():
         S, T = int(batch["prompt_mask"][rows].sum(-1).max()), int(lengths[rows].max())
         loss_mask, response_ids = batch["loss_mask"][rows, :T], batch["response_ids"][rows, :T]
         ids = torch.cat([batch["prompt_ids"][rows, -S:], response_ids], dim=1)   # (b, S + T)
@@ -776,7 +776,8 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
                 words, learned = zip(*prompt, *((word, trusted or believes) for word, trusted in made["solution"]))
                 rows.append(torch.tensor(tokenizer.convert_tokens_to_ids(words)))
                 labels.append(rows[-1].where(torch.tensor(learned), -100))
-            ids, labels = (torch.nn.utils.rnn.pad_sequence(part, True, pad) for part, pad in ((rows, 0), (labels, -100)))
+            pad = torch.nn.utils.rnn.pad_sequence
+            ids, labels = pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
             logits = model(input_ids=ids[:, :-1]).logits      # padded on the right and causal: no mask is needed
             optimizer.zero_grad()
             F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
@@ -807,9 +808,9 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
 def compare_vocabularies(student_vocab, teacher_vocab):
     """Raises ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
     different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
-    shown = ", ".join(f"{token!r} (student {student_vocab.get(token, 'none')}, teacher {teacher_vocab.get(token, 'none')})"
-                      for token in different[:3])
     if different:
+        shown = ", ".join(f"{token!r} (student {student_vocab.get(token, 'none')}, "
+                          f"teacher {teacher_vocab.get(token, 'none')})" for token in different[:3])
         raise ValueError(f"the tokenizers give {len(different)} tokens different ids: {shown}; use models with one "
                          "tokenizer, or a project that distils across tokenizers (TRL's GOLD)")
 
@@ -821,7 +822,7 @@ def stop_ids(model, tokenizer):
 def save_checkpoint(folder, model, tokenizer, state, files=(), old_folders=()):
     """folder/ with model, tokenizer, state (a dict) and copies of files: whole or not at all, since it gets its name
     when complete; then the old ones go. Raises OSError, and leaves no trace of it, if it cannot be written."""
-    partial = f"{folder}.partial"
+    partial = os.path.join(os.path.dirname(folder), "checkpoint.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for part in (model, tokenizer):
@@ -890,7 +891,7 @@ def read_data(args, tokenizer):
     data.prompts = [prompts[index] for index in fits]
     data.answered = [index for index, problem in enumerate(data.train) if problem["answer"] is not None]
     if args.extrapolate and len(data.answered) < args.validation_size:
-        raise ValueError(f"--extrapolate needs {args.validation_size} answered problems, there are {len(data.answered)}")
+        raise ValueError(f"--extrapolate needs {args.validation_size} answered problems; here are {len(data.answered)}")
     return data
 
 def read_inputs(args, checkpoint=None):
@@ -901,8 +902,9 @@ def read_inputs(args, checkpoint=None):
         except Exception as error:        # transformers, safetensors, json: each has errors of its own
             raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
 
-    device, student = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")), checkpoint or args.student
-    low = torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda" else torch.float32
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    student, bf16 = checkpoint or args.student, "bfloat16" in (args.dtype, {"cuda": "bfloat16"}.get(device.type))
+    low = torch.bfloat16 if bf16 and args.dtype != "float32" else torch.float32
     run = read_data(args, load(AutoTokenizer, student))
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
     run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(device).eval()
@@ -929,8 +931,8 @@ def read_inputs(args, checkpoint=None):
         known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
         error = (own - head_logits(model, states, own.shape[-1])).abs().max() if known else math.inf
         if error > (1e-3 if low == torch.float32 else .05) * own.abs().max():
-            raise ValueError(f"{model.config.model_type} models are not supported: their logits are not the head on the last"
-                             " hidden state with a scale or softcap that head_logits knows, or their cache is another")
+            raise ValueError(f"{model.config.model_type} models are not supported: their logits are not the head on the "
+                             "last hidden state with a scale or softcap that head_logits knows, or their cache is another")
         config = model.config.get_text_config()
         run.sizes.append((model.num_parameters(), config.num_hidden_layers, config.hidden_size))
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
@@ -958,18 +960,20 @@ def preflight(run, args):
     log_q = head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size).log_softmax(-1)
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
     lines = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step",
-             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; of the first {len(golds)} "
-             f"answers {readable} can be read; first prompt: {run.tokenizer.decode(run.prompts[0])!r}",
+             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; {readable} of the first "
+             f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.prompts[0])!r}",
              f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} overlap "
              f"{out['overlap'][out['response_mask']].mean().item():.2f}"]
     stops, templates, positions = [], [], []
-    for role, model, tokenizer in (("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)):
+    for role, model, tokenizer in (("student", run.student, run.tokenizer),
+                                   ("teacher", run.teacher, run.teacher_tokenizer)):
         stops.append(sorted(stop_ids(model, tokenizer)))
         templates.append(tokenizer.chat_template)
         positions.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf)
-        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
-                     f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stops[-1]}, "
-                     f"pad {tokenizer.pad_token_id}, {'a' if templates[-1] else 'no'} chat template")
+        rows = model.get_output_embeddings().weight.shape[0]
+        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows cut to "
+                     f"{run.vocab_size}, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
+                     f"{'a' if templates[-1] else 'no'} chat template")
     longest = max(map(len, run.prompts)) + max(args.max_new_tokens, args.eval_max_new_tokens * bool(run.eval))
     found = {
         "the teacher finds what the student writes very unlikely; compare prompts and templates": mean < -3,
@@ -989,8 +993,8 @@ def draw_prompts(run, args, step):
     return indices, prompt_ids.to(run.device), prompt_mask.to(run.device)
 
 def cold_start_step(run, args, step):
-    """A supervised step before OPD: the student is fitted to the teacher's solutions of training prompts, as far as they
-    are right, or nobody knows the answer -> the share of them.                                    [Rethinking-OPD]"""
+    """A supervised step before OPD: the student is fitted to the teacher's solutions of training prompts, as far as
+    they are right, or nobody knows the answer -> the share of them.                               [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
     indices, prompt_ids, prompt_mask = draw_prompts(run, args, step)
     sampling = dict(run.sampling, eos_ids=run.sampling["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer))
@@ -1069,8 +1073,8 @@ def opd_step(run, args, step):
         time_validation=0.0, peak_memory_gb=peak_memory_gb(run.device))
 
 def open_run(args):
-    """What the flags name, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, which holds
-    its metrics.jsonl and samples.jsonl; without, what an earlier run left there is renamed to .old."""
+    """What the flags name, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, with the
+    metrics.jsonl and samples.jsonl in it; without, what an earlier run left there is renamed to .old."""
     flags, folder = dict(vars(args)), args.resume
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
@@ -1081,7 +1085,8 @@ def open_run(args):
             saved = torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
-        free = "resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device".split()
+        free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device micro_batch_size "
+                "eval_batch_size").split()                    # rows at once change rounding at most
         changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
                    if name not in free and saved["flags"].get(name) != value]
         if changed:
@@ -1099,7 +1104,7 @@ def open_run(args):
     run = read_inputs(args, folder)
     run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, -1, "set-up", False, None
     run.anchor = movable_weights(run.student) if args.extrapolate else {}
-    run.record = lambda name, values: RANK or append_json(f"{args.output_dir}/{name}.jsonl", {"step": run.step, **values})
+    run.record = lambda path, values: RANK or append_json(path, {"step": run.step, **values})
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
                      validation_tokens=0, cold_start_tokens=0, flops=0.0)
     run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
@@ -1109,9 +1114,12 @@ def open_run(args):
         run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
     if RANK == 0 and not args.eval_only:
         os.makedirs(args.output_dir, exist_ok=True)
-        for path in run.files + (list_checkpoints(args.output_dir) if not folder else []):
+        there = list_checkpoints(args.output_dir)
+        mine = folder and os.path.abspath(folder) in map(os.path.abspath, there)
+        # Checkpoints first: one without its run's metrics must not be resumed after a kill in between
+        for path in [path for path in there if int(path.rsplit("-", 1)[1]) > run.step] if mine else there + run.files:
             shutil.rmtree(f"{path}.old", ignore_errors=True)
-            if os.path.exists(path):                          # a night's work may be in it
+            if os.path.exists(path):
                 os.replace(path, f"{path}.old")
         for path in run.files:
             shutil.copy(os.path.join(folder, os.path.basename(path)), path) if folder else open(path, "w").close()
@@ -1125,7 +1133,8 @@ def grade(run, args, who):
     rows = args.batch_size * args.num_generations
     rows = args.eval_batch_size or max(1, min(rows, rows * args.max_new_tokens // args.eval_max_new_tokens))
     decoding = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
-                    max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer))
+                    max_length=args.eval_max_new_tokens,
+                    eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer))
     for name, problems in run.eval.items():
         result, answers = evaluate(
             model, run.tokenizer, problems, run.eval_prompts[name], num_samples=args.eval_samples, seed=args.seed,
@@ -1133,9 +1142,9 @@ def grade(run, args, who):
         shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}" for key, value in result.items())
         tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
         for answer in answers:
-            run.record("samples", {"model": who, "eval": name, **answer})
+            run.record(run.files[1], {"model": who, "eval": name, **answer})
         results[name], tokens = result, tokens + sum(answer["length"] for answer in answers)
-    run.record("metrics", {"model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
+    run.record(run.files[0], {"model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
                            "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
     run.graded = run.step if who == "student" else run.graded
     return results
@@ -1248,9 +1257,9 @@ def main(argv=None):
     def save():
         folder, saved = os.path.join(args.output_dir, f"checkpoint-{run.step}"), list_checkpoints(args.output_dir)
         if RANK == 0 and folder not in saved:
-            save_checkpoint(folder, run.student, run.tokenizer, dict(
-                step=run.step, flags=run.flags, state=run.state, anchor=run.anchor, graded=run.graded,
-                optimizer=run.optimizer.state_dict()), run.files, saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
+            state = {name: getattr(run, name) for name in ("step", "flags", "state", "anchor", "graded")}
+            save_checkpoint(folder, run.student, run.tokenizer, dict(state, optimizer=run.optimizer.state_dict()),
+                            run.files, saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
 
     def stop(number=None, _=None):        # Ctrl-C and SIGTERM, at the end of the step while weights are halfway
         run.stopped, run.halfway = number or run.stopped, run.halfway and number
@@ -1276,7 +1285,8 @@ def main(argv=None):
         if args.report:
             paths = sorted(glob.glob(os.path.join(args.report, "**", "metrics.jsonl"), recursive=True))
             folders = [os.path.dirname(path) for path in paths if "checkpoint-" not in path]
-            runs = [run for run in (read_run(path, os.path.relpath(path, args.report)) for path in folders) if run["steps"]]
+            runs = [read_run(folder, os.path.relpath(folder, args.report)) for folder in folders]
+            runs = [run for run in runs if run["steps"]]
             if not runs:
                 raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
             print("\n".join(report_table(runs)))
@@ -1319,23 +1329,26 @@ def main(argv=None):
                 metrics.update(run.state, extrapolation_k=tried, validation_scores=scores,
                                time_validation=clock(run.device) - begin)
             run.step = step + 1
-            run.record("metrics", metrics)
-            seconds = sum(value for name, value in metrics.items() if name.startswith("time_"))
+            run.record(run.files[0], metrics)
             tqdm.write("step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | kept "
                        "{kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | norm "
-                       "{grad_norm:6.2f} | {generated_tokens:11,} tokens | {seconds:6.2f} s".format(seconds=seconds, **metrics))
+                       "{grad_norm:6.2f} | {generated_tokens:11,} tokens | {time_rollout:5.2f} + {time_teacher:.2f} + "
+                       "{time_update:.2f} s".format(**metrics))
             stop()
     except (Exception, KeyboardInterrupt) as error:
         told, status = explain(error, run)
         if not told:
             raise
         if run and run.step and not args.eval_only:
+            whole, run.halfway = not run.halfway, True        # a second signal does not break off the saving
             with contextlib.suppress(OSError):
-                if not run.halfway:
+                if whole:
                     save()
             told += f"; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}"
         print(f"opd.py: {told}", file=sys.stderr)
         raise SystemExit(status) from None
+    if RANK:
+        return run.state
     finished, checkpoint = read_run(args.output_dir, args.output_dir), list_checkpoints(args.output_dir)[-1]
     print(*report_table([finished]), f"{'wall-clock s':<32}{time.perf_counter() - started:>20.1f}",
           f"checkpoint in {checkpoint}", sep="\n")
