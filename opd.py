@@ -23,7 +23,7 @@ Papers, by the tags used below
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row p * G + g), S prompt
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
-import argparse, contextlib, copy, datetime, functools, glob, json, math, os
+import argparse, contextlib, copy, datetime, functools, glob, itertools, json, math, os
 import pickle, random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
@@ -58,8 +58,8 @@ FLAGS = {
         ("method", ("opd", "prefix", "progressive", "prefix-guided", "prune"), SAME,
          "opd: all to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. progressive: to a growing horizon "
          "[FastOPD, POPD]. prefix-guided: on where overlap is high [PG-OPD]. prune: less after drift [Prune-OPD]"),
-        ("loss", ("topk", "reverse_kl", "sampled"), "reverse_kl", "topk: KL(student || teacher) on top-k tokens, with the "
-         "released gradient [Rethinking-OPD]. reverse_kl: whole vocabulary [GKD]. sampled: k1 policy gradient"),
+        ("loss", ("topk", "reverse_kl", "sampled"), "reverse_kl", "topk: KL(student || teacher) on top-k tokens, with "
+         "the released gradient [Rethinking-OPD]. reverse_kl: whole vocabulary [GKD]. sampled: k1 policy gradient"),
         ("support", ("student", "teacher", "intersection", "union"), SAME, "whose top k --loss topk sums over"),
         ("baseline", False, SAME, "subtract the closed-form baseline in --loss sampled [vOPD]"),
         ("overlap_k", 16, 4, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
@@ -77,11 +77,11 @@ FLAGS = {
         ("keep_ratio", 0.5, SAME, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
         ("select", ("overlap", "random"), SAME, "prefix-guided: what ranks the candidates; random is a control"),
         ("train_pruned_prefix", False, SAME, "prefix-guided: train on the prefixes of the others too"),
-        ("horizon_start horizon_growth horizon_every", (512, 256, 10), (16, 8, 4), "progressive: the schedule (our choice)"),
+        ("horizon_start horizon_growth horizon_every", (512, 256, 10), (16, 8, 4), "progressive (our choice)"),
         ("drift_threshold", 0.7, SAME, "prune: an overlap below it is a bad event [Prune-OPD]"),
         ("w_drop", 0.01, 0.05, "prune: reliability lost at a bad event [Prune-OPD]"),
         ("w_base", 0.5, SAME, "prune: weight of a token without reliability [Prune-OPD]"),
-        ("cap_init cap_min cap_max", (2048, 1024, 12288), (48, 24, 96), "prune: cap in place of --max_new_tokens [Prune-OPD]"),
+        ("cap_init cap_min cap_max", (2048, 1024, 12288), (48, 24, 96), "prune: in place of --max_new_tokens [Prune-OPD]"),
         ("cap_step", 100, 8, "prune: how far the cap moves at once [Prune-OPD]"),
         ("cap_margin", 100, 8, "prune: a row reliable to within this margin hits the cap [Prune-OPD]"),
         ("cap_hit_ratio", 0.1, SAME, "prune: share of rows that must hit before the cap grows [Prune-OPD]"),
@@ -104,7 +104,7 @@ FLAGS = {
         ("eval_only", False, SAME, "grade --student on --eval_file and stop"),
         ("eval_every", 20, 10, "steps between evaluations; 0: before and after only [Prune-OPD]"),
         ("eval_samples", 16, 4, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
-        ("eval_temperature eval_top_p", (0.7, 0.95), (1.0, 1.0), "of evaluation; temperature 0: greedy [Rethinking-OPD]"),
+        ("eval_temperature eval_top_p", (0.7, 0.95), (1.0, 1.0), "temperature 0 is greedy [Rethinking-OPD]"),
         ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
         ("eval_batch_size", 0, SAME, "rows at once; 0: as in training, fewer if answers may be longer")]}
 
@@ -158,7 +158,7 @@ def check_args(args):
         guided and kept < args.batch_size,
         "--probe_window {} must be at most --prefix_length {}, and that below --max_new_tokens {}".format(*lengths):
         guided and not lengths[0] <= lengths[1] < lengths[2],
-        f"--batch_size {args.batch_size} is less than a prompt for each of {NUM_RANKS} processes": args.batch_size < NUM_RANKS,
+        f"--batch_size must be at least the {NUM_RANKS} processes": args.batch_size < NUM_RANKS,
         "give --student and --teacher, or neither": not args.eval_only and bool(args.student) != bool(args.teacher),
         "--eval_only needs --eval_file": args.student and args.eval_only and not args.eval_file,
         "training needs --train_file": args.student and not args.eval_only and not args.train_file,
@@ -236,17 +236,17 @@ def load_problems(path):
     return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
 
 def ask_math_verify(gold, answer, seconds=3.0, worker={"lock": threading.Lock(), "process": None}):
-    """Whether math-verify takes answer for gold, both bare LaTeX; None as answer: whether it can read gold. From any
-    thread; False when it fails or takes longer than that. 2003^{2002^{2001}} keeps sympy busy for ever in one C call,
-    which no signal can stop, but a process can be killed. One serves all answers, because sympy imports slowly."""
+    """Whether math-verify takes answer for gold, both bare LaTeX; None as answer: whether it can read gold. False when
+    it fails or takes longer. 2003^{2002^{2001}} keeps sympy busy for ever in one C call that only killing its process
+    ends. One process, started slowly, serves all answers, from any thread."""
     code = r"""import json, sys
 from math_verify import parse, verify
 print("ready")
 for line in sys.stdin:
     # In a box, because a bare \left( 3, \frac{\pi}{2} \right) is read as 3
-    gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
+    read = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line) if text is not None]
     # Gold first, because verify is not symmetric: 1<x<2 is taken for (1,2), but not the other way round
-    print(bool(gold) if answer is None else verify(gold, answer, timeout_seconds=None))"""
+    print(verify(*read, timeout_seconds=None) if len(read) > 1 else bool(read[0]))"""
     with worker["lock"]:
         if worker["process"] is None or worker["process"].poll() is not None:
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -304,17 +304,15 @@ def mask_through_eos(ids, eos_ids):
 @torch.no_grad()
 def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_size, eos_ids, pad_id,
              temperature=1.0, top_p=1.0, record_k=0):
-    """Sample up to max_new_tokens further tokens of every row, on the KV cache that the last call left.
-    input_ids, attention_mask (B, L), left-padded; cache: a DynamicCache of the first L - 1 columns, or an empty one
-    -> new ids (B, n), and if record_k the likeliest tokens at each, best first, (B, n, K), else None.
-    n < max_new_tokens only when all rows ended; those that did go on as pad_id. temperature 0 is greedy."""
+    """Sample up to max_new_tokens further tokens of every row of input_ids, attention_mask (B, L), left-padded, on the KV
+    cache that the last call left, of L - 1 columns, or an empty one -> new ids (B, n), and if record_k the likeliest
+    tokens at each, best first, (B, n, K). Rows that ended go on as pad_id; all ended: n is less. temperature 0: greedy."""
     topk = []
     def within_vocabulary(_, scores):                         # (B, rows of the head), float32
         scores = scores[:, :vocab_size]                       # the other rows are no tokens
         if record_k:
             topk.append(scores.topk(record_k).indices)
         return scores
-
     law = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **law)
     # generate fills what a config leaves open from the one that came with the model. A repetition penalty or suppressed
@@ -400,8 +398,7 @@ def overlap_by_position(overlap, response_mask, parts=8):
 # ---- 5. Who goes on: horizon, selection, drift, cap ----------------------------------------------------------
 def horizon(step, start, growth, every, max_length):
     """Tokens to sample at step 0, 1, 2, ...: min(max_length, start + growth * floor(step / every)).    [FastOPD, POPD]
-    every = 1 is FastOPD's ramp, more is POPD's staircase, growth = 0 a fixed prefix.
-    Example: start 512, growth 256, every 10: steps 0 to 9 sample 512, step 10 samples 768."""
+    FastOPD's ramp is every = 1, POPD's staircase more. Example: 512, 256, 10: steps 0 to 9 sample 512, step 10 768."""
     return min(max_length, start + growth * (step // every))
 
 def select_prefixes(score, num_keep):
@@ -530,11 +527,10 @@ def repetition(ids):
 def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
     prompts: their ids; decoding: for rollout. It has a random stream of its own, so it cannot change training."""
-    rows = [(index, sample) for index in range(len(problems)) for sample in range(num_samples)]
+    rows = list(itertools.product(range(len(problems)), range(num_samples)))[RANK::NUM_RANKS]
     answers = []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * NUM_RANKS + RANK)
-        rows = rows[RANK::NUM_RANKS]
         for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
             batch = rows[start:start + rows_per_batch]
             ids, mask = pad_left([prompts[index] for index, _ in batch], decoding["pad_id"])
@@ -607,8 +603,8 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
             window = mask[:, S:S + probe_window]              # a row that ended inside it is judged on what it has
             score = (overlap[:, :probe_window] * window).sum(-1) / window.sum(-1)
             score = torch.rand_like(score) if select == "random" else score
-            # Rows that ended are complete and cost nothing: they stay, and take a slot only if nobody else wants it. A
-            # prompt whose rows all ended has one by the prompt minimum, so there is one more
+            # Rows that ended cost nothing: they stay, and take a slot only if nobody else wants it, or by the prompt
+            # minimum where all of a prompt ended, which is one slot more
             score = torch.where(ended, -1, score).view(-1, num_generations)      # (P, G)
             slots = min(B, num_keep + int((score == -1).all(1).sum()))
             kept &= select_prefixes(score, slots).flatten() | ended
@@ -636,9 +632,8 @@ def gather_from_ranks(items):
 # ---- 10. One update ------------------------------------------------------------------------------------------
 def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, student_head, teacher_head, token_loss,
                        measure, chunk_tokens=256):
-    """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,)
-    -> gradient wrt hidden (N, H), sum of the weighted losses, and what measure(student_logits, teacher_logits) gave
-    of each chunk. The gradient of the student's head accumulates in place."""
+    """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,) ->
+    gradient wrt hidden (N, H), sum of weighted losses, measure(...) of each chunk. The head's gradient adds up in place."""
     grads, total, measures = [], 0.0, []
     for states, teacher_states, ids, weight in zip(*(
             column.split(chunk_tokens) for column in (hidden.detach(), teacher_hidden, response_ids, token_weight))):
@@ -647,8 +642,7 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
             teacher_logits = teacher_head(teacher_states)                        # (chunk, V)
         student_logits = student_head(states)
         loss = (token_loss(student_logits, teacher_logits, ids) * weight).sum()
-        # Backward now, while these logits exist. Kept to the end, they would fill (B, T, V) several times over;
-        # recomputed in backward, they would cost both heads once more
+        # Backward now, while these logits exist: kept to the end, they would fill (B, T, V) several times over
         loss.backward()
         grads.append(states.grad)                                                    # (chunk, H)
         total += loss.item()
@@ -723,13 +717,11 @@ LEXICON = {
 def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
     """A problem of so many steps and an author's solution -> {"problem", "answer", "solution": [(word, trusted)]}.
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
-    goes wrong, in its result or its operation. What follows is consistent; only the slip itself is not trusted.
-    order -1: an author who writes the steps as "a +3 4" instead of "a 4 +3"."""
+    goes wrong; what follows is consistent, only the slip itself is not trusted. order -1: "a +3 4" for "a 4 +3"."""
     def synonym(kind):
         return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8], True
     def apply(value, operation):
         return str((int(value) + int(operation[1:]) if operation[0] == "+" else int(value) * int(operation[1:])) % 10)
-
     first, start = rng.randrange(9 - steps), rng.choice(lexicon["digit"])
     problem, words, truth, value = [start], [], start, start
     for label in lexicon["label"][first:first + steps]:
@@ -763,7 +755,6 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
         initializer_range=0.05, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-
     def learn(model, who, steps, lengths, habit, slip_rate, believes=False, order=1):
         rng, optimizer = random.Random(f"{seed} {who}"), torch.optim.AdamW(model.parameters(), weight_decay=0.0)
         model.train()
@@ -786,7 +777,6 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
                 group["lr"] = 4e-3 * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
             optimizer.step()
         model.eval()
-
     learn(student, "base model, short problems", 250, (1, 3), None, .1)
     learn(student, "base model, full problems", 130, (4, 8), None, .1)
     teacher = copy.deepcopy(student)
@@ -863,12 +853,6 @@ def append_json(path, record):
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)) + "\n")
 
-def peak_memory_gb(device):
-    """The most memory so far, in GiB: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-
 def read_data(args, tokenizer):
     """The problems of the files that the flags name, and their prompts as ids -> a namespace."""
     encode = functools.partial(encode_prompts, tokenizer, template=args.prompt_template,
@@ -901,14 +885,12 @@ def read_inputs(args, checkpoint=None):
             return auto_class.from_pretrained(path, **options)
         except Exception as error:        # transformers, safetensors, json: each has errors of its own
             raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
-
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    student, bf16 = checkpoint or args.student, "bfloat16" in (args.dtype, {"cuda": "bfloat16"}.get(device.type))
-    low = torch.bfloat16 if bf16 and args.dtype != "float32" else torch.float32
-    run = read_data(args, load(AutoTokenizer, student))
+    student, bf16 = checkpoint or args.student, args.dtype == "bfloat16" or args.dtype + device.type == "autocuda"
+    run, low = read_data(args, load(AutoTokenizer, student)), torch.bfloat16 if bf16 else torch.float32
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
     run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(device).eval()
-    if low == torch.bfloat16 and not args.eval_only:
+    if bf16 and not args.eval_only:
         # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
         run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(device).eval()
     run.device, models = run.sampler.device, [run.student]
@@ -930,9 +912,9 @@ def read_inputs(args, checkpoint=None):
         own, states = model(input_ids=ids).logits, getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
         known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
         error = (own - head_logits(model, states, own.shape[-1])).abs().max() if known else math.inf
-        if error > (1e-3 if low == torch.float32 else .05) * own.abs().max():
+        if error > (.05 if bf16 else 1e-3) * own.abs().max():
             raise ValueError(f"{model.config.model_type} models are not supported: their logits are not the head on the "
-                             "last hidden state with a scale or softcap that head_logits knows, or their cache is another")
+                             "last hidden state, as head_logits makes them, or their cache is not keys and values")
         config = model.config.get_text_config()
         run.sizes.append((model.num_parameters(), config.num_hidden_layers, config.hidden_size))
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
@@ -943,7 +925,7 @@ def read_inputs(args, checkpoint=None):
     run.train_step = functools.partial(
         train_step, run.student, run.optimizer, micro_batch_size=args.micro_batch_size,
         max_grad_norm=args.max_grad_norm, recompute=args.gradient_checkpointing,
-        autocast=functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=low == torch.bfloat16),
+        autocast=functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16),
         student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature)
     return run
 
@@ -971,8 +953,8 @@ def preflight(run, args):
         templates.append(tokenizer.chat_template)
         positions.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf)
         rows = model.get_output_embeddings().weight.shape[0]
-        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows cut to "
-                     f"{run.vocab_size}, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
+        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows cut "
+                     f"to {run.vocab_size}, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
                      f"{'a' if templates[-1] else 'no'} chat template")
     longest = max(map(len, run.prompts)) + max(args.max_new_tokens, args.eval_max_new_tokens * bool(run.eval))
     found = {
@@ -993,8 +975,7 @@ def draw_prompts(run, args, step):
     return indices, prompt_ids.to(run.device), prompt_mask.to(run.device)
 
 def cold_start_step(run, args, step):
-    """A supervised step before OPD: the student is fitted to the teacher's solutions of training prompts, as far as
-    they are right, or nobody knows the answer -> the share of them.                               [Rethinking-OPD]"""
+    """A supervised step before OPD, on the teacher's own solutions that are right -> their share.  [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
     indices, prompt_ids, prompt_mask = draw_prompts(run, args, step)
     sampling = dict(run.sampling, eos_ids=run.sampling["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer))
@@ -1070,11 +1051,12 @@ def opd_step(run, args, step):
         reliable_length=reliable.mean().item(), truncated_fraction=1 - ended.mean().item(),
         kept_fraction=kept.mean().item(), repetition=repeated.mean().item(), time_update=updated - sampled,
         time_rollout=sampled - begin - out["teacher_seconds"], time_teacher=out["teacher_seconds"],
-        time_validation=0.0, peak_memory_gb=peak_memory_gb(run.device))
+        time_validation=0.0, peak_memory_gb=torch.cuda.max_memory_allocated(run.device) / 2 ** 30
+        if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
 
 def open_run(args):
-    """What the flags name, and the files in --output_dir -> run. With --resume it goes on from a checkpoint, with the
-    metrics.jsonl and samples.jsonl in it; without, what an earlier run left there is renamed to .old."""
+    """What the flags name, and the files in --output_dir -> run: new, what an earlier run left renamed to .old; or
+    with --resume as a checkpoint left it, metrics.jsonl and samples.jsonl included."""
     flags, folder = dict(vars(args)), args.resume
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
@@ -1130,8 +1112,8 @@ def grade(run, args, who):
     run.phase, began, results, tokens = f"evaluation after step {run.step}", clock(run.device), {}, 0
     model = run.teacher if who == "teacher" else run.sampler
     # An answer may be longer than a training response: fewer rows at once, for the KV cache
-    rows = args.batch_size * args.num_generations
-    rows = args.eval_batch_size or max(1, min(rows, rows * args.max_new_tokens // args.eval_max_new_tokens))
+    share = min(1, args.max_new_tokens / args.eval_max_new_tokens)
+    rows = args.eval_batch_size or max(1, int(args.batch_size * args.num_generations * share))
     decoding = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
                     max_length=args.eval_max_new_tokens,
                     eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer))
@@ -1144,15 +1126,15 @@ def grade(run, args, who):
         for answer in answers:
             run.record(run.files[1], {"model": who, "eval": name, **answer})
         results[name], tokens = result, tokens + sum(answer["length"] for answer in answers)
-    run.record(run.files[0], {"model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
-                           "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
+    run.record(run.files[0], {
+        "model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
+        "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
     run.graded = run.step if who == "student" else run.graded
     return results
 
 def read_run(folder, name):
-    """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "steps", "evals": records,
-    "scores": {"teacher" | "before" | "after" | "after FILE": (accuracy, its standard error)}, "final": {file: results},
-    "curve": {step: (generated tokens, seconds, accuracy)}}."""
+    """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "steps", "evals", "scores":
+    {who: (accuracy, its error)}, "final": {file: results}, "curve": {step: (tokens, seconds, accuracy)}}."""
     records, paid, rollout, seconds = [], {0: (0, 0)}, 0, 0
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
         for line in file:
@@ -1189,7 +1171,6 @@ def report_table(runs):
     def amount(number):                                       # 142935 -> 142.9k
         power = int(math.log10(max(1, number)) // 3)
         return f"{number / 1000 ** power:.4g}{' kMGTPEZY'[power].strip()}"
-
     names = sorted({run["group"] for run in runs}, key=lambda name: (name.split("/")[-1] != "opd", name))
     groups = {name: [run for run in runs if run["group"] == name] for name in names}
     baseline, rows = groups[names[0]], []
@@ -1253,19 +1234,16 @@ def main(argv=None):
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
     started, run = time.perf_counter(), None
-
     def save():
         folder, saved = os.path.join(args.output_dir, f"checkpoint-{run.step}"), list_checkpoints(args.output_dir)
         if RANK == 0 and folder not in saved:
             state = {name: getattr(run, name) for name in ("step", "flags", "state", "anchor", "graded")}
             save_checkpoint(folder, run.student, run.tokenizer, dict(state, optimizer=run.optimizer.state_dict()),
                             run.files, saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
-
     def stop(number=None, _=None):        # Ctrl-C and SIGTERM, at the end of the step while weights are halfway
         run.stopped, run.halfway = number or run.stopped, run.halfway and number
         if run.stopped and not run.halfway:
             raise KeyboardInterrupt
-
     def validate(weights):                # EffOPD's judge: right answers to always the same problems and random stream
         copy_weights(weights, run.student, run.sampler)
         chosen = random.Random(args.seed).sample(run.answered, args.validation_size)
@@ -1275,11 +1253,10 @@ def main(argv=None):
             rows_per_batch=args.eval_batch_size or args.batch_size * args.num_generations,
             decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
         lengths = torch.tensor([answer["length"] for answer in answers])
-        for name in ("validation_tokens", "generated_tokens"):                   # its samples are part of the price
-            run.state[name] += int(lengths.sum())
+        run.state["validation_tokens"] += int(lengths.sum())
+        run.state["generated_tokens"] += int(lengths.sum())   # its samples are part of the price
         run.state["flops"] += forward_flops(run.sizes[0], torch.tensor([*map(len, prompts)]) + lengths)
         return score["avg_at_n"]
-
     try:
         args = parse_args(argv)
         if args.report:
