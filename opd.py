@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
+import tokenizers, transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
@@ -63,7 +63,7 @@ FLAGS = {
         ("support", ("student", "teacher", "intersection", "union"), SAME, "whose top k --loss topk sums over"),
         ("baseline", False, SAME, "subtract the closed-form baseline in --loss sampled [vOPD]"),
         ("overlap_k", 16, 4, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
-        ("cold_start_steps", 0, SAME, "steps of learning the teacher's own right solutions first [Rethinking-OPD]"),
+        ("cold_start_steps", 0, SAME, "first learn the teacher's own right solutions [Rethinking-OPD]"),
         ("cold_start_learning_rate", 1e-5, 2e-3, "of these steps (our choice)")],
     "sampling": [
         ("batch_size", 64, 16, "prompts per step [Rethinking-OPD]"),
@@ -79,11 +79,9 @@ FLAGS = {
         ("train_pruned_prefix", False, SAME, "prefix-guided: train on the prefixes of the others too"),
         ("horizon_start horizon_growth horizon_every", (512, 256, 10), (16, 8, 4), "progressive (our choice)"),
         ("drift_threshold", 0.7, SAME, "prune: an overlap below it is a bad event [Prune-OPD]"),
-        ("w_drop", 0.01, 0.05, "prune: reliability lost at a bad event [Prune-OPD]"),
-        ("w_base", 0.5, SAME, "prune: weight of a token without reliability [Prune-OPD]"),
-        ("cap_init cap_min cap_max", (2048, 1024, 12288), (48, 24, 96), "prune: in place of --max_new_tokens [Prune-OPD]"),
-        ("cap_step", 100, 8, "prune: how far the cap moves at once [Prune-OPD]"),
-        ("cap_margin", 100, 8, "prune: a row reliable to within this margin hits the cap [Prune-OPD]"),
+        ("w_drop w_base", (0.01, 0.5), (0.05, SAME), "prune: reliability lost then; weight without any [Prune-OPD]"),
+        ("cap_init cap_min cap_max", (2048, 1024, 12288), (48, 24, 96), "prune: for --max_new_tokens [Prune-OPD]"),
+        ("cap_step cap_margin", (100, 100), (8, 8), "prune: the cap moves so far; so near to it is a hit [Prune-OPD]"),
         ("cap_hit_ratio", 0.1, SAME, "prune: share of rows that must hit before the cap grows [Prune-OPD]"),
         ("cap_patience", 3, SAME, "prune: misses in a row before it shrinks [Prune-OPD]"),
         ("no_prune_in_flight", False, SAME, "prune: stop no row while it runs, as in the released code")],
@@ -160,8 +158,8 @@ def check_args(args):
         guided and not lengths[0] <= lengths[1] < lengths[2],
         f"--batch_size must be at least the {NUM_RANKS} processes": args.batch_size < NUM_RANKS,
         "give --student and --teacher, or neither": not args.eval_only and bool(args.student) != bool(args.teacher),
-        "--eval_only needs --eval_file": args.student and args.eval_only and not args.eval_file,
-        "training needs --train_file": args.student and not args.eval_only and not args.train_file,
+        f"--student needs --{'eval' if args.eval_only else 'train'}_file": args.student and not (
+            args.eval_file if args.eval_only else args.train_file),
         "--train_file and --eval_file need --student": not args.student and (args.train_file or args.eval_file)}
     for message in (message for message, true in mistakes.items() if true):
         raise ValueError(message)
@@ -304,9 +302,9 @@ def mask_through_eos(ids, eos_ids):
 @torch.no_grad()
 def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_size, eos_ids, pad_id,
              temperature=1.0, top_p=1.0, record_k=0):
-    """Sample up to max_new_tokens further tokens of every row of input_ids, attention_mask (B, L), left-padded, on the KV
+    """Sample up to max_new_tokens further tokens of each row of input_ids, attention_mask (B, L), left-padded, on the
     cache that the last call left, of L - 1 columns, or an empty one -> new ids (B, n), and if record_k the likeliest
-    tokens at each, best first, (B, n, K). Rows that ended go on as pad_id; all ended: n is less. temperature 0: greedy."""
+    tokens at each, best first, (B, n, K). Rows that ended go on as pad_id; when all have, n is less. 0 is greedy."""
     topk = []
     def within_vocabulary(_, scores):                         # (B, rows of the head), float32
         scores = scores[:, :vocab_size]                       # the other rows are no tokens
@@ -315,8 +313,8 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
         return scores
     law = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **law)
-    # generate fills what a config leaves open from the one that came with the model. A repetition penalty or suppressed
-    # tokens there would make it sample from another law than the one that the loss scores, so that one is put away
+    # What a config leaves open comes from the model's own, and a repetition penalty there would make generate sample
+    # from another law than the loss scores: put away
     shipped, model.generation_config = model.generation_config, GenerationConfig()
     try:
         ids = model.generate(input_ids, attention_mask=attention_mask.long(), past_key_values=cache,
@@ -348,11 +346,6 @@ def head_logits(model, hidden, vocab_size):
     logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
     softcap = getattr(config, "final_logit_softcapping", None)
     return torch.tanh(logits / softcap) * softcap if softcap else logits
-
-def topk_in_chunks(hidden, head, k, chunk_tokens=256):
-    """The k likeliest tokens at each position, best first: (B, T, H) -> (B, T, K), never holding (B, T, V) logits."""
-    chunks = hidden.flatten(0, 1).split(chunk_tokens)
-    return torch.cat([head(chunk).topk(k).indices for chunk in chunks]).view(*hidden.shape[:2], k)
 
 def topk_overlap(student_logits, teacher_logits, k):
     """The share of the student's k likeliest tokens that are among the teacher's.                    [Rethinking-OPD]
@@ -593,8 +586,9 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
             before = clock(device)
             # Hidden states are what stays of the teacher: the loss needs its logits, and those are V / H as big
             hidden = hidden_states(teacher, ids[rows, :end], mask[rows, :end], end - start, *teacher_cache)
-            head = functools.partial(head_logits, teacher, vocab_size=vocab_size)
-            shared = student_topk[..., :, None] == topk_in_chunks(hidden, head, overlap_k)[..., None, :]
+            teacher_topk = torch.cat([head_logits(teacher, chunk, vocab_size).topk(overlap_k).indices for chunk
+                                      in hidden.flatten(0, 1).split(256)]).view_as(student_topk)      # never (B, T, V)
+            shared = student_topk[..., :, None] == teacher_topk[..., None, :]
             overlap[rows, start - S:end - S] = shared.any(-1).float().mean(-1) * new_mask
             for row, states, valid in zip(rows.tolist(), hidden, new_mask):
                 teacher_hidden[row].append(states[valid])
@@ -632,8 +626,8 @@ def gather_from_ranks(items):
 # ---- 10. One update ------------------------------------------------------------------------------------------
 def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, student_head, teacher_head, token_loss,
                        measure, chunk_tokens=256):
-    """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,) ->
-    gradient wrt hidden (N, H), sum of weighted losses, measure(...) of each chunk. The head's gradient adds up in place."""
+    """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,)
+    -> gradient wrt hidden (N, H), sum of weighted losses, measures by chunk. The head's gradient adds up in place."""
     grads, total, measures = [], 0.0, []
     for states, teacher_states, ids, weight in zip(*(
             column.split(chunk_tokens) for column in (hidden.detach(), teacher_hidden, response_ids, token_weight))):
@@ -739,9 +733,8 @@ def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
 
 def tiny_tokenizer(words):
     """A tokenizer with one token per word, and a chat template, like any other that transformers loads."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
     tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<solve>"
     return tokenizer
@@ -749,7 +742,7 @@ def tiny_tokenizer(words):
 def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150):
     """Write the tiny world into a folder, in a minute: models teacher/ and student/, train.jsonl, eval.jsonl. From one
     base model the teacher learns of a careful author; the student, briefly, of one of other habits who slips often."""
-    tokenizer = tiny_tokenizer([word for words in LEXICON.values() for word in words])
+    tokenizer = tiny_tokenizer(sum(LEXICON.values(), []))
     torch.manual_seed(seed)
     student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -913,8 +906,8 @@ def read_inputs(args, checkpoint=None):
         known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
         error = (own - head_logits(model, states, own.shape[-1])).abs().max() if known else math.inf
         if error > (.05 if bf16 else 1e-3) * own.abs().max():
-            raise ValueError(f"{model.config.model_type} models are not supported: their logits are not the head on the "
-                             "last hidden state, as head_logits makes them, or their cache is not keys and values")
+            raise ValueError(f"{model.config.model_type} models are not supported: their logits are not head_logits of "
+                             "the last hidden states, or their cache is not keys and values")
         config = model.config.get_text_config()
         run.sizes.append((model.num_parameters(), config.num_hidden_layers, config.hidden_size))
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
@@ -953,8 +946,8 @@ def preflight(run, args):
         templates.append(tokenizer.chat_template)
         positions.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf)
         rows = model.get_output_embeddings().weight.shape[0]
-        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows cut "
-                     f"to {run.vocab_size}, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
+        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows "
+                     f"cut to {run.vocab_size}, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
                      f"{'a' if templates[-1] else 'no'} chat template")
     longest = max(map(len, run.prompts)) + max(args.max_new_tokens, args.eval_max_new_tokens * bool(run.eval))
     found = {
