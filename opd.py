@@ -66,8 +66,7 @@ FLAGS = {
         ("cold_start_steps", 0, SAME, "first learn the teacher's own right solutions [Rethinking-OPD]"),
         ("cold_start_learning_rate", 1e-5, 2e-3, "of these steps (our choice)")],
     "sampling": [
-        ("batch_size", 64, 16, "prompts per step [Rethinking-OPD]"),
-        ("num_generations", 4, SAME, "candidates per prompt [Rethinking-OPD, PG-OPD, Prune-OPD]"),
+        ("batch_size num_generations", (64, 4), (16, SAME), "prompts per step, candidates for each [Rethinking-OPD]"),
         ("max_prompt_length", 1024, 64, "longer training prompts are left out [Rethinking-OPD]"),
         ("max_new_tokens/max_completion_length", 7168, 96, "cap of a training response [Rethinking-OPD]"),
         ("temperature", 1.0, SAME, "divides the logits of both models, in sampling and in the loss [all: 1]"),
@@ -82,8 +81,7 @@ FLAGS = {
         ("w_drop w_base", (0.01, 0.5), (0.05, SAME), "prune: reliability lost then; weight without any [Prune-OPD]"),
         ("cap_init cap_min cap_max", (2048, 1024, 12288), (48, 24, 96), "prune: for --max_new_tokens [Prune-OPD]"),
         ("cap_step cap_margin", (100, 100), (8, 8), "prune: the cap moves so far; so near to it is a hit [Prune-OPD]"),
-        ("cap_hit_ratio", 0.1, SAME, "prune: share of rows that must hit before the cap grows [Prune-OPD]"),
-        ("cap_patience", 3, SAME, "prune: misses in a row before it shrinks [Prune-OPD]"),
+        ("cap_hit_ratio cap_patience", (0.1, 3), (SAME, SAME), "prune: hits to grow, misses to shrink [Prune-OPD]"),
         ("no_prune_in_flight", False, SAME, "prune: stop no row while it runs, as in the released code")],
     "optimisation": [
         ("learning_rate", 1e-6, 1e-3, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
@@ -95,8 +93,7 @@ FLAGS = {
         ("gradient_checkpointing", False, SAME, "recompute the student's layers in backward to save memory"),
         ("extrapolate", False, SAME, "at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]"),
         ("validation_size", 50, SAME, "training prompts with answers that judge it [EffOPD]"),
-        ("save_every", 0, SAME, "steps between checkpoints; 0: at the end, and when interrupted"),
-        ("keep_checkpoints", 2, SAME, "how many checkpoints stay, the last ones"),
+        ("save_every keep_checkpoints", (0, 2), (SAME, SAME), "steps between two (0: at the end); so many stay"),
         ("resume", None, SAME, "go on from the last checkpoint in --output_dir, or from the one named here")],
     "evaluation": [
         ("eval_only", False, SAME, "grade --student on --eval_file and stop"),
@@ -104,7 +101,7 @@ FLAGS = {
         ("eval_samples", 16, 4, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
         ("eval_temperature eval_top_p", (0.7, 0.95), (1.0, 1.0), "temperature 0 is greedy [Rethinking-OPD]"),
         ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
-        ("eval_batch_size", 0, SAME, "rows at once; 0: as in training, fewer if answers may be longer")]}
+        ("eval_batch_size", 32, 64, "rows at once; answers may be longer than training responses (our choice)")]}
 
 def parse_args(argv=None):
     """Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work."""
@@ -138,7 +135,7 @@ def parse_args(argv=None):
 def check_args(args):
     """Raises ValueError for flags that cannot work, alone or together, before anything is loaded or written."""
     may_be_zero = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold seed "
-                   "w_drop w_base cap_hit_ratio cold_start_steps max_generated_tokens eval_batch_size").split()
+                   "w_drop w_base cap_hit_ratio cold_start_steps max_generated_tokens").split()
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < 2 ** 40 or value == 0 and name in may_be_zero):
             least = "not be below" if name in may_be_zero else "be above"
@@ -565,8 +562,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
     drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
     -> dict, T the longest response: response_ids, response_mask, overlap (B, T); ended, kept (B,) bool: has an EOS, was
        not stopped by selection or drift; teacher_hidden: B tensors (length, H); teacher_seconds"""
-    B, S = prompt_ids.shape
-    device = prompt_ids.device
+    (B, S), device = prompt_ids.shape, prompt_ids.device
     ids = torch.cat([prompt_ids, prompt_ids.new_full((B, max_length), pad_id)], dim=1)           # (B, S + max_length)
     mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, max_length)], dim=1)
     overlap = torch.zeros(B, max_length, device=device)                              # 0 off the mask
@@ -588,18 +584,18 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
             hidden = hidden_states(teacher, ids[rows, :end], mask[rows, :end], end - start, *teacher_cache)
             teacher_topk = torch.cat([head_logits(teacher, chunk, vocab_size).topk(overlap_k).indices for chunk
                                       in hidden.flatten(0, 1).split(256)]).view_as(student_topk)      # never (B, T, V)
-            shared = student_topk[..., :, None] == teacher_topk[..., None, :]
-            overlap[rows, start - S:end - S] = shared.any(-1).float().mean(-1) * new_mask
+            shared = (student_topk[..., :, None] == teacher_topk[..., None, :]).any(-1)
+            overlap[rows, start - S:end - S] = shared.float().mean(-1) * new_mask
             for row, states, valid in zip(rows.tolist(), hidden, new_mask):
                 teacher_hidden[row].append(states[valid])
             teacher_seconds += clock(device) - before
         if border == select_at:
             window = mask[:, S:S + probe_window]              # a row that ended inside it is judged on what it has
             score = (overlap[:, :probe_window] * window).sum(-1) / window.sum(-1)
-            score = torch.rand_like(score) if select == "random" else score
             # Rows that ended cost nothing: they stay, and take a slot only if nobody else wants it, or by the prompt
             # minimum where all of a prompt ended, which is one slot more
-            score = torch.where(ended, -1, score).view(-1, num_generations)      # (P, G)
+            score = torch.where(ended, -1, torch.rand_like(score) if select == "random" else score)
+            score = score.view(-1, num_generations)                              # (P, G)
             slots = min(B, num_keep + int((score == -1).all(1).sum()))
             kept &= select_prefixes(score, slots).flatten() | ended
         if drift:
@@ -648,15 +644,14 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
                autocast=contextlib.nullcontext, **chunk):
     """One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures.
     batch: prompt_ids, prompt_mask (B, S), response_ids, loss_mask, token_weight (B, T), teacher_hidden (B tensors);
-    chunk: for backward_in_chunks. Ranks have rows of their own and make one step, as if one process had them all.
-    Loss or gradient not finite: FloatingPointError, before a weight changes. No token to train on: no step, {}."""
+    chunk: for backward_in_chunks. Ranks have rows of their own and make one step. Loss or gradient not finite:
+    FloatingPointError, before a weight changes. No token to train on: no step, {}."""
     lengths = batch["loss_mask"].sum(-1)                                         # (B,)
     # Of the whole step: a mean per micro-batch or rank would give the tokens beside short rows a larger weight
     num_tokens = sum(gather_from_ranks([int(lengths.sum())]))                        # N of the whole step
     if not num_tokens:
         return {}
-    order = lengths.argsort(descending=True, stable=True)                        # like lengths together: less padding
-    order = order[lengths[order] > 0]
+    order = lengths.argsort(descending=True, stable=True)[:int((lengths > 0).sum())]
     loss, measures = 0.0, []
     optimizer.zero_grad(set_to_none=True)
     for module in student.modules():      # recomputed in training mode only; all else stays in eval mode: no dropout
@@ -694,14 +689,12 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
 def forward_flops(size, lengths):
     """Floating-point operations of one forward over rows of so many tokens (B,), by size (parameters N, n_layer,
     d_model) -> float: the sum of 2 N L + 2 n_layer d_model L^2. Decoding costs a forward, an update three."""
-    parameters, layers, width = size
-    return float((2 * parameters * lengths.double() + 2 * layers * width * lengths.double() ** 2).sum())
+    return float((2 * size[0] * lengths.double() + 2 * size[1] * size[2] * lengths.double() ** 2).sum())
 
 # ---- 11. The tiny world: a made-up language in which distillation can be watched -----------------------------
 #     A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step by step: "first
 #     a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is \boxed{ 9 }". Every operation can be undone: a slip carries
 #     through to the answer. Words have synonyms, of which authors like some better: a model's top k are its habits.
-
 LEXICON = {
     "special": ["<pad>", "<end>", "<user>", "<solve>"], "frame": ["the", "answer", "\\boxed{", "}"],
     "digit": list("0123456789"), "operation": [f"+{n}" for n in range(1, 10)] + ["*3", "*7", "*9"],
@@ -792,10 +785,9 @@ def compare_vocabularies(student_vocab, teacher_vocab):
     """Raises ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
     different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
     if different:
-        shown = ", ".join(f"{token!r} (student {student_vocab.get(token, 'none')}, "
-                          f"teacher {teacher_vocab.get(token, 'none')})" for token in different[:3])
-        raise ValueError(f"the tokenizers give {len(different)} tokens different ids: {shown}; use models with one "
-                         "tokenizer, or a project that distils across tokenizers (TRL's GOLD)")
+        shown = [f"{token!r} is {student_vocab.get(token)} and {teacher_vocab.get(token)}" for token in different[:3]]
+        raise ValueError(f"student and teacher have different ids for {len(different)} tokens: {', '.join(shown)}; use "
+                         "models with one tokenizer, or a project that distils across tokenizers (TRL's GOLD)")
 
 def stop_ids(model, tokenizer):
     """All ids that end a response: the one or several of the generation config, and the tokenizer's EOS."""
@@ -808,8 +800,8 @@ def save_checkpoint(folder, model, tokenizer, state, files=(), old_folders=()):
     partial = os.path.join(os.path.dirname(folder), "checkpoint.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        for part in (model, tokenizer):
-            part.save_pretrained(partial)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         torch.save(state, os.path.join(partial, "trainer_state.pt"))
         for path in files:
             shutil.copy(path, partial)
@@ -864,8 +856,7 @@ def read_data(args, tokenizer):
     fits = [index for index, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_length]
     if prompts and not fits:
         raise ValueError(f"all {len(prompts)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
-    data.too_long, data.train = len(prompts) - len(fits), [problems[index] for index in fits]
-    data.prompts = [prompts[index] for index in fits]
+    data.train, data.prompts = ([items[index] for index in fits] for items in (problems, prompts))
     data.answered = [index for index, problem in enumerate(data.train) if problem["answer"] is not None]
     if args.extrapolate and len(data.answered) < args.validation_size:
         raise ValueError(f"--extrapolate needs {args.validation_size} answered problems; here are {len(data.answered)}")
@@ -935,26 +926,23 @@ def preflight(run, args):
     log_q = head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size).log_softmax(-1)
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
     lines = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step",
-             f"data: {len(run.train)} training prompts, {run.too_long} too long and left out; {readable} of the first "
+             f"data: {len(run.train)} training prompts, those that are too long left out; {readable} of the first "
              f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.prompts[0])!r}",
              f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} overlap "
              f"{out['overlap'][out['response_mask']].mean().item():.2f}"]
-    stops, templates, positions = [], [], []
+    stops, templates = [], []
     for role, model, tokenizer in (("student", run.student, run.tokenizer),
                                    ("teacher", run.teacher, run.teacher_tokenizer)):
         stops.append(sorted(stop_ids(model, tokenizer)))
         templates.append(tokenizer.chat_template)
-        positions.append(getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf)
         rows = model.get_output_embeddings().weight.shape[0]
         lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows "
                      f"cut to {run.vocab_size}, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
                      f"{'a' if templates[-1] else 'no'} chat template")
-    longest = max(map(len, run.prompts)) + max(args.max_new_tokens, args.eval_max_new_tokens * bool(run.eval))
     found = {
         "the teacher finds what the student writes very unlikely; compare prompts and templates": mean < -3,
         f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
-        "the chat templates differ; both models read the student's": templates[0] != templates[1],
-        f"prompt and response may take {longest} positions, the models have {positions}": longest > min(positions)}
+        "the chat templates differ; both models read the student's": templates[0] != templates[1]}
     return lines + [f"warning: {text}" for text, true in found.items() if true]
 
 # ---- 13. Main. With those of section 1, read_inputs and preflight, these functions alone see the flags -------
@@ -988,8 +976,8 @@ def cold_start_step(run, args, step):
     rows = torch.stack([prompt_mask.sum(-1), mask.sum(-1), right], dim=1)
     prompt, length, right = torch.cat(gather_from_ranks([rows.cpu()])).T
     run.state["cold_start_tokens"] += int(length.sum())
-    learned = 3 * forward_flops(run.sizes[0], (prompt + length)[right > 0])
-    run.state["flops"] += forward_flops(run.sizes[1], prompt + length) + learned
+    run.state["flops"] += forward_flops(run.sizes[1], prompt + length)
+    run.state["flops"] += 3 * forward_flops(run.sizes[0], (prompt + length)[right > 0])
     return right.double().mean().item()
 
 def opd_step(run, args, step):
@@ -1104,16 +1092,13 @@ def grade(run, args, who):
     """Evaluate a model on every --eval_file; the results go to the screen and into metrics.jsonl and samples.jsonl."""
     run.phase, began, results, tokens = f"evaluation after step {run.step}", clock(run.device), {}, 0
     model = run.teacher if who == "teacher" else run.sampler
-    # An answer may be longer than a training response: fewer rows at once, for the KV cache
-    share = min(1, args.max_new_tokens / args.eval_max_new_tokens)
-    rows = args.eval_batch_size or max(1, int(args.batch_size * args.num_generations * share))
     decoding = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
                     max_length=args.eval_max_new_tokens,
                     eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer))
     for name, problems in run.eval.items():
         result, answers = evaluate(
             model, run.tokenizer, problems, run.eval_prompts[name], num_samples=args.eval_samples, seed=args.seed,
-            rows_per_batch=rows, decoding=decoding, title=f"evaluate {who} on {name}")
+            rows_per_batch=args.eval_batch_size, decoding=decoding, title=f"evaluate {who} on {name}")
         shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}" for key, value in result.items())
         tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
         for answer in answers:
@@ -1243,7 +1228,7 @@ def main(argv=None):
         problems, prompts = ([items[index] for index in chosen] for items in (run.train, run.prompts))
         score, answers = evaluate(
             run.sampler, run.tokenizer, problems, prompts, num_samples=1, seed=args.seed,
-            rows_per_batch=args.eval_batch_size or args.batch_size * args.num_generations,
+            rows_per_batch=args.eval_batch_size,
             decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
         lengths = torch.tensor([answer["length"] for answer in answers])
         run.state["validation_tokens"] += int(lengths.sum())
