@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""
-opd.py: on-policy distillation (OPD) of language models, in one file, on one GPU or a CPU.
+"""opd.py: on-policy distillation (OPD) of language models, in one file, on one GPU or a CPU.
 
 A small model (the student) samples solutions, a larger one (the teacher) judges every token, and the student moves
 towards the teacher where it went itself. Sampling is most of the cost, and deep in a solution that went astray the
@@ -33,11 +32,9 @@ import torch.nn.functional as F
 import tokenizers, transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
-
 RANK, NUM_RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # torchrun sets these
 
-# ---- 1. Flags. One row each, or several alike: names/alias, default (of a tuple of choices the first), tiny world's
-#    default, help. A tag in the help says whose value the default is. "our choice": we saw no published value.
+# ---- 1. Flags: names/alias, default (of choices the first), tiny world's default, help; [tag]: whose value ---
 SAME = object()
 FLAGS = {
     "models and data": [
@@ -117,9 +114,8 @@ def parse_args(argv=None):
             for name, default, tiny in alike:
                 kind = {bool: {"action": "store_true"}, tuple: {"choices": default}, list: {"nargs": "+"},
                         type(None): {"nargs": "?", "const": "latest"}}.get(type(default), {"type": type(default)})
-                if isinstance(default, list):
-                    kind["type"], default = default[0], []
-                default = default[0] if isinstance(default, tuple) else default
+                kind |= {"type": default[0]} if isinstance(default, list) else {}
+                default = default[0] if isinstance(default, tuple) else [] if isinstance(default, list) else default
                 shown = "" if default in ("", [], None) or default is False else f" (default {default})"
                 shown = shown if tiny is SAME else f"{shown[:-1]}; tiny world {tiny})"
                 flag = group.add_argument(*(f"--{part}" for part in name.split("/")), default=default,
@@ -141,7 +137,6 @@ def check_args(args):
             least = "not be below" if name in may_be_zero else "be above"
             raise ValueError(f"--{name} {value} must {least} 0, and finite")
     guided, kept = args.method == "prefix-guided", round(args.keep_ratio * args.batch_size * args.num_generations)
-    lengths = args.probe_window, args.prefix_length, args.max_new_tokens
     mistakes = {
         "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
         f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
@@ -151,8 +146,8 @@ def check_args(args):
         "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
         f"--keep_ratio {args.keep_ratio} keeps none for some prompts; use at least 1 / --num_generations":
         guided and kept < args.batch_size,
-        "--probe_window {} must be at most --prefix_length {}, and that below --max_new_tokens {}".format(*lengths):
-        guided and not lengths[0] <= lengths[1] < lengths[2],
+        "--probe_window must be at most --prefix_length, and that below --max_new_tokens": guided and not (
+            args.probe_window <= args.prefix_length < args.max_new_tokens),
         f"--batch_size must be at least the {NUM_RANKS} processes": args.batch_size < NUM_RANKS,
         "give --student and --teacher, or neither": not args.eval_only and bool(args.student) != bool(args.teacher),
         f"--student needs --{'eval' if args.eval_only else 'train'}_file": args.student and not (
@@ -316,8 +311,6 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
     try:
         ids = model.generate(input_ids, attention_mask=attention_mask.long(), past_key_values=cache,
                              generation_config=config, logits_processor=[within_vocabulary])
-    except RuntimeError as error:                             # what torch says when it draws from NaN
-        raise FloatingPointError(str(error)) if "probability tensor" in str(error) else error
     finally:
         model.generation_config = shipped
     return ids[:, input_ids.shape[1]:], torch.stack(topk, dim=1) if record_k else None
@@ -592,8 +585,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
         if border == select_at:
             window = mask[:, S:S + probe_window]              # a row that ended inside it is judged on what it has
             score = (overlap[:, :probe_window] * window).sum(-1) / window.sum(-1)
-            # Rows that ended cost nothing: they stay, and take a slot only if nobody else wants it, or by the prompt
-            # minimum where all of a prompt ended, which is one slot more
+            # Rows that ended stay, and take a slot only if nobody wants it, or where all of a prompt ended: one more
             score = torch.where(ended, -1, torch.rand_like(score) if select == "random" else score)
             score = score.view(-1, num_generations)                              # (P, G)
             slots = min(B, num_keep + int((score == -1).all(1).sum()))
@@ -678,8 +670,7 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
     loss = sum(gather_from_ranks([loss]))
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}, longest response {int(lengths.max())}")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    optimizer.param_groups[0]["lr"] = learning_rate
     optimizer.step()
     parts = gather_from_ranks([{name: torch.cat([piece[name] for piece in measures]).cpu() for name in measures[0]}]
                               if measures else [])
@@ -726,7 +717,7 @@ def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
 
 def tiny_tokenizer(words):
     """A tokenizer with one token per word, and a chat template, like any other that transformers loads."""
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
     tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<solve>"
@@ -821,7 +812,7 @@ def explain(error, run):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         flag = "--micro_batch_size" if "update" in phase else "--batch_size" if "roll" in phase else "--eval_batch_size"
         return f"out of memory in {phase}; halve {flag}", 2
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError) or "probability tensor" in text:    # what torch says of drawing from NaN
         return f"{phase} is not finite: {text}", 2
     if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:
         named = f"{error.filename}: {error.strerror}; check the path" if getattr(error, "filename", None) else text
@@ -902,8 +893,7 @@ def read_inputs(args, checkpoint=None):
         config = model.config.get_text_config()
         run.sizes.append((model.num_parameters(), config.num_hidden_layers, config.hidden_size))
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    # From here to the end of the step the weights are neither those of the last step nor of this one
-    run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))
+    run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))         # to the end of the step
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.train_step = functools.partial(
@@ -930,15 +920,13 @@ def preflight(run, args):
              f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.prompts[0])!r}",
              f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} overlap "
              f"{out['overlap'][out['response_mask']].mean().item():.2f}"]
-    stops, templates = [], []
-    for role, model, tokenizer in (("student", run.student, run.tokenizer),
-                                   ("teacher", run.teacher, run.teacher_tokenizer)):
-        stops.append(sorted(stop_ids(model, tokenizer)))
-        templates.append(tokenizer.chat_template)
+    sides = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
+    stops, templates = [sorted(stop_ids(*side[1:])) for side in sides], [side[2].chat_template for side in sides]
+    for (role, model, tokenizer), stop in zip(sides, stops):
         rows = model.get_output_embeddings().weight.shape[0]
         lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows "
-                     f"cut to {run.vocab_size}, stops at {stops[-1]}, pad {tokenizer.pad_token_id}, "
-                     f"{'a' if templates[-1] else 'no'} chat template")
+                     f"cut to {run.vocab_size}, stops at {stop}, pad {tokenizer.pad_token_id}, "
+                     f"{'a' if tokenizer.chat_template else 'no'} chat template")
     found = {
         "the teacher finds what the student writes very unlikely; compare prompts and templates": mean < -3,
         f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
@@ -1012,10 +1000,10 @@ def opd_step(run, args, step):
                     "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}[args.loss])
     copy_weights(dict(run.student.named_parameters()), run.sampler)
     updated = clock(run.device)
-    repeated = torch.tensor([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)])
-    rows = torch.stack([column.double().cpu() for column in (
-        prompt_mask.sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable_length(reliability, mask), out["ended"],
-        out["kept"], overlap.sum(-1), repeated)], dim=1)                         # (B, 8)
+    columns = [prompt_mask.sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable_length(reliability, mask), out["ended"],
+               out["kept"], overlap.sum(-1)]
+    columns.append(torch.tensor([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)]))
+    rows = torch.stack([column.double().cpu() for column in columns], dim=1)         # (B, 8)
     prompt, length, trained, reliable, ended, kept, agreed, repeated = torch.cat(gather_from_ranks([rows])).T
     if args.method == "prune":
         state["cap"], state["misses"] = next_max_length(
@@ -1092,13 +1080,12 @@ def grade(run, args, who):
     """Evaluate a model on every --eval_file; the results go to the screen and into metrics.jsonl and samples.jsonl."""
     run.phase, began, results, tokens = f"evaluation after step {run.step}", clock(run.device), {}, 0
     model = run.teacher if who == "teacher" else run.sampler
-    decoding = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
-                    max_length=args.eval_max_new_tokens,
-                    eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer))
+    law = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
+               max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer))
     for name, problems in run.eval.items():
         result, answers = evaluate(
             model, run.tokenizer, problems, run.eval_prompts[name], num_samples=args.eval_samples, seed=args.seed,
-            rows_per_batch=args.eval_batch_size, decoding=decoding, title=f"evaluate {who} on {name}")
+            rows_per_batch=args.eval_batch_size, decoding=law, title=f"evaluate {who} on {name}")
         shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}" for key, value in result.items())
         tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
         for answer in answers:
@@ -1186,9 +1173,9 @@ def draw_report(runs, path):
     by_tokens, by_position, by_seconds = figure.subplots(1, 3)
     by_tokens.set_xscale("log", nonpositive="mask")           # no place for 0 tokens, before the first step
     by_tokens.tick_params("x", which="both", labelsize=7, labelrotation=45)
-    by_tokens.set(xlabel="generated tokens", ylabel="accuracy (band: lowest to highest seed)")
+    for axes, xlabel in ((by_tokens, "generated tokens"), (by_seconds, "seconds of training")):
+        axes.set(xlabel=xlabel, ylabel="accuracy (band: lowest to highest seed)")
     by_position.set(xlabel="start to end of the longest response", ylabel="overlap (dotted: first step)", ylim=(0, 1))
-    by_seconds.set(xlabel="seconds of training", ylabel="accuracy (band: lowest to highest seed)")
     for who, style in (("teacher", "--"), ("before", ":")):
         if known := [run["scores"][who][0] for run in runs if who in run["scores"]]:
             by_tokens.axhline(np.mean(known), color="grey", linestyle=style, label=who)
@@ -1287,8 +1274,7 @@ def main(argv=None):
             run.record(run.files[0], metrics)
             tqdm.write("step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | kept "
                        "{kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | norm "
-                       "{grad_norm:6.2f} | {generated_tokens:11,} tokens | {time_rollout:5.2f} + {time_teacher:.2f} + "
-                       "{time_update:.2f} s".format(**metrics))
+                       "{grad_norm:6.2f} | {generated_tokens:11,} tokens".format(**metrics))
             stop()
     except (Exception, KeyboardInterrupt) as error:
         told, status = explain(error, run)
@@ -1304,12 +1290,11 @@ def main(argv=None):
         raise SystemExit(status) from None
     if RANK:
         return run.state
-    finished, checkpoint = read_run(args.output_dir, args.output_dir), list_checkpoints(args.output_dir)[-1]
-    print(*report_table([finished]), f"{'wall-clock s':<32}{time.perf_counter() - started:>20.1f}",
+    ended, checkpoint = read_run(args.output_dir, args.output_dir), list_checkpoints(args.output_dir)[-1]
+    print(*report_table([ended]), f"{'wall-clock s':<32}{time.perf_counter() - started:>20.1f}",
           f"checkpoint in {checkpoint}", sep="\n")
-    overlap_before, overlap_after = (finished["steps"][place]["overlap_ratio"] for place in (0, -1))
-    return dict(run.state, scores=finished["scores"], after=finished["final"], checkpoint=checkpoint,
-                overlap_before=overlap_before, overlap_after=overlap_after)
+    return dict(run.state, scores=ended["scores"], after=ended["final"], checkpoint=checkpoint,
+                overlap_before=ended["steps"][0]["overlap_ratio"], overlap_after=ended["steps"][-1]["overlap_ratio"])
 
 if __name__ == "__main__":
     main()
