@@ -22,18 +22,18 @@ compare: .venv/ready
 FLAGS_opd-extrapolate = --method opd --extrapolate
 # A control: opd on no more tokens than the cheapest method samples, which is prefix
 FLAGS_opd-budget = --method opd --eval_every 5 --max_generated_tokens $$(grep -o '"generated_tokens": [0-9]*' \
-	out/compare/prefix/$(lastword $(subst /, ,$(@D)))/metrics.jsonl | tail -n 1 | grep -o '[0-9]*$$')
+	out/compare/prefix/$(*F)/metrics.jsonl | tail -n 1 | grep -o '[0-9]*$$')
 $(SEEDS:%=out/compare/opd-budget/seed-%/done): out/compare/opd-budget/%/done: out/compare/prefix/%/done
 # Another: candidates picked at random. If they do as well, it is not the overlap that helps
 FLAGS_prefix-guided-random = --method prefix-guided --select random
 
 out/compare/%/done: out/world/compatible
-	$(call run,$(firstword $(subst /seed-, ,$*)),--seed $(lastword $(subst /seed-, ,$*)))
+	$(call run,$(or $(FLAGS_$(*D)),--method $(*D)) --seed $(subst seed-,,$(*F)))
 
-# A run named $(1) with the flags $(2), in the world that its target depends on; if it fails, the end of its log is shown.
+# A run with the flags $(1), in the world that its target depends on; if it fails, the end of its log is shown.
 define run
 rm -rf $(@D) && mkdir -p $(@D) && cp -r $< $(@D)/world
-$(OPD) --output_dir $(@D) $(2) $(or $(FLAGS_$(1)),--method $(1)) > $(@D)/log 2>&1 || { tail -n 3 $(@D)/log; exit 1; }
+$(OPD) --output_dir $(@D) $(1) > $(@D)/log 2>&1 || { tail -n 3 $(@D)/log; exit 1; }
 touch $@
 endef
 
@@ -42,12 +42,12 @@ CONDITIONS = 1-compatible 2-other-words 3-other-order 4-other-order-cold-start 5
 conditions: .venv/ready
 	$(MAKE) --no-print-directory -j2 $(CONDITIONS:%=out/conditions/%/done)
 	$(OPD) --report out/conditions
-	@echo "The paper found: 1 overlap rises from 72 to over 91%, the gap closes; 2, 3 low overlap at first, little is learned;"
-	@echo "4 a cold start raises the first overlap, and OPD then works; 5 the student falls back to its weaker teacher."
+	@echo "The paper: 1 learns, and its overlap rises from 72 to over 91%. 2 and 3, low overlap at first, learn little. 4 learns"
+	@echo "after a cold start on the teacher's solutions. 5, with a teacher that knows nothing new, falls back to its level."
 
 FLAGS_4-other-order-cold-start = --cold_start_steps 20
 out/conditions/%/done:
-	$(call run,opd,--method opd $(FLAGS_$*))
+	$(call run,--method opd $(FLAGS_$*))
 out/conditions/1-compatible/done: out/world/compatible
 out/conditions/2-other-words/done: out/world/other-words
 out/conditions/3-other-order/done out/conditions/4-other-order-cold-start/done: out/world/other-order
