@@ -1026,7 +1026,7 @@ def opd_step(run, args, step):
 def open_run(args):
     """What the flags name, and the files in --output_dir -> run: new, what an earlier run left renamed to .old; or
     with --resume as a checkpoint left it, metrics.jsonl and samples.jsonl included."""
-    flags, folder = dict(vars(args)), args.resume
+    flags, folder = dict(vars(args), processes=NUM_RANKS), args.resume
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
         if not folder:
