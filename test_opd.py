@@ -1017,7 +1017,7 @@ def test_grading_goes_on_when_its_process_has_died():
     assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
 
 
-@pytest.mark.parametrize("gold, readable", [("1/2", True), ("x^2+1", True), ("", False), ("}{", False)])
+@pytest.mark.parametrize("gold, readable", [("1/2", True), ("x^2+1", True), ("", False), ("}{", False), ("\\frac{}", False)])
 def test_without_an_answer_math_verify_is_asked_whether_it_can_read_the_gold(gold, readable):
     assert opd.ask_math_verify(gold, None) is readable
 
