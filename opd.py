@@ -236,7 +236,7 @@ for line in sys.stdin:
     # In a box, because a bare \left( 3, \frac{\pi}{2} \right) is read as 3
     read = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line) if text is not None]
     # Gold first, because verify is not symmetric: 1<x<2 is taken for (1,2), but not the other way round
-    print(verify(*read, timeout_seconds=None) if len(read) > 1 else bool(read[0]))"""
+    print(verify(*read, timeout_seconds=None) if len(read) > 1 else len(read[0]) > 1)"""
     with worker["lock"]:
         if worker["process"] is None or worker["process"].poll() is not None:
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
