@@ -810,8 +810,8 @@ def explain(error, run):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 128 + (run and run.stopped or signal.SIGINT)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-        flag = "--micro_batch_size" if "update" in phase else "--batch_size" if "roll" in phase else "--eval_batch_size"
-        return f"out of memory in {phase}; halve {flag}", 2
+        flag = "--micro_batch_size" if "update" in phase else "--eval_batch_size" if phase[0] == "e" else "--batch_size"
+        return f"out of memory in {phase}" + f"; halve {flag}" * (phase != "set-up"), 2
     if isinstance(error, FloatingPointError) or "probability tensor" in text:    # what torch says of drawing from NaN
         return f"{phase} is not finite: {text}", 2
     if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:

@@ -1712,6 +1712,7 @@ LONG = dict(method="prune", loss="reverse_kl", extrapolate=True, max_steps=5, sa
 MOMENTS = {                    # owner and name of a function, which of its calls (that ...), before or after it
     "the preflight": (opd, "rollout", 1, lambda student, teacher, *_, **__: teacher, "after"),
     "a rollout": (opd, "rollout", 5, lambda student, teacher, *_, **__: teacher, "after"),             # of step 4
+    "a cold start": (opd, "cold_start_step", 2, lambda *_: True, "after"),
     "a backward pass": (opd, "backward_in_chunks", 4, lambda *_, **__: True, "before"),
     "an update": (opd, "train_step", 4, lambda *_, **__: True, "after"),
     "an extrapolation": (opd, "extrapolate", 3, lambda *_: True, "before"),                            # of step 4
@@ -2106,6 +2107,7 @@ def test_a_disk_full_in_the_middle_of_a_line_costs_that_step_only(world, tmp_pat
 MEMORY = {"the preflight": ("out of memory in set-up", ""),
           "a rollout": ("rollout of step 4; halve --batch_size", "checkpoint-3"),
           "a backward pass": ("update of step 4; halve --micro_batch_size", "checkpoint-3"),
+          "a cold start": ("cold start, step 2; halve --batch_size", ""),
           "an evaluation": ("halve --eval_batch_size", "checkpoint-4"),
           "an extrapolation": ("extrapolation; halve --eval_batch_size", "checkpoint-2")}
 
@@ -2116,9 +2118,10 @@ def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
     """And keeps the last weights that are of a whole step, which those before an extrapolation are not."""
     with monkeypatch.context() as patch:
         at(moment, throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), patch.setattr)
-        status, line = stopped(command(world, tmp_path, **LONG), capfd)
+        status, line = stopped(command(world, tmp_path, **LONG, cold_start_steps=2 * ("cold" in moment) or None), capfd)
     told, checkpoint = MEMORY[moment]
     assert status == 2 and "out of memory" in line and told in line and checkpoint in line
+    assert ("halve" in line) == ("halve" in told)
     assert checkpoints(tmp_path) == [checkpoint] * (checkpoint != "")
     for name in checkpoints(tmp_path):
         assert_whole(tmp_path / name)
