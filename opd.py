@@ -810,8 +810,8 @@ def explain(error, run):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 128 + (run and run.stopped or signal.SIGINT)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-        flag = "--micro_batch_size" if "update" in phase else "--batch_size" if "roll" in phase else "--eval_batch_size"
-        return f"out of memory in {phase}; halve {flag}", 2
+        flag = "--micro_batch_size" if "update" in phase else "--eval_batch_size" if phase[0] == "e" else "--batch_size"
+        return f"out of memory in {phase}" + f"; halve {flag}" * (phase != "set-up"), 2
     if isinstance(error, FloatingPointError) or "probability tensor" in text:    # what torch says of drawing from NaN
         return f"{phase} is not finite: {text}", 2
     if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:
@@ -1078,7 +1078,7 @@ def open_run(args):
 
 def grade(run, args, who):
     """Evaluate a model on every --eval_file; the results go to the screen and into metrics.jsonl and samples.jsonl."""
-    run.phase, began, results, tokens = f"evaluation after step {run.step}", clock(run.device), {}, 0
+    run.phase, began, results, given = f"evaluation after step {run.step}", clock(run.device), {}, []
     model = run.teacher if who == "teacher" else run.sampler
     law = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
                max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer))
@@ -1088,12 +1088,12 @@ def grade(run, args, who):
             rows_per_batch=args.eval_batch_size, decoding=law, title=f"evaluate {who} on {name}")
         shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}" for key, value in result.items())
         tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
-        for answer in answers:
-            run.record(run.files[1], {"model": who, "eval": name, **answer})
-        results[name], tokens = result, tokens + sum(answer["length"] for answer in answers)
+        results[name], given = result, given + [{"model": who, "eval": name, **answer} for answer in answers]
+    for answer in given:                                      # at the end: what is broken off is done again on resume
+        run.record(run.files[1], answer)
     run.record(run.files[0], {
-        "model": who, "eval": results, "eval_tokens": tokens, "time_eval": clock(run.device) - began,
-        "thinking": args.enable_thinking, "prompt_template": args.prompt_template})
+        "model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
+        "prompt_template": args.prompt_template, "eval_tokens": sum(answer["length"] for answer in given)})
     run.graded = run.step if who == "student" else run.graded
     return results
 

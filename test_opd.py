@@ -8,18 +8,23 @@ import torch
 torch.set_num_threads(1)                                      # tiny tensors gain next to nothing from more
 
 import copy
+import hashlib
 import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 import transformers
@@ -1017,7 +1022,8 @@ def test_grading_goes_on_when_its_process_has_died():
     assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
 
 
-@pytest.mark.parametrize("gold, readable", [("1/2", True), ("x^2+1", True), ("", False), ("}{", False), ("\\frac{}", False)])
+@pytest.mark.parametrize("gold, readable", [("1/2", True), ("x^2+1", True), ("", False), ("}{", False),
+                                            ("\\frac{}", False)])
 def test_without_an_answer_math_verify_is_asked_whether_it_can_read_the_gold(gold, readable):
     assert opd.ask_math_verify(gold, None) is readable
 
@@ -1694,9 +1700,791 @@ def test_a_slip_of_the_tiny_world_is_marked_and_carries_through():
         assert [words[7 * step + 2] for step in range(1, 6)] == results[:-1] and words[-3] == results[-1]
 
 
+# ---- 11. Broken off, resumed, shared out (sections 9 to 13) -----------------------------------------------
+#      A moment is where something befalls a run: a kill, a signal, a full disk. Runs that are killed or have several
+#      ranks are children of a fork server, which has imported everything and started no thread yet.
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["test_opd"])
+LONG = dict(method="prune", loss="reverse_kl", extrapolate=True, max_steps=5, save_every=2, eval_every=4,
+            keep_checkpoints=1, eval_file=["{world}/eval.jsonl", "{world}/pair.jsonl"], eval_max_new_tokens=3,
+            max_new_tokens=8, validation_size=1, cap_init=6, cap_max=8)
+MOMENTS = {                    # owner and name of a function, which of its calls (that ...), before or after it
+    "the preflight": (opd, "rollout", 1, lambda student, teacher, *_, **__: teacher, "after"),
+    "a rollout": (opd, "rollout", 5, lambda student, teacher, *_, **__: teacher, "after"),             # of step 4
+    "a cold start": (opd, "cold_start_step", 2, lambda *_: True, "after"),
+    "a backward pass": (opd, "backward_in_chunks", 4, lambda *_, **__: True, "before"),
+    "an update": (opd, "train_step", 4, lambda *_, **__: True, "after"),
+    "an extrapolation": (opd, "extrapolate", 3, lambda *_: True, "before"),                            # of step 4
+    "an evaluation": (opd, "evaluate", 3, lambda model, tokenizer, problems, *_, **__: len(problems) == 2, "before"),
+    "the writing of a model": (transformers.PreTrainedModel, "save_pretrained", 2, lambda *_, **__: True, "after"),
+    "the writing of a state": (torch, "save", 2, lambda *_, **__: True, "before"),
+    "the naming of a checkpoint": (os, "replace", 2, lambda _, name: is_checkpoint(name), "before"),
+    "the time after its naming": (os, "replace", 2, lambda _, name: is_checkpoint(name), "after"),
+    "the removal of an old one": (shutil, "rmtree", 1, lambda path, *_, **__: os.path.isdir(path), "before"),
+    "putting an earlier run aside": (os, "replace", 2, lambda _, name: str(name).endswith(".old"), "before"),
+    "putting its metrics aside": (os, "replace", 1, lambda _, name: str(name).endswith("metrics.jsonl.old"), "after"),
+    "copying back the metrics": (shutil, "copy", 1, lambda _, name: str(name).endswith("metrics.jsonl"), "before"),
+    "copying back the samples": (shutil, "copy", 1, lambda _, name: str(name).endswith("samples.jsonl"), "before")}
+
+
+def is_checkpoint(path):
+    return re.fullmatch(r"checkpoint-\d+", os.path.basename(path))
+
+
+def checkpoints(folder):
+    return sorted(filter(is_checkpoint, os.listdir(folder)))
+
+
+def at(moment, act, patch=setattr):
+    """Have act, called with what the function at that moment is called with, happen then."""
+    owner, name, number, such_that, when = MOMENTS[moment]
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*args, **kwargs):
+        now = such_that(*args, **kwargs) and next(calls) == number
+        if now and when == "before":
+            act(*args, **kwargs)
+        result = real(*args, **kwargs)
+        if now and when == "after":
+            act(*args, **kwargs)
+        return result
+    patch(owner, name, call)
+
+
+def send(number):
+    return lambda *_, **__: os.kill(os.getpid(), number)
+
+
+def throw(error):
+    def act(*_, **__):
+        raise error
+    return act
+
+
+def always_further(weights, anchor, validate):
+    """An extrapolation that always accepts its first try, so that the next step depends on the anchor."""
+    tried = {name: value + (value - anchor[name]) for name, value in weights.items()}
+    return tried, 1, [0.0, validate(tried)]
+
+
+def in_child(job, log, result, environ, *args):
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.update(environ)
+    opd.RANK, opd.NUM_RANKS = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+    opd.ask_math_verify = lambda *_: False                      # its import takes seconds, and all answers are integers
+    opd.extrapolate = always_further
+    torch.save(job(*args), result)
+
+
+def start(job, folder, *args, **environ):
+    name = f"rank-{environ.get('RANK', 0)}"
+    process = SERVER.Process(target=in_child, args=(job, folder / f"{name}.log", folder / f"{name}.pt", environ, *args))
+    process.start()
+    return process
+
+
+def in_two(job, folder, *args, seconds=60):
+    """The job in two processes that torchrun might have started -> exit codes, logs, and results if both are 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [start(job, folder, *args, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                   MASTER_PORT=port) for rank in "01"]
+    end = time.monotonic() + seconds
+    for process in ranks:
+        process.join(max(0, end - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()                                          # one that hangs; its exit code was None
+    logs = [(folder / f"rank-{rank}.log").read_text() for rank in "01"]
+    return codes, logs, [torch.load(folder / f"rank-{rank}.pt") for rank in "01"] if codes == [0, 0] else None
+
+
+def outcome(folder):
+    """All that a run leaves, as it can be compared bit for bit."""
+    last = max(checkpoints(folder), key=lambda name: int(name[11:]))
+    weights = hashlib.sha256((folder / last / "model.safetensors").read_bytes()).hexdigest()
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return repeatable(metrics), (folder / "samples.jsonl").read_text().splitlines(), last, weights
+
+
+def assert_whole(folder):
+    """Its model, tokenizer and state can be loaded."""
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template
+    assert f"checkpoint-{torch.load(folder / 'trainer_state.pt', weights_only=True)['step']}" == folder.name
+
+
+def stopped(argv, capfd):
+    """-> (exit status, the one line) of a run that ends before its time."""
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:      # the latter would end the tests
+        opd.main(argv)
+    err = capfd.readouterr().err
+    assert stop.type is SystemExit
+    lines = [line for line in err.splitlines() if line.startswith("opd.py: ")]
+    assert len(lines) == 1 and "Traceback" not in err
+    return stop.value.code, lines[0]
+
+
+@pytest.fixture
+def further(monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(opd, "extrapolate", always_further)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The folder of the run that nothing befell."""
+    out = tmp_path_factory.mktemp("whole")
+    shutil.copy(world / "again" / "eval.jsonl", world / "pair.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "extrapolate", always_further)
+        train(world, out, **LONG)
+    return out
+
+
+@pytest.fixture(scope="module")
+def every_step(world, whole, tmp_path_factory):
+    """The same with a checkpoint of every step."""
+    out = tmp_path_factory.mktemp("every")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "extrapolate", always_further)
+        train(world, out, **{**LONG, "save_every": 1, "keep_checkpoints": 9})
+    return out
+
+
+@pytest.mark.parametrize("method", ["opd", "prefix", "progressive", "prefix-guided", "prune"])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(method, world, tmp_path, further, whole):
+    """The last checkpoint is that of step 3 in a folder whose metrics go on to step 5."""
+    flags = {**LONG, "method": method, "save_every": 3, "keep_checkpoints": 2}
+    train(world, tmp_path / "run", **flags)
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-5")
+    train(world, tmp_path / "killed", **flags, resume=True)
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "run")
+    metrics = outcome(tmp_path / "run")[0]
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4, 5]
+    assert [(line["step"], line["model"]) for line in metrics if "eval" in line] == [
+        (0, "teacher"), (0, "student"), (4, "student"), (5, "student")]
+    assert metrics[5]["extrapolation_k"] == 1                   # step 4, from the anchor of step 2
+
+
+def killed_run(argv, moment, out):
+    def kill(*args, **_):
+        if moment == "an update":                               # half a line is left of step 3
+            os.truncate(out / "metrics.jsonl", (out / "metrics.jsonl").stat().st_size - 99)
+        if moment == "an evaluation":                           # the answers to the first file are there, not the last
+            os.truncate(out / "samples.jsonl", (out / "samples.jsonl").stat().st_size - 9)
+        if moment == "the removal of an old one":
+            os.remove(os.path.join(args[0], "model.safetensors"))
+        send(signal.SIGKILL)()
+    at(moment, kill)
+    opd.main(argv)
+
+
+@pytest.mark.parametrize("moment", [
+    "a rollout", "an update", "an extrapolation", "an evaluation", "the writing of a state", "the naming of a checkpoint",
+    "the time after its naming", "the removal of an old one"])
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(moment, world, tmp_path, further, whole):
+    out = tmp_path / "out"
+    process = start(killed_run, tmp_path, command(world, out, **LONG), moment, out)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "rank-0.log").read_text()
+    assert checkpoints(out)
+    for name in checkpoints(out):
+        assert_whole(out / name)
+    train(world, out, **LONG, resume=True)
+    assert outcome(out) == outcome(whole)
+    assert sorted(os.listdir(out)) == sorted(os.listdir(whole))                      # and no half of a checkpoint
+
+
+@pytest.mark.parametrize("moment", list(MOMENTS)[-4:])
+def test_a_kill_while_files_are_put_aside_or_copied_back_loses_nothing(moment, world, tmp_path, further, every_step):
+    """The folder has a run of the same flags: taken for its own, its checkpoints must come with all of its metrics."""
+    out, flags = tmp_path / "out", {**LONG, "save_every": 1, "keep_checkpoints": 9}
+    shutil.copytree(every_step, out)
+    shutil.rmtree(out / "checkpoint-5")
+    process = start(killed_run, tmp_path, command(world, out, **flags, resume=True if "copying" in moment else None),
+                    moment, out)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "rank-0.log").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(world, out, **flags, resume=True)
+    assert outcome(out) == outcome(every_step)
+
+
+def test_only_the_last_checkpoints_are_kept(world, tmp_path):
+    train(world, tmp_path, max_steps=3, save_every=1, keep_checkpoints=2, eval_file=None)
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+    assert not [name for name in os.listdir(tmp_path) if name.endswith((".partial", ".old"))]
+
+
+def test_resume_takes_no_checkpoint_of_a_run_before(world, tmp_path, monkeypatch, capfd, first_run):
+    """The second run ends before its first checkpoint, so resuming it starts it anew."""
+    out, flags = tmp_path / "out", dict(max_steps=2, learning_rate=3e-3)
+    train(world, tmp_path / "straight", **flags)
+    shutil.copytree(first_run[0], out)
+    with monkeypatch.context() as patch:
+        at("the preflight", throw(ZeroDivisionError), patch.setattr)
+        with pytest.raises(ZeroDivisionError):
+            opd.main(command(world, out, **flags))
+    assert checkpoints(out) == [] and same_weights(out / "checkpoint-4.old", first_run[0] / "checkpoint-4")
+    assert (out / "metrics.jsonl.old").read_text() == (first_run[0] / "metrics.jsonl").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(world, out, **flags, resume=True)
+    assert outcome(out) == outcome(tmp_path / "straight") and checkpoints(out) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_resume_where_there_is_no_checkpoint_starts_at_the_beginning_with_a_note(
+        exists, world, tmp_path, capfd, after_one_step):
+    if exists:
+        (tmp_path / "out").mkdir()
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        train(world, tmp_path / "out", max_steps=1, loss="reverse_kl", resume=True)
+    told = capfd.readouterr().err + " ".join(str(note.message) for note in notes)
+    assert "no checkpoint" in told and str(tmp_path / "out") in told
+    assert outcome(tmp_path / "out") == outcome(after_one_step.parent)
+
+
+def test_resume_into_a_folder_of_another_run_puts_that_one_aside(world, tmp_path, further, every_step, first_run):
+    out, flags = tmp_path / "out", {**LONG, "save_every": 0, "keep_checkpoints": 9}
+    shutil.copytree(first_run[0], out)
+    train(world, out, **flags, resume=every_step / "checkpoint-3")
+    assert outcome(out) == outcome(every_step) and checkpoints(out) == ["checkpoint-5"]
+    assert same_weights(out / "checkpoint-4.old", first_run[0] / "checkpoint-4")
+    assert (out / "metrics.jsonl.old").read_text() == (first_run[0] / "metrics.jsonl").read_text()
+
+
+def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_to_resume(
+        world, tmp_path, monkeypatch, further, every_step):
+    """Else the run, broken off again, would go on from checkpoint-5 with the metrics of steps 1 to 3."""
+    out, flags = tmp_path / "out", {**LONG, "save_every": 0, "keep_checkpoints": 9}
+    shutil.copytree(every_step, out)
+    with monkeypatch.context() as patch:
+        patch.setitem(MOMENTS, "step 4", (opd, "opd_step", 2, lambda *_: True, "before"))
+        at("step 4", throw(ZeroDivisionError), patch.setattr)
+        with pytest.raises(ZeroDivisionError):
+            opd.main(command(world, out, **flags, resume=out / "checkpoint-2"))
+    train(world, out, **flags, resume=True)
+    assert outcome(out) == outcome(every_step)
+
+
+@pytest.mark.parametrize("change", [
+    {"learning_rate": 2e-3}, {"seed": 1}, {"batch_size": 3}, {"method": "opd"}, {"loss": "topk"}, {"extrapolate": None},
+    {"baseline": True}, {"student": "{world}/teacher"}, {"train_file": "{world}/eval.jsonl"}, {"dtype": "bfloat16"},
+    {"eval_file": "{world}/eval.jsonl"}, {"eval_every": 1}, {"eval_samples": 2},
+    {"prompt_template": "{problem} !"}], ids=str)
+def test_resume_with_another_flag_is_refused_by_its_name_and_writes_nothing(change, world, tmp_path, capfd, whole):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    status, line = stopped(command(world, out, **{**LONG, **change}, resume=True), capfd)
+    assert status == 2 and f"--{list(change)[0]} " in line and line.count("--") == 2     # --resume, and this flag alone
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_had_them_from_the_start(world, tmp_path):
+    """An evaluation after every step: else the first end would be one that the longer run has not."""
+    for folder, steps in (("long", 3), ("short", 2)):
+        train(world, tmp_path / folder, max_steps=steps, eval_every=1)
+    train(world, tmp_path / "short", max_steps=3, eval_every=1, resume=True, keep_checkpoints=1, save_every=2)
+    assert outcome(tmp_path / "short") == outcome(tmp_path / "long")
+
+
+def test_how_many_rows_are_computed_at_once_may_change_on_the_way(world, tmp_path, further, every_step):
+    """It changes rounding at most."""
+    flags = {**LONG, "micro_batch_size": 1, "eval_batch_size": 1, "save_every": 0}
+    _, steps, evaluations = train(world, tmp_path, **flags, resume=every_step / "checkpoint-4")
+    before = [line for line in outcome(every_step)[0] if "loss" in line]
+    assert [line["loss"] for line in steps] == pytest.approx([line["loss"] for line in before], rel=1e-3)
+    assert [line["step"] for line in evaluations] == [0, 0, 4, 5]
+
+
+SIGNALS = {"the preflight": (signal.SIGTERM, None), "a rollout": (signal.SIGINT, 3), "a backward pass": (signal.SIGTERM, 3),
+           "an update": (signal.SIGTERM, 4), "an evaluation": (signal.SIGINT, 4),
+           "the writing of a state": (signal.SIGINT, 4), "the removal of an old one": (signal.SIGTERM, 4)}
+
+
+@pytest.mark.parametrize("moment", SIGNALS)
+def test_an_interrupted_run_names_its_checkpoint_and_goes_on_from_there(
+        moment, world, tmp_path, monkeypatch, capfd, further, whole):
+    """Before the update the step is dropped; from then on the signal waits for its end."""
+    number, step = SIGNALS[moment]
+    with monkeypatch.context() as patch:
+        at(moment, send(number), patch.setattr)
+        status, line = stopped(command(world, tmp_path, **LONG), capfd)
+    assert status == 128 + number
+    assert line == "opd.py: interrupted" + (f"; last checkpoint: {tmp_path / f'checkpoint-{step}'}" if step else "")
+    for name in checkpoints(tmp_path):
+        assert_whole(tmp_path / name)
+    assert checkpoints(tmp_path)[-1:] == ([f"checkpoint-{step}"] if step else [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(world, tmp_path, **LONG, resume=True)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_control_c_while_models_are_loaded_is_one_line_with_nothing_written(world, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(opd, "read_inputs", throw(KeyboardInterrupt()))
+    assert stopped(command(world, tmp_path / "out"), capfd) == (130, "opd.py: interrupted")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_second_signal_does_not_disturb_the_last_checkpoint(world, tmp_path, monkeypatch, capfd, further, whole):
+    """torchrun passes a Ctrl-C on to processes that the terminal has sent it to already."""
+    with monkeypatch.context() as patch:
+        at("a rollout", send(signal.SIGINT), patch.setattr)
+        at("the writing of a state", send(signal.SIGTERM), patch.setattr)
+        status, line = stopped(command(world, tmp_path, **LONG), capfd)
+    assert status in (130, 143) and "checkpoint-3" in line
+    assert_whole(tmp_path / "checkpoint-3")
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+    train(world, tmp_path, **LONG, resume=True)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_a_signal_from_outside_at_any_time_leaves_all_steps_so_far(world, tmp_path):
+    out = tmp_path / "out"
+    process = start(opd.main, tmp_path, command(world, out, max_steps=5000))
+    while process.is_alive() and not (out / "metrics.jsonl").exists() or (
+            process.is_alive() and '"step": 3' not in (out / "metrics.jsonl").read_text()):
+        time.sleep(.01)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 143
+    name, = checkpoints(out)
+    assert name in (tmp_path / "rank-0.log").read_text().splitlines()[-1]
+    steps = [line["step"] for line in outcome(out)[0] if "loss" in line]
+    assert steps == list(range(1, int(name[11:]) + 1))
+    train(world, out, max_steps=steps[-1] + 1, resume=True)
+    train(world, tmp_path / "straight", max_steps=steps[-1] + 1)
+    assert outcome(out) == outcome(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("moment", ["the writing of a model", "the writing of a state"])
+def test_a_full_disk_ends_a_run_in_one_line_with_the_last_checkpoint_whole(
+        moment, world, tmp_path, monkeypatch, capfd, further, whole):
+    owner, name, number, *_ = MOMENTS[moment]
+    with monkeypatch.context() as patch:
+        for call in (number, number + 1):                       # the disk is still full when the run ends
+            patch.setitem(MOMENTS, moment, (owner, name, call, *_))
+            at(moment, throw(OSError(28, "No space left on device")), patch.setattr)
+        status, line = stopped(command(world, tmp_path, **LONG), capfd)
+    assert status == 2 and "No space left on device" in line and "checkpoint-2" in line
+    assert_whole(tmp_path / "checkpoint-2")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "metrics.jsonl", "samples.jsonl"]
+    train(world, tmp_path, **LONG, resume=True)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_a_disk_full_in_the_middle_of_a_line_costs_that_step_only(world, tmp_path, monkeypatch, capfd, further, whole):
+    real, calls = open, itertools.count(1)
+
+    def full(path, mode="r", *args, **kwargs):
+        if mode == "a" and str(path).endswith("metrics.jsonl") and next(calls) == 5:     # 2 evaluations, 2 steps
+            with real(path, mode) as file:
+                file.write('{"step": 3, "lo')
+            raise OSError(28, "No space left on device")
+        return real(path, mode, *args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(opd, "open", full, raising=False)
+        status, line = stopped(command(world, tmp_path, **LONG), capfd)
+    assert status == 2 and "No space left on device" in line and "checkpoint-2" in line
+    train(world, tmp_path, **LONG, resume=True)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+MEMORY = {"the preflight": ("out of memory in set-up", ""),
+          "a rollout": ("rollout of step 4; halve --batch_size", "checkpoint-3"),
+          "a backward pass": ("update of step 4; halve --micro_batch_size", "checkpoint-3"),
+          "a cold start": ("cold start, step 2; halve --batch_size", ""),
+          "an evaluation": ("halve --eval_batch_size", "checkpoint-4"),
+          "an extrapolation": ("extrapolation; halve --eval_batch_size", "checkpoint-2")}
+
+
+@pytest.mark.parametrize("moment", MEMORY)
+def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
+        moment, world, tmp_path, monkeypatch, capfd, further, whole):
+    """And keeps the last weights that are of a whole step, which those before an extrapolation are not."""
+    with monkeypatch.context() as patch:
+        at(moment, throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), patch.setattr)
+        status, line = stopped(command(world, tmp_path, **LONG, cold_start_steps=2 * ("cold" in moment) or None), capfd)
+    told, checkpoint = MEMORY[moment]
+    assert status == 2 and "out of memory" in line and told in line and checkpoint in line
+    assert ("halve" in line) == ("halve" in told)
+    assert checkpoints(tmp_path) == [checkpoint] * (checkpoint != "")
+    for name in checkpoints(tmp_path):
+        assert_whole(tmp_path / name)
+
+
+def join_other():
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    return opd.RANK, opd.NUM_RANKS
+
+
+def share_of_a_step(trained_rows):
+    """This rank's share of an update -> (metrics, gradients). loss_mask is empty outside the trained rows."""
+    rank, num_ranks = join_other()
+    student = tiny_llama(1)
+    batch = make_batch(student, TEACHER)
+    batch["loss_mask"] = batch["loss_mask"] & torch.tensor([row in trained_rows for row in range(4)])[:, None]
+    share = {name: value[rank::num_ranks] for name, value in batch.items() if name != "teacher_seconds"}
+    return update(student, TEACHER, share)
+
+
+@pytest.mark.parametrize("trained_rows", [[0, 1, 2, 3], [0, 2]], ids=["all rows", "none of the second rank's"])
+def test_two_ranks_make_the_step_of_one_process_with_all_rows(trained_rows, tmp_path):
+    codes, logs, results = in_two(share_of_a_step, tmp_path, trained_rows)
+    assert codes == [0, 0], logs
+    metrics, grads = share_of_a_step(trained_rows)
+    for own, own_grads in results:
+        assert own == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+        assert_same(own_grads, grads)
+        assert max((own_grads[name] - grads[name]).abs().max() for name in grads) < 1e-6
+
+
+def share_of_an_evaluation():
+    """Greedy and sampled, with one problem and with three."""
+    join_other()
+    return [opd.evaluate(
+        STUDENT, opd.tiny_tokenizer(WORDS), [{"problem": "1", "answer": str(index)} for index in range(count)],
+        [[2, 7 + index, 3] for index in range(count)], num_samples=samples, seed=5, rows_per_batch=2,
+        decoding=dict(SAMPLING, max_length=8, temperature=temperature, top_p=1.0))
+        for count, samples, temperature in ((3, 1, 0.0), (1, 1, 0.0), (3, 3, 1.0), (1, 2, 1.0))]
+
+
+def test_two_ranks_share_out_the_answers_of_an_evaluation_and_both_get_all_in_order(tmp_path):
+    codes, logs, results = in_two(share_of_an_evaluation, tmp_path)
+    assert codes == [0, 0], logs
+    assert str(results[0]) == str(results[1])
+    assert str(results[0][:2]) == str(share_of_an_evaluation()[:2])                  # sampling has its own stream per rank
+    answers = results[0][2][1]
+    assert [(answer["index"], answer["sample"]) for answer in answers] == [*itertools.product(range(3), range(3))]
+    one, other = results[0][3][1]
+    assert one["response"] != other["response"]                 # the ranks do not draw the same numbers
+
+
+def run_of_two(argv):
+    """opd.main -> (the weights at its end, what this rank wrote). Writing a checkpoint takes the first rank a while."""
+    runs, written, out = [], [], argv[argv.index("--output_dir") + 1]
+    opd_step, save = opd.opd_step, torch.save
+
+    def watch(event, args):
+        changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree") or (
+            event == "open" and set(str(args[1])) & set("wax+"))
+        if changes and str(args[0]).startswith(out):
+            written.append((event, str(args[0])))
+    sys.addaudithook(watch)
+    opd.opd_step = lambda run, *args: runs.append(run) or opd_step(run, *args)
+    torch.save = lambda value, path, **more: (time.sleep(isinstance(path, str) / 2), save(value, path, **more))
+    opd.main(argv)
+    torch.save = save
+    return {name: value.clone() for name, value in runs[-1].student.state_dict().items()}, written
+
+
+def test_a_run_of_two_ranks_ends_with_one_set_of_weights_and_only_the_first_rank_writes(world, tmp_path, whole):
+    """Three prompts a step: two for the first rank, one for the second. Resumed, it goes on as it would have."""
+    def run(out, **changes):
+        flags = {**LONG, "method": "prefix-guided", "batch_size": 3, "max_steps": 2, "eval_every": 1,
+                 "save_every": 0, **changes}
+        codes, logs, results = in_two(run_of_two, tmp_path / f"{len(os.listdir(tmp_path))}", command(world, out, **flags))
+        assert codes == [0, 0], logs
+        (first, wrote), (second, nothing) = results
+        assert_same(first, second, tolerance=0)
+        saved = transformers.AutoModelForCausalLM.from_pretrained(out / checkpoints(out)[-1]).state_dict()
+        assert_same(first, saved, tolerance=0)
+        assert wrote and nothing == [] and "| loss" in logs[0] and "| loss" not in logs[1]
+    run(tmp_path / "a")
+    run(tmp_path / "b", max_steps=1)
+    run(tmp_path / "b", resume=True)
+    assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
+
+
+def run_that_loses_a_rank(argv):
+    if os.environ["RANK"] == "1":
+        at("a backward pass", lambda *_, **__: os._exit(7))
+    opd.main(argv)
+
+
+def test_a_rank_that_dies_ends_the_other_at_once_and_the_last_step_is_kept(world, tmp_path, whole):
+    out = tmp_path / "out"
+    codes, logs, _ = in_two(run_that_loses_a_rank, tmp_path, command(world, out, **{**LONG, "max_steps": 50}), seconds=20)
+    assert codes[1] == 7 and codes[0] not in (0, None), logs[0]
+    assert "Traceback" not in logs[0] and "checkpoint-3" in logs[0].splitlines()[-1]
+    assert_whole(out / "checkpoint-3")
+
+
+def test_torchrun_starts_ranks_and_ends_them_when_one_dies(world, tmp_path):
+    """Killed at the start of step 2. The other saves what it has, though torchrun tells it to end meanwhile."""
+    write(tmp_path / "lost.py", text=f"""
+import os, signal, sys, time
+sys.path.insert(0, {os.path.dirname(os.path.abspath(opd.__file__))!r})
+import opd
+opd.ask_math_verify = lambda *_: False
+step, save = opd.opd_step, opd.torch.save
+opd.torch.save = lambda state, path, **more: (time.sleep(isinstance(path, str)), save(state, path, **more))
+def opd_step(run, args, number):
+    if opd.RANK == 1 and number == 2:
+        open({str(tmp_path / "died")!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(run, args, number)
+opd.opd_step = opd_step
+opd.main(sys.argv[1:])
+""")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "lost.py",
+         *command(world, tmp_path / "out", max_steps=9)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        told, _ = process.communicate(timeout=60)
+    finally:
+        process.terminate()                                     # one that hangs; it ends its own children
+    assert process.returncode and (tmp_path / "died").exists(), told
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 15
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1"]
+    assert_whole(tmp_path / "out" / "checkpoint-1")
+
+
+# ---- 12. A cold start, a budget of tokens, candidates at random (sections 9, 13) -----------------------------
+
+def says_a(text, gold):
+    """In the place of is_correct, so that random models are right now and then. Nobody may ask without an answer."""
+    assert gold is not None
+    return "a" in text.split()
+
+
+class Update:
+    """One call of train_step: the student before it, batch, settings, gradients after it, and the rollout before it."""
+
+    def __init__(self, student, batch, settings, rollout):
+        self.student, self.batch, self.settings, self.rollout = copy.deepcopy(student), batch, settings, rollout
+        self.problems = [" ".join(WORDS[token] for token in ids[mask].tolist() if token > 3)
+                         for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"])]
+
+    def solutions(self):
+        """Those learned from, without padding, as (prompt and response (1, L), length of the prompt)."""
+        batch, lengths = self.batch, self.batch["loss_mask"].sum(-1)
+        for row in lengths.nonzero().flatten().tolist():
+            prompt = batch["prompt_ids"][row][batch["prompt_mask"][row]]
+            yield torch.cat([prompt, batch["response_ids"][row, :lengths[row]]])[None], len(prompt)
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """A list to which every train_step adds what it saw."""
+    seen, rollouts, rollout, train_step = [], [], opd.rollout, opd.train_step
+
+    def watched_rollout(*models_and_prompts, **settings):
+        rollouts.append(rollout(*models_and_prompts, **settings))
+        return rollouts[-1]
+
+    def watched_step(student, optimizer, batch, **settings):
+        seen.append(Update(student, batch, settings, rollouts[-1]))
+        result = train_step(student, optimizer, batch, **settings)
+        seen[-1].grads = gradients_of(student)
+        return result
+    monkeypatch.setattr(opd, "rollout", watched_rollout)
+    monkeypatch.setattr(opd, "train_step", watched_step)
+    return seen
+
+
+COLD = dict(cold_start_steps=1, cold_start_learning_rate=2e-3, max_new_tokens=24, batch_size=3, num_generations=4,
+            max_steps=1, eval_file=None, max_grad_norm=1e9)
+
+
+def unanswered(world, path, every):
+    """The training problems, each every-th of which has lost its answer -> (file, {problem: answer})."""
+    known = {item["problem"]: item["answer"] for item in map(json.loads, open(world / "train.jsonl"))}
+    known = {problem: None if index % every == 0 else answer for index, (problem, answer) in enumerate(known.items())}
+    return write(path, *({"problem": problem, "answer": answer} for problem, answer in known.items())), known
+
+
+def test_a_cold_start_learns_from_solutions_that_ended_and_are_right_or_of_unknown_answer(
+        world, tmp_path, monkeypatch, updates):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    path, known = unanswered(world, tmp_path / "train.jsonl", 2)
+    train(world, tmp_path, **{**COLD, "batch_size": 9}, train_file=path)
+    cold, kinds = updates[0], set()
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    for row, problem in enumerate(cold.problems):
+        valid = cold.rollout["response_mask"][row]
+        right = says_a(tokenizer.decode(cold.rollout["response_ids"][row][valid], skip_special_tokens=True), "")
+        kind = cold.rollout["ended"][row].item(), known[problem] is None, right
+        kept = kind[0] and (kind[1] or kind[2])
+        assert cold.batch["loss_mask"][row].tolist() == (valid & kept).tolist()
+        kinds.add(kind)
+    assert len(kinds) == 8                                           # each of them came up
+
+
+def test_the_gradient_of_a_cold_start_is_that_of_plain_cross_entropy_on_the_kept_tokens(
+        world, tmp_path, updates):
+    train(world, tmp_path, **{**COLD, "batch_size": 9}, train_file=unanswered(world, tmp_path / "train.jsonl", 1)[0])
+    student, total, count = updates[0].student, 0.0, 0
+    student.zero_grad()
+    for ids, prompt in updates[0].solutions():
+        total = total + torch.nn.functional.cross_entropy(
+            student(ids).logits[0, prompt - 1:-1], ids[0, prompt:], reduction="sum")
+        count += ids.shape[1] - prompt
+    (total / count).backward()
+    assert count > 50 and len(set(updates[0].batch["loss_mask"].sum(-1).tolist())) > 3
+    assert_same(updates[0].grads, gradients_of(student), tolerance=3e-6)
+    assert updates[0].settings["learning_rate"] == 2e-3
+
+
+def test_a_cold_start_without_a_right_solution_changes_nothing(world, tmp_path, monkeypatch, updates):
+    monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)
+    results = train(world, tmp_path, **{**COLD, "cold_start_steps": 2})[0]
+    assert not updates[0].batch["loss_mask"].any() and not updates[1].batch["loss_mask"].any()
+    start = transformers.AutoModelForCausalLM.from_pretrained(world / "student").state_dict()
+    assert len(updates) == 3 and results["cold_start_tokens"] > 0
+    assert all(torch.equal(value, start[name]) for name, value in updates[2].student.state_dict().items())
+
+
+def test_a_cold_start_makes_the_teachers_solutions_more_likely(world, tmp_path, updates):
+    path, _ = unanswered(world, tmp_path / "train.jsonl", 1)
+    train(world, tmp_path, **{**COLD, "cold_start_steps": 8, "cold_start_learning_rate": 3e-3}, train_file=path)
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(world / "teacher")
+    torch.manual_seed(99)
+    fresh = roll(teacher, temperature=1.0, max_length=24, prompt=(
+        updates[0].batch["prompt_ids"], updates[0].batch["prompt_mask"]))
+
+    def likelihood(student):                                         # per token of solutions drawn after all training
+        batch = dict(updates[0].batch, response_ids=fresh["response_ids"], loss_mask=fresh["response_mask"])
+        solutions = Update(student, batch, {}, fresh)
+        values = [-torch.nn.functional.cross_entropy(student(ids).logits[0, prompt - 1:-1], ids[0, prompt:],
+                                                     reduction="none") for ids, prompt in solutions.solutions()]
+        return torch.cat(values).mean().item()
+    with torch.no_grad():
+        assert likelihood(updates[8].student) > likelihood(updates[0].student) + .2
+
+
+def test_the_teachers_own_stop_ids_end_its_solutions_in_a_cold_start_and_nothing_else(world, tmp_path, updates):
+    """Else a teacher with two of them would run on, and the student learn what comes after the end."""
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    config = transformers.GenerationConfig(eos_token_id=[END, *range(6, 16)], pad_token_id=PAD)
+    config.save_pretrained(tmp_path / "teacher")
+    train(world, tmp_path, **COLD, teacher=tmp_path / "teacher")
+    cold, own = updates
+    for ids, mask, ended in zip(*(cold.rollout[name] for name in ("response_ids", "response_mask", "ended"))):
+        stops = [token in {END, *range(6, 16)} for token in ids[mask].tolist()]
+        assert not any(stops[:-1]) and stops[-1] == ended
+    assert cold.rollout["ended"].sum() > 6
+    assert torch.isin(own.rollout["response_ids"][:, :-1], torch.arange(6, 16)).any()
+
+
+def test_the_anchor_of_an_extrapolation_is_the_student_after_its_cold_start(world, tmp_path, monkeypatch, updates):
+    """Not the one before: what is gone on along is the update of distillation."""
+    anchors = []
+    monkeypatch.setattr(opd, "extrapolate", lambda weights, anchor, validate: anchors.append(anchor) or (
+        weights, 0, [validate(weights)]))
+    train(world, tmp_path, **{**COLD, "cold_start_steps": 2}, extrapolate=True,
+          train_file=unanswered(world, tmp_path / "train.jsonl", 2)[0])
+    start = opd.movable_weights(updates[0].student)
+    assert_same(anchors[0], opd.movable_weights(updates[2].student), tolerance=0)
+    assert any(not torch.equal(anchors[0][name], start[name]) for name in start)
+
+
+def test_a_cold_start_is_paid_for_in_tokens_of_its_own_and_in_flops(world, tmp_path, monkeypatch, updates):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    _, (step,), _ = train(world, tmp_path, **{**COLD, "cold_start_steps": 2}, method="prefix-guided")
+    models = [transformers.AutoModelForCausalLM.from_pretrained(world / name) for name in ("student", "teacher")]
+    student, teacher = ((model.num_parameters(), 2, model.config.hidden_size) for model in models)
+    flops, sampled = 0, []
+    for index, update in enumerate(updates):
+        prompt, response, trained = (mask.sum(-1) for mask in (
+            update.batch["prompt_mask"], update.rollout["response_mask"], update.batch["loss_mask"]))
+        sampled.append(int(response.sum()))
+        flops += 3 * opd.forward_flops(student, (prompt + trained)[trained > 0])
+        flops += opd.forward_flops(teacher, prompt + response)       # it solves, or it scores
+        flops += opd.forward_flops(student, prompt + response) if index == 2 else 0
+    assert step["cold_start_tokens"] == sampled[0] + sampled[1] and step["generated_tokens"] == sampled[2]
+    assert step["teacher_tokens"] == sampled[2] and step["trained_tokens"] == updates[2].batch["loss_mask"].sum()
+    assert step["flops"] == pytest.approx(flops, rel=1e-9)
+
+
+def test_the_batches_of_opd_go_on_behind_those_of_the_cold_start(world, tmp_path, updates):
+    """Nine problems in three batches: none comes twice before the file is used up."""
+    train(world, tmp_path, **{**COLD, "max_steps": 2}, eval_samples=1)
+    assert len(updates) == 3
+    drawn = [problem for update in updates for problem in update.problems[::4]]
+    assert len(drawn) == len(set(drawn)) == 9
+
+
+def responses(folder, who):
+    """To the first evaluation of it."""
+    samples = map(json.loads, open(folder / "samples.jsonl"))
+    return [item["response"] for item in samples if (item["step"], item["model"]) == (0, who)]
+
+
+@pytest.mark.parametrize("method", ["opd", "prefix", "progressive", "prefix-guided", "prune"])
+def test_every_method_has_its_cold_start_once_with_an_evaluation_after_it(method, world, tmp_path, updates):
+    _, _, evaluations = train(world, tmp_path, method=method, cold_start_steps=2, cold_start_learning_rate=.03,
+                              train_file=unanswered(world, tmp_path / "train.jsonl", 1)[0])
+    assert [(line["step"], line["model"]) for line in evaluations] == [
+        (0, "teacher"), (0, "student"), (0, "cold_start"), (2, "student")]
+    assert len(updates) == 4
+    assert responses(tmp_path, "cold_start") != responses(tmp_path, "student")
+
+
+def test_a_run_that_goes_on_has_no_second_cold_start(world, tmp_path, updates):
+    """In bfloat16, where what is evaluated is a copy of the student."""
+    flags = dict(cold_start_steps=2, cold_start_learning_rate=.03, dtype="bfloat16",
+                 train_file=unanswered(world, tmp_path / "train.jsonl", 1)[0])
+    _, steps, _ = train(world, tmp_path, **flags, max_steps=1)
+    _, resumed, evaluations = train(world, tmp_path, **flags, max_steps=2, resume=True)
+    assert [(line["step"], line["model"]) for line in evaluations] == [
+        (0, "teacher"), (0, "student"), (0, "cold_start"), (1, "student"), (2, "student")]
+    assert len(updates) == 4 and [line["step"] for line in resumed] == [1, 2]      # two cold ones, and one a run
+    assert resumed[1]["cold_start_tokens"] == steps[0]["cold_start_tokens"] > 0
+    assert responses(tmp_path, "cold_start") != responses(tmp_path, "student")
+
+
+@pytest.mark.parametrize("above, last", [(0, 2), (1, 3)])
+def test_a_run_stops_after_the_first_step_that_reaches_the_limit_of_tokens(above, last, world, tmp_path, first_run):
+    limit = first_run[2][1]["generated_tokens"] + above              # what its first two steps took, or one more
+    _, steps, evaluations = train(world, tmp_path, max_steps=9, max_generated_tokens=limit)
+    assert repeatable(steps) == repeatable(first_run[2][:last])
+    assert [(line["step"], line["model"]) for line in evaluations][1:] == [(0, "student"), (last, "student")]
+    assert [name for name in os.listdir(tmp_path) if name.startswith("checkpoint")] == [f"checkpoint-{last}"]
+
+
+def test_a_random_selection_keeps_as_many_at_least_one_of_each_prompt_and_not_by_overlap():
+    kept = {"overlap": [], "random": []}
+    for seed in range(10):
+        for select, rows in kept.items():
+            torch.manual_seed(seed)
+            rows.append(guided(select=select)["kept"])
+            assert rows[-1].sum() == 4 and rows[-1].view(3, 2).any(1).all()
+    differ = [not torch.equal(a, b) for a, b in zip(*kept.values())]
+    assert 2 < sum(differ)
+    share = torch.stack(kept["random"]).float().mean(0)
+    assert (share > .1).all() and (share < 1).all()                  # nobody's place decides
+
+
+def test_a_random_selection_depends_on_the_seed_alone(world, tmp_path, updates):
+    """Not on what the teacher thinks; overlap does."""
+    def chosen(select, **changes):
+        del updates[:]
+        train(world, tmp_path, method="prefix-guided", select=select, num_generations=8, max_steps=1, eval_file=None,
+              prefix_length=3, probe_window=3, keep_ratio=.25, **changes)
+        return updates[0].batch["loss_mask"].any(-1).tolist()
+    first = chosen("random")
+    assert first == chosen("random", teacher=world / "student") and sum(first) == sum(chosen("overlap")) < 16
+    assert first != chosen("overlap") and first != chosen("random", seed=1)
+
+
 def show_memory(tokens=1024, rows=8, vocabulary=151_936):
     """Peak resident memory of one step at the vocabulary of Qwen, for each loss in a process of its own."""
-    import multiprocessing
     import resource
 
     def step(loss):
