@@ -2154,6 +2154,20 @@ def test_two_ranks_make_the_step_of_one_process_with_all_rows(trained_rows, tmp_
         assert max((own_grads[name] - grads[name]).abs().max() for name in grads) < 1e-6
 
 
+def test_ranks_share_out_the_prompts_of_a_step_and_draw_different_numbers(world, tmp_path, monkeypatch):
+    args = opd.parse_args(command(world, tmp_path, batch_size=5))
+    run = opd.read_data(args, opd.tiny_tokenizer(WORDS))
+    run.sampling, run.device = SAMPLING, torch.device("cpu")
+    monkeypatch.setattr(opd, "NUM_RANKS", 2)
+    shares, numbers = [], set()
+    for step, rank in ((3, 0), (3, 1), (4, 0), (4, 1)):
+        monkeypatch.setattr(opd, "RANK", rank)
+        shares.append(opd.draw_prompts(run, args, step)[0][::2])                     # two candidates each
+        numbers.add(torch.rand(1).item())
+    assert [len(share) for share in shares] == [3, 2, 3, 2] and len(numbers) == 4
+    assert sorted(shares[0] + shares[1]) == sorted(opd.batch_indices(3, 5, 9, args.seed))
+
+
 def share_of_an_evaluation():
     """Greedy and sampled, with one problem and with three."""
     join_other()
