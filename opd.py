@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""opd.py: on-policy distillation (OPD) of language models, in one file, on one GPU or a CPU.
+"""opd.py: on-policy distillation (OPD) of language models, in one file, on a CPU, a GPU, or several with torchrun.
 
 A small model (the student) samples solutions, a larger one (the teacher) judges every token, and the student moves
 towards the teacher where it went itself. Sampling is most of the cost, and deep in a solution that went astray the
@@ -39,7 +39,7 @@ SAME = object()
 FLAGS = {
     "models and data": [
         ("student/model_name_or_path", "", SAME, "model folder or hub name; without it and --teacher: tiny world"),
-        ("teacher/teacher_model_name_or_path", "", SAME, "model folder or hub name, with the student's tokenizer map"),
+        ("teacher/teacher_model_name_or_path", "", SAME, "model folder or hub name, with the student's token ids"),
         ("train_file", [str], SAME, "problems to train on: jsonl, json, parquet; answers are not needed"),
         ("eval_file", [str], SAME, "problems with answers to evaluate on; one result per file"),
         ("output_dir", "out", SAME, "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
@@ -61,42 +61,42 @@ FLAGS = {
         ("baseline", False, SAME, "subtract the closed-form baseline in --loss sampled [vOPD]"),
         ("overlap_k", 16, 4, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
         ("cold_start_steps", 0, SAME, "first learn the teacher's own right solutions [Rethinking-OPD]"),
-        ("cold_start_learning_rate", 1e-5, 2e-3, "of these steps (our choice)")],
+        ("cold_start_learning_rate", 1e-5, 2e-3, "learning rate of the cold start (our choice)")],
     "sampling": [
-        ("batch_size num_generations", (64, 4), (16, SAME), "prompts per step, candidates for each [Rethinking-OPD]"),
+        ("batch_size num_generations", (64, 4), (16, SAME), "prompts per step; candidates per prompt [Rethinking-OPD]"),
         ("max_prompt_length", 1024, 64, "longer training prompts are left out [Rethinking-OPD]"),
         ("max_new_tokens/max_completion_length", 7168, 96, "cap of a training response [Rethinking-OPD]"),
         ("temperature", 1.0, SAME, "divides the logits of both models, in sampling and in the loss [all: 1]"),
         ("segment_length", 512, 16, "tokens between two looks at who goes on (our choice)"),
-        ("prefix_length", 1024, 24, "of prefix and prefix-guided (our choice)"),
+        ("prefix_length", 1024, 24, "tokens of the prefix, in prefix and prefix-guided (our choice)"),
         ("probe_window", 128, 16, "prefix-guided: its first tokens, whose mean overlap is the score [PG-OPD]"),
         ("keep_ratio", 0.5, SAME, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
         ("select", ("overlap", "random"), SAME, "prefix-guided: what ranks the candidates; random is a control"),
         ("train_pruned_prefix", False, SAME, "prefix-guided: train on the prefixes of the others too"),
-        ("horizon_start horizon_growth horizon_every", (512, 256, 10), (16, 8, 4), "progressive (our choice)"),
-        ("drift_threshold", 0.7, SAME, "prune: an overlap below it is a bad event [Prune-OPD]"),
-        ("w_drop w_base", (0.01, 0.5), (0.05, SAME), "prune: reliability lost then; weight without any [Prune-OPD]"),
-        ("cap_init cap_min cap_max", (2048, 1024, 12288), (48, 24, 96), "prune: for --max_new_tokens [Prune-OPD]"),
-        ("cap_step cap_margin", (100, 100), (8, 8), "prune: the cap moves so far; so near to it is a hit [Prune-OPD]"),
-        ("cap_hit_ratio cap_patience", (0.1, 3), (SAME, SAME), "prune: hits to grow, misses to shrink [Prune-OPD]"),
+        ("horizon_start horizon_growth horizon_every", (512, 256, 10), (16, 8, 4), "first one; growth; every n steps"),
+        ("drift_threshold", 0.7, SAME, "prune: a token with an overlap below it is a bad event [Prune-OPD]"),
+        ("w_drop w_base", (0.01, 0.5), (0.05, SAME), "prune: reliability lost at each; added to it as loss weight"),
+        ("cap_init cap_min cap_max", (2048, 1024, 12288), (48, 24, 96), "prune: first cap; least cap; largest cap"),
+        ("cap_step cap_margin", (100, 100), (8, 8), "prune: tokens the cap moves by; so near to it is a hit"),
+        ("cap_hit_ratio cap_patience", (0.1, 3), (SAME, SAME), "prune: share of hits to grow; misses to shrink"),
         ("no_prune_in_flight", False, SAME, "prune: stop no row while it runs, as in the released code")],
     "optimisation": [
         ("learning_rate", 1e-6, 1e-3, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
         ("warmup_steps", 0, 5, "linear warm-up [EffOPD: none]"),
-        ("max_steps", 200, 60, "an epoch of DAPO-Math-17K is about 200 [Rethinking-OPD]"),
-        ("max_generated_tokens", 0, SAME, "stop after the step that reaches so many; 0: no limit"),
+        ("max_steps", 200, 60, "OPD steps; an epoch of DAPO-Math-17K has about 200 [Rethinking-OPD]"),
+        ("max_generated_tokens", 0, SAME, "stop after the step at which the student has sampled so many; 0: no limit"),
         ("max_grad_norm", 1.0, SAME, "gradient clipping (our choice)"),
         ("micro_batch_size", 4, 64, "rows per forward and backward; the gradients do not depend on it"),
         ("gradient_checkpointing", False, SAME, "recompute the student's layers in backward to save memory"),
         ("extrapolate", False, SAME, "at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]"),
-        ("validation_size", 50, SAME, "training prompts with answers that judge it [EffOPD]"),
-        ("save_every keep_checkpoints", (0, 2), (SAME, SAME), "steps between two (0: at the end); so many stay"),
+        ("validation_size", 50, SAME, "training problems with answers that judge what --extrapolate tries [EffOPD]"),
+        ("save_every keep_checkpoints", (0, 2), (SAME, SAME), "steps between (0: only at the end); how many stay"),
         ("resume", None, SAME, "go on from the last checkpoint in --output_dir, or from the one named here")],
     "evaluation": [
         ("eval_only", False, SAME, "grade --student on --eval_file and stop"),
         ("eval_every", 20, 10, "steps between evaluations; 0: before and after only [Prune-OPD]"),
         ("eval_samples", 16, 4, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
-        ("eval_temperature eval_top_p", (0.7, 0.95), (1.0, 1.0), "temperature 0 is greedy [Rethinking-OPD]"),
+        ("eval_temperature eval_top_p", (0.7, 0.95), (1.0, 1.0), "0 is greedy; nucleus, 1 is all [Rethinking-OPD]"),
         ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
         ("eval_batch_size", 32, 64, "rows at once; answers may be longer than training responses (our choice)")]}
 
@@ -109,9 +109,9 @@ def parse_args(argv=None):
     parser.error, tiny_defaults = fail, {}
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
-        for names, defaults, tinies, text in rows:
-            alike = zip(names.split(), defaults, tinies) if " " in names else [(names, defaults, tinies)]
-            for name, default, tiny in alike:
+        for row in rows:                  # of several flags in a row each has its own default and part of the text
+            alike = zip(row[0].split(), *row[1:3], row[3].split("; "), strict=True) if " " in row[0] else [row]
+            for name, default, tiny, text in alike:
                 kind = {bool: {"action": "store_true"}, tuple: {"choices": default}, list: {"nargs": "+"},
                         type(None): {"nargs": "?", "const": "latest"}}.get(type(default), {"type": type(default)})
                 kind |= {"type": default[0]} if isinstance(default, list) else {}
@@ -140,7 +140,7 @@ def check_args(args):
     mistakes = {
         "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
         f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
-        and not (args.device.startswith("cuda") and torch.cuda.is_available()),
+        and not (args.device.startswith("cuda") and int(args.device[5:] or 0) < torch.cuda.device_count()),
         "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
         "--eval_only has nothing to --resume; leave one of them out": args.eval_only and args.resume is not None,
         "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
@@ -240,7 +240,7 @@ for line in sys.stdin:
     with worker["lock"]:
         if worker["process"] is None or worker["process"].poll() is not None:
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            worker["process"] = subprocess.Popen([sys.executable, "-u", "-c", code], **pipes)
+            worker["process"] = subprocess.Popen([sys.executable, "-u", "-c", code], process_group=0, **pipes)
             if worker["process"].stdout.readline() != "ready\n":                 # not counted towards the limit
                 raise ImportError("math-verify cannot be imported", name="math-verify")
         process = worker["process"]
@@ -296,7 +296,7 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
              temperature=1.0, top_p=1.0, record_k=0):
     """Sample up to max_new_tokens further tokens of each row of input_ids, attention_mask (B, L), left-padded, on the
     cache that the last call left, of L - 1 columns, or an empty one -> new ids (B, n), and if record_k the likeliest
-    tokens at each, best first, (B, n, K). Rows that ended go on as pad_id; when all have, n is less. 0 is greedy."""
+    tokens at each, best first, (B, n, K). Rows that ended go on as pad_id; when all have, n is less."""
     topk = []
     def within_vocabulary(_, scores):                         # (B, rows of the head), float32
         scores = scores[:, :vocab_size]                       # the other rows are no tokens
@@ -510,8 +510,7 @@ def repetition(ids):
 def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
     prompts: their ids; decoding: for rollout. It has a random stream of its own, so it cannot change training."""
-    rows = list(itertools.product(range(len(problems)), range(num_samples)))[RANK::NUM_RANKS]
-    answers = []
+    rows, answers = list(itertools.product(range(len(problems)), range(num_samples)))[RANK::NUM_RANKS], []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * NUM_RANKS + RANK)
         for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
@@ -816,12 +815,12 @@ def explain(error, run):
         return f"{phase} is not finite: {text}", 2
     if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:
         named = f"{error.filename}: {error.strerror}; check the path" if getattr(error, "filename", None) else text
-        return named + (f"; pip install {error.name.split('.')[0]}" if isinstance(error, ImportError) else ""), 2
+        return named + (f"; pip install {error.name.split('.')[0]}" if getattr(error, "name", None) else ""), 2
     return "another process has ended" if dist.is_initialized() and re.search("peer|NCCL", text) else "", 1
 
 def list_checkpoints(folder):
     """The paths of the checkpoints in a folder, which need not exist, in the order of their steps."""
-    paths = [path for path in glob.glob(os.path.join(folder, "checkpoint-*")) if re.search(r"-\d+$", path)]
+    paths = [path for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")) if re.search(r"-\d+$", path)]
     return sorted(paths, key=lambda path: int(path.rsplit("-", 1)[1]))
 
 def append_json(path, record):
@@ -880,6 +879,9 @@ def read_inputs(args, checkpoint=None):
         raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
     eos_ids, pad_id = stop_ids(run.student, run.tokenizer), run.tokenizer.pad_token_id
+    if args.cold_start_steps and not args.eval_only:          # it teaches the teacher's stop token, too
+        eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
+        run.student.generation_config.eos_token_id = sorted(eos_ids)
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         pad_id=min(eos_ids, default=0) if pad_id is None or pad_id >= run.vocab_size else pad_id)
     ids, run.sizes = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0][:16]], device=device), []
@@ -933,7 +935,7 @@ def preflight(run, args):
         "the chat templates differ; both models read the student's": templates[0] != templates[1]}
     return lines + [f"warning: {text}" for text, true in found.items() if true]
 
-# ---- 13. Main. With those of section 1, read_inputs and preflight, these functions alone see the flags -------
+# ---- 13. Main. With section 1, read_data, read_inputs and preflight, these functions alone see the flags -----
 def draw_prompts(run, args, step):
     """This rank's share of the prompts of a step -> their indices (B), prompt_ids, prompt_mask (B, S)."""
     indices = batch_indices(step, args.batch_size, len(run.prompts), args.seed)[RANK::NUM_RANKS]
@@ -947,9 +949,8 @@ def cold_start_step(run, args, step):
     """A supervised step before OPD, on the teacher's own solutions that are right -> their share.  [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
     indices, prompt_ids, prompt_mask = draw_prompts(run, args, step)
-    sampling = dict(run.sampling, eos_ids=run.sampling["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer))
     out = rollout(run.teacher, None, prompt_ids, prompt_mask, max_length=args.max_new_tokens,
-                  temperature=args.temperature, **sampling)
+                  temperature=args.temperature, **run.sampling)
     mask, right = out["response_mask"], out["ended"].clone()
     for row, index in enumerate(indices):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
@@ -973,7 +974,7 @@ def opd_step(run, args, step):
     indices, prompt_ids, prompt_mask = draw_prompts(run, args, args.cold_start_steps + step)
     B, G, state, drift = len(indices), args.num_generations, run.state, (args.drift_threshold, args.w_drop)
     grown = horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens)
-    row = {                        # all that the methods differ in, but for prune's token weights and its cap, below
+    row = {                        # what the methods differ in; the rest are the two ifs below, and the cap of prune
         "opd": dict(max_length=args.max_new_tokens),
         "prefix": dict(max_length=min(args.prefix_length, args.max_new_tokens)),
         "progressive": dict(max_length=grown),
@@ -1003,7 +1004,7 @@ def opd_step(run, args, step):
     columns = [prompt_mask.sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable_length(reliability, mask), out["ended"],
                out["kept"], overlap.sum(-1)]
     columns.append(torch.tensor([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)]))
-    rows = torch.stack([column.double().cpu() for column in columns], dim=1)         # (B, 8)
+    rows = torch.stack([column.cpu().double() for column in columns], dim=1)         # (B, 8)
     prompt, length, trained, reliable, ended, kept, agreed, repeated = torch.cat(gather_from_ranks([rows])).T
     if args.method == "prune":
         state["cap"], state["misses"] = next_max_length(
@@ -1037,7 +1038,7 @@ def open_run(args):
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
         free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device micro_batch_size "
-                "eval_batch_size").split()                    # rows at once change rounding at most
+                "eval_batch_size").split()    # --eval_batch_size changes what an evaluation draws, the rest rounding
         changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
                    if name not in free and saved["flags"].get(name) != value]
         if changed:
@@ -1063,11 +1064,10 @@ def open_run(args):
         run.optimizer.load_state_dict(saved["optimizer"])
         run.step, run.state, run.graded = saved["step"], saved["state"], saved["graded"]
         run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
+    RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
-        os.makedirs(args.output_dir, exist_ok=True)
-        there = list_checkpoints(args.output_dir)
+        there = list_checkpoints(args.output_dir)             # renamed first, so none is ever without its metrics
         mine = folder and os.path.abspath(folder) in map(os.path.abspath, there)
-        # Checkpoints first: one without its run's metrics must not be resumed after a kill in between
         for path in [path for path in there if int(path.rsplit("-", 1)[1]) > run.step] if mine else there + run.files:
             shutil.rmtree(f"{path}.old", ignore_errors=True)
             if os.path.exists(path):
@@ -1079,9 +1079,9 @@ def open_run(args):
 def grade(run, args, who):
     """Evaluate a model on every --eval_file; the results go to the screen and into metrics.jsonl and samples.jsonl."""
     run.phase, began, results, given = f"evaluation after step {run.step}", clock(run.device), {}, []
-    model = run.teacher if who == "teacher" else run.sampler
+    model, tokenizer = (run.teacher, run.teacher_tokenizer) if who == "teacher" else (run.sampler, run.tokenizer)
     law = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
-               max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, run.tokenizer))
+               max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, tokenizer))
     for name, problems in run.eval.items():
         result, answers = evaluate(
             model, run.tokenizer, problems, run.eval_prompts[name], num_samples=args.eval_samples, seed=args.seed,
@@ -1205,8 +1205,8 @@ def main(argv=None):
             state = {name: getattr(run, name) for name in ("step", "flags", "state", "anchor", "graded")}
             save_checkpoint(folder, run.student, run.tokenizer, dict(state, optimizer=run.optimizer.state_dict()),
                             run.files, saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
-    def stop(number=None, _=None):        # Ctrl-C and SIGTERM, at the end of the step while weights are halfway
-        run.stopped, run.halfway = number or run.stopped, run.halfway and number
+    def stop(number=None, _=None):        # a signal stops at once; during an update it waits for the call at the end
+        run.stopped, run.halfway = number or run.stopped, run.halfway if number else False
         if run.stopped and not run.halfway:
             raise KeyboardInterrupt
     def validate(weights):                # EffOPD's judge: right answers to always the same problems and random stream
@@ -1225,7 +1225,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         if args.report:
-            paths = sorted(glob.glob(os.path.join(args.report, "**", "metrics.jsonl"), recursive=True))
+            paths = sorted(glob.glob(os.path.join(glob.escape(args.report), "**/metrics.jsonl"), recursive=True))
             folders = [os.path.dirname(path) for path in paths if "checkpoint-" not in path]
             runs = [read_run(folder, os.path.relpath(folder, args.report)) for folder in folders]
             runs = [run for run in runs if run["steps"]]
@@ -1278,14 +1278,14 @@ def main(argv=None):
             stop()
     except (Exception, KeyboardInterrupt) as error:
         told, status = explain(error, run)
-        if not told:
-            raise
         if run and run.step and not args.eval_only:
             whole, run.halfway = not run.halfway, True        # a second signal does not break off the saving
             with contextlib.suppress(OSError):
                 if whole:
                     save()
-            told += f"; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}"
+            told += told and f"; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}"
+        if not told:
+            raise
         print(f"opd.py: {told}", file=sys.stderr)
         raise SystemExit(status) from None
     if RANK:
