@@ -1967,7 +1967,7 @@ def test_resume_into_a_folder_of_another_run_puts_that_one_aside(world, tmp_path
 
 def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_to_resume(
         world, tmp_path, monkeypatch, further, every_step):
-    """Else the run, broken off again, would go on from checkpoint-5, not from where it is."""
+    """Else the run, broken off again in step 4, would go on from checkpoint-5, not from where it is."""
     out, flags = tmp_path / "out", {**LONG, "save_every": 0, "keep_checkpoints": 9}
     shutil.copytree(every_step, out)
     with monkeypatch.context() as patch:
@@ -1975,8 +1975,8 @@ def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_to_resume(
         at("step 4", throw(ZeroDivisionError), patch.setattr)
         with pytest.raises(ZeroDivisionError):
             opd.main(command(world, out, **flags, resume=out / "checkpoint-2"))
-    assert checkpoints(out) == ["checkpoint-1", "checkpoint-2"]
-    train(world, out, **flags, resume=True)
+    assert checkpoints(out) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]   # the third is a new one: even an
+    train(world, out, **flags, resume=True)                                      # error of the program saves it
     assert outcome(out) == outcome(every_step)
 
 
