@@ -7,7 +7,7 @@ OPD = .venv/bin/python opd.py
 demo: .venv/ready
 	$(OPD) --output_dir out/demo
 
-# Every claim, offline, on tiny models: about two minutes.
+# Every claim, offline, on tiny models: two to three minutes.
 test: .venv/ready
 	.venv/bin/python -m pytest -q test_opd.py
 
