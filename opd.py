@@ -1066,7 +1066,7 @@ def open_run(args):
         run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
-        there = list_checkpoints(args.output_dir)             # renamed first, so none is ever without its metrics
+        there = list_checkpoints(args.output_dir)
         mine = folder and os.path.abspath(folder) in map(os.path.abspath, there)
         for path in [path for path in there if int(path.rsplit("-", 1)[1]) > run.step] if mine else there + run.files:
             shutil.rmtree(f"{path}.old", ignore_errors=True)
@@ -1226,7 +1226,7 @@ def main(argv=None):
         args = parse_args(argv)
         if args.report:
             paths = sorted(glob.glob(os.path.join(glob.escape(args.report), "**/metrics.jsonl"), recursive=True))
-            folders = [os.path.dirname(path) for path in paths if "checkpoint-" not in path]
+            folders = [os.path.dirname(path) for path in paths if "checkpoint-" not in path[len(args.report):]]
             runs = [read_run(folder, os.path.relpath(folder, args.report)) for folder in folders]
             runs = [run for run in runs if run["steps"]]
             if not runs:

@@ -1659,6 +1659,13 @@ def test_without_matplotlib_the_table_is_printed_and_a_line_says_what_to_install
     assert told.err.count("\n") == 1 and told.err.endswith("; pip install matplotlib\n")
 
 
+def test_a_report_leaves_out_the_copies_in_checkpoints_wherever_its_folder_is(tmp_path):
+    folder = tmp_path / "checkpoint-study [1]"
+    for name in ("opd", "opd/checkpoint-2"):
+        made_run(folder / name, .5)
+    assert set(opd.main(["--report", str(folder)])) == {"opd"}
+
+
 def test_a_report_of_no_run_with_steps_is_refused(tmp_path, capsys):
     write(tmp_path / "x" / "metrics.jsonl", graded(0, "eval_only", .5))
     with pytest.raises(SystemExit):
