@@ -34,71 +34,76 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 RANK, NUM_RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # torchrun sets these
 
-# ---- 1. Flags: names/alias, default (of choices the first), tiny world's default, help; [tag]: whose value ---
-SAME = object()
+# ---- 1. Flags: names/alias, default (of choices the first), help; [tag]: whose value the default is ----------
 FLAGS = {
     "models and data": [
-        ("student/model_name_or_path", "", SAME, "model folder or hub name; without it and --teacher: tiny world"),
-        ("teacher/teacher_model_name_or_path", "", SAME, "model folder or hub name, with the student's token ids"),
-        ("train_file", [str], SAME, "problems to train on: jsonl, json, parquet; answers are not needed"),
-        ("eval_file", [str], SAME, "problems with answers to evaluate on; one result per file"),
-        ("output_dir", "out", SAME, "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
-        ("report", "", SAME, "compare the runs below this folder: print a table, draw report.png in it, and stop"),
+        ("student/model_name_or_path", "", "model folder or hub name; without it and --teacher: tiny world"),
+        ("teacher/teacher_model_name_or_path", "", "model folder or hub name, with the student's token ids"),
+        ("train_file", [str], "problems to train on: jsonl, json, parquet; answers are not needed"),
+        ("eval_file", [str], "problems with answers to evaluate on; one result per file"),
+        ("output_dir", "out", "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
+        ("report", "", "compare the runs below this folder: print a table, draw report.png in it, and stop"),
         ("prompt_template", r"{problem} Please reason step by step, and put your final answer within \boxed{}.",
-         "{problem}", "the user's message [Rethinking-OPD]"),
-        ("no_chat_template", False, SAME, "give the model that message as it is"),
-        ("enable_thinking", False, SAME, "thinking, in chat templates that know it (Qwen3); off without the flag"),
-        ("dtype", ("auto", "float32", "bfloat16"), SAME, "auto: on a GPU bfloat16 with float32 master weights"),
-        ("device", "", SAME, "such as cuda, cuda:1, cpu; default: a GPU if there is one"),
-        ("seed", 0, SAME, "of a tiny world yet to be made, the order of the data, all sampling")],
+         "the user's message [Rethinking-OPD]"),
+        ("no_chat_template", False, "give the model that message as it is"),
+        ("enable_thinking", False, "thinking, in chat templates that know it (Qwen3); off without the flag"),
+        ("dtype", ("auto", "float32", "bfloat16"), "auto: on a GPU bfloat16 with float32 master weights"),
+        ("device", "", "such as cuda, cuda:1, cpu; default: a GPU if there is one"),
+        ("seed", 0, "of a tiny world yet to be made, the order of the data, all sampling")],
     "method and loss": [
-        ("method", ("opd", "prefix", "progressive", "prefix-guided", "prune"), SAME,
+        ("method", ("opd", "prefix", "progressive", "prefix-guided", "prune"),
          "opd: all to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. progressive: to a growing horizon "
          "[FastOPD, POPD]. prefix-guided: on where overlap is high [PG-OPD]. prune: less after drift [Prune-OPD]"),
-        ("loss", ("topk", "reverse_kl", "sampled"), "reverse_kl", "topk: KL(student || teacher) on top-k tokens, with "
-         "the released gradient [Rethinking-OPD]. reverse_kl: whole vocabulary [GKD]. sampled: k1 policy gradient"),
-        ("support", ("student", "teacher", "intersection", "union"), SAME, "whose top k --loss topk sums over"),
-        ("baseline", False, SAME, "subtract the closed-form baseline in --loss sampled [vOPD]"),
-        ("overlap_k", 16, 4, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
-        ("cold_start_steps", 0, SAME, "first learn the teacher's own right solutions [Rethinking-OPD]"),
-        ("cold_start_learning_rate", 1e-5, 2e-3, "learning rate of the cold start (our choice)")],
+        ("loss", ("topk", "reverse_kl", "sampled"), "topk: KL(student || teacher) on top-k tokens, with the released "
+         "gradient [Rethinking-OPD]. reverse_kl: whole vocabulary [GKD]. sampled: k1 policy gradient"),
+        ("support", ("student", "teacher", "intersection", "union"), "whose top k --loss topk sums over"),
+        ("baseline", False, "subtract the closed-form baseline in --loss sampled [vOPD]"),
+        ("overlap_k", 16, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
+        ("cold_start_steps", 0, "first learn the teacher's own right solutions [Rethinking-OPD]"),
+        ("cold_start_learning_rate", 1e-5, "learning rate of the cold start (our choice)")],
     "sampling": [
-        ("batch_size num_generations", (64, 4), (16, SAME), "prompts per step; candidates per prompt [Rethinking-OPD]"),
-        ("max_prompt_length", 1024, 64, "longer training prompts are left out [Rethinking-OPD]"),
-        ("max_new_tokens/max_completion_length", 7168, 96, "cap of a training response [Rethinking-OPD]"),
-        ("temperature", 1.0, SAME, "divides the logits of both models, in sampling and in the loss [all: 1]"),
-        ("segment_length", 512, 16, "tokens between two looks at who goes on (our choice)"),
-        ("prefix_length", 1024, 24, "tokens of the prefix, in prefix and prefix-guided (our choice)"),
-        ("probe_window", 128, 16, "prefix-guided: its first tokens, whose mean overlap is the score [PG-OPD]"),
-        ("keep_ratio", 0.5, SAME, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
-        ("select", ("overlap", "random"), SAME, "prefix-guided: what ranks the candidates; random is a control"),
-        ("train_pruned_prefix", False, SAME, "prefix-guided: train on the prefixes of the others too"),
-        ("horizon_start horizon_growth horizon_every", (512, 256, 10), (16, 8, 4), "first one; growth; every n steps"),
-        ("drift_threshold", 0.7, SAME, "prune: a token with an overlap below it is a bad event [Prune-OPD]"),
-        ("w_drop w_base", (0.01, 0.5), (0.05, SAME), "prune: reliability lost at each; added to it as loss weight"),
-        ("cap_init cap_min cap_max", (2048, 1024, 12288), (48, 24, 96), "prune: first cap; least cap; largest cap"),
-        ("cap_step cap_margin", (100, 100), (8, 8), "prune: tokens the cap moves by; so near to it is a hit"),
-        ("cap_hit_ratio cap_patience", (0.1, 3), (SAME, SAME), "prune: share of hits to grow; misses to shrink"),
-        ("no_prune_in_flight", False, SAME, "prune: stop no row while it runs, as in the released code")],
+        ("batch_size num_generations", (64, 4), "prompts per step; candidates per prompt [Rethinking-OPD]"),
+        ("max_prompt_length", 1024, "longer training prompts are left out [Rethinking-OPD]"),
+        ("max_new_tokens/max_completion_length", 7168, "cap of a training response [Rethinking-OPD]"),
+        ("temperature", 1.0, "divides the logits of both models, in sampling and in the loss [all: 1]"),
+        ("segment_length", 512, "tokens between two looks at who goes on (our choice)"),
+        ("prefix_length", 1024, "tokens of the prefix, in prefix and prefix-guided (our choice)"),
+        ("probe_window", 128, "prefix-guided: its first tokens, whose mean overlap is the score [PG-OPD]"),
+        ("keep_ratio", 0.5, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
+        ("select", ("overlap", "random"), "prefix-guided: what ranks the candidates; random is a control"),
+        ("train_pruned_prefix", False, "prefix-guided: train on the prefixes of the others too"),
+        ("horizon_start horizon_growth horizon_every", (512, 256, 10), "first horizon; growth; every n steps"),
+        ("drift_threshold", 0.7, "prune: a token with an overlap below it is a bad event [Prune-OPD]"),
+        ("w_drop w_base", (0.01, 0.5), "prune: reliability lost at each; added to it as loss weight"),
+        ("cap_init cap_min cap_max", (2048, 1024, 12288), "prune: first cap; least cap; largest cap"),
+        ("cap_step cap_margin", (100, 100), "prune: tokens the cap moves by; so near to it is a hit"),
+        ("cap_hit_ratio cap_patience", (0.1, 3), "prune: share of hits to grow; misses to shrink"),
+        ("no_prune_in_flight", False, "prune: stop no row while it runs, as in the released code")],
     "optimisation": [
-        ("learning_rate", 1e-6, 1e-3, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
-        ("warmup_steps", 0, 5, "linear warm-up [EffOPD: none]"),
-        ("max_steps", 200, 60, "OPD steps; an epoch of DAPO-Math-17K has about 200 [Rethinking-OPD]"),
-        ("max_generated_tokens", 0, SAME, "stop after the step at which the student has sampled so many; 0: no limit"),
-        ("max_grad_norm", 1.0, SAME, "gradient clipping (our choice)"),
-        ("micro_batch_size", 4, 64, "rows per forward and backward; the gradients do not depend on it"),
-        ("gradient_checkpointing", False, SAME, "recompute the student's layers in backward to save memory"),
-        ("extrapolate", False, SAME, "at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]"),
-        ("validation_size", 50, SAME, "training problems with answers that judge what --extrapolate tries [EffOPD]"),
-        ("save_every keep_checkpoints", (0, 2), (SAME, SAME), "steps between (0: only at the end); how many stay"),
-        ("resume", None, SAME, "go on from the last checkpoint in --output_dir, or from the one named here")],
+        ("learning_rate", 1e-6, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
+        ("warmup_steps", 0, "linear warm-up [EffOPD: none]"),
+        ("max_steps", 200, "OPD steps; an epoch of DAPO-Math-17K has about 200 [Rethinking-OPD]"),
+        ("max_generated_tokens", 0, "stop after the step at which the student has sampled so many; 0: no limit"),
+        ("max_grad_norm", 1.0, "gradient clipping (our choice)"),
+        ("micro_batch_size", 4, "rows per forward and backward; the gradients do not depend on it"),
+        ("gradient_checkpointing", False, "recompute the student's layers in backward to save memory"),
+        ("extrapolate", False, "at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]"),
+        ("validation_size", 50, "training problems with answers that judge what --extrapolate tries [EffOPD]"),
+        ("save_every keep_checkpoints", (0, 2), "steps between (0: only at the end); how many stay"),
+        ("resume", None, "go on from the last checkpoint in --output_dir, or from the one named here")],
     "evaluation": [
-        ("eval_only", False, SAME, "grade --student on --eval_file and stop"),
-        ("eval_every", 20, 10, "steps between evaluations; 0: before and after only [Prune-OPD]"),
-        ("eval_samples", 16, 4, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
-        ("eval_temperature eval_top_p", (0.7, 0.95), (1.0, 1.0), "0 is greedy; nucleus, 1 is all [Rethinking-OPD]"),
-        ("eval_max_new_tokens", 31744, 96, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
-        ("eval_batch_size", 32, 64, "rows at once; answers may be longer than training responses (our choice)")]}
+        ("eval_only", False, "grade --student on --eval_file and stop"),
+        ("eval_every", 20, "steps between evaluations; 0: before and after only [Prune-OPD]"),
+        ("eval_samples", 16, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
+        ("eval_temperature eval_top_p", (0.7, 0.95), "0 is greedy; nucleus, 1 is all [Rethinking-OPD]"),
+        ("eval_max_new_tokens", 31744, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
+        ("eval_batch_size", 32, "rows at once; answers may be longer than training responses (our choice)")]}
+TINY = dict(                              # other defaults in the tiny world
+    prompt_template="{problem}", loss="reverse_kl", overlap_k=4, cold_start_learning_rate=2e-3, batch_size=16,
+    max_prompt_length=64, max_new_tokens=96, segment_length=16, prefix_length=24, probe_window=16, horizon_start=16,
+    horizon_growth=8, horizon_every=4, w_drop=0.05, cap_init=48, cap_min=24, cap_max=96, cap_step=8, cap_margin=8,
+    learning_rate=1e-3, warmup_steps=5, max_steps=60, micro_batch_size=64, eval_every=10, eval_samples=4,
+    eval_temperature=1.0, eval_top_p=1.0, eval_max_new_tokens=96, eval_batch_size=64)
 
 def parse_args(argv=None):
     """Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work."""
@@ -106,25 +111,25 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     def fail(message):                    # argparse would print its whole usage before the one line that matters
         raise ValueError(f"{message}; see python opd.py --help")
-    parser.error, tiny_defaults = fail, {}
+    parser.error = fail
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
         for row in rows:                  # of several flags in a row each has its own default and part of the text
-            alike = zip(row[0].split(), *row[1:3], row[3].split("; "), strict=True) if " " in row[0] else [row]
-            for name, default, tiny, text in alike:
-                kind = {bool: {"action": "store_true"}, tuple: {"choices": default}, list: {"nargs": "+"},
-                        type(None): {"nargs": "?", "const": "latest"}}.get(type(default), {"type": type(default)})
-                kind |= {"type": default[0]} if isinstance(default, list) else {}
-                default = default[0] if isinstance(default, tuple) else [] if isinstance(default, list) else default
-                shown = "" if default in ("", [], None) or default is False else f" (default {default})"
-                shown = shown if tiny is SAME else f"{shown[:-1]}; tiny world {tiny})"
-                flag = group.add_argument(*(f"--{part}" for part in name.split("/")), default=default,
-                                          help=(text + shown).replace("%", "%%"), **kind)
-                tiny_defaults |= {} if tiny is SAME else {flag.dest: tiny}
+            for names, default, text in zip(row[0].split(), row[1], row[2].split("; ")) if " " in row[0] else [row]:
+                kind, names = {"type": type(default)}, names.split("/")
+                if isinstance(default, list):
+                    kind, default = {"type": default[0], "nargs": "+"}, []
+                elif isinstance(default, tuple):
+                    kind, default = {"choices": default}, default[0]
+                elif default is None or default is False:
+                    kind = {"nargs": "?", "const": "latest"} if default is None else {"action": "store_true"}
+                shown = "" if default in ("", [], None) or default is False else f" (default {default}"
+                shown += f"; tiny world {TINY[names[0]]})" if names[0] in TINY else ")" * bool(shown)
+                group.add_argument(*(f"--{name}" for name in names), default=default, **kind,
+                                   help=(text + shown).replace("%", "%%"))
     args = parser.parse_args(argv)
     if not args.student and not args.teacher:
-        parser.set_defaults(**tiny_defaults)
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv, argparse.Namespace(**TINY))
     check_args(args)
     return args
 
@@ -160,11 +165,8 @@ def check_args(args):
 def read_records(path):
     """A jsonl, json or parquet file -> list of (line number, object). Raises OSError, or ValueError naming the line."""
     if path.endswith(".parquet"):
-        try:
-            import pandas
-            frame = pandas.read_parquet(path)                 # an ImportError too, when pyarrow is missing
-        except ImportError:
-            raise ValueError(f"{path}: needs 'pip install pandas pyarrow'; or save it as jsonl") from None
+        import pandas                     # only here; without it or pyarrow an ImportError says so
+        frame = pandas.read_parquet(path)
         return list(enumerate(frame.astype(object).where(frame.notna(), None).to_dict("records"), start=1))
     with open(path, "rb") as file:
         text = file.read().removeprefix("\ufeff".encode())
@@ -189,13 +191,6 @@ def last_boxed(text):
                 return text[start:brace.start()]
     return None
 
-def strip_instructions(text):
-    """A problem without the instructions that data sets add to it: they fight the template, and a grader of boxes."""
-    instructions = (r"Solve the following math problem step by step\. The last line of .*? to the problem\."
-                    r'|Remember to put your answer on its own line after "Answer:"\.'
-                    r"|Please reason step by step, and put your final answer within \\boxed\{\}\.")
-    return re.sub(instructions, "", text).strip()
-
 def load_problems(path):
     """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, without duplicates; or
     OSError, ValueError. Knows the usual field names, chats, and golds in a box, in dollars or behind "####"."""
@@ -217,7 +212,11 @@ def load_problems(path):
             answer = ", ".join(map(str, answer)) if isinstance(answer, (list, np.ndarray)) else str(answer)
             answer = answer.rsplit("####", 1)[-1]
             answer = (last_boxed(answer) or answer).strip().strip("$").strip()
-        problem = strip_instructions(problem)
+        # What data sets add to a problem fights the template, and a grader of boxes
+        problem = re.sub(
+            r"Solve the following math problem step by step\. The last line of .*? to the problem\."
+            r'|Remember to put your answer on its own line after "Answer:"\.'
+            r"|Please reason step by step, and put your final answer within \\boxed\{\}\.", "", problem).strip()
         problems[problem] = problems.get(problem) or answer or None
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
@@ -329,13 +328,9 @@ def hidden_states(model, ids, mask, num_last, cache=None):
     return output.last_hidden_state[:, -num_last:]
 
 def head_logits(model, hidden, vocab_size):
-    """Hidden states (..., H) -> logits (..., vocab_size) in float32, as the model's own forward makes them: Gemma's
-    softcap, Cohere's factor, Granite's divisor. Rows of the head that are no tokens are cut off before any softmax."""
-    config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)[..., :vocab_size].float()     # the module: adapters on it count
-    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / softcap) * softcap if softcap else logits
+    """Hidden states (..., H) -> logits (..., vocab_size) in float32. Rows of the head that are no tokens are cut off
+    before any softmax. read_inputs refuses models that do more than this (Gemma 2's softcap, Cohere's factor)."""
+    return model.get_output_embeddings()(hidden)[..., :vocab_size].float()       # the module: adapters on it count
 
 def topk_overlap(student_logits, teacher_logits, k):
     """The share of the student's k likeliest tokens that are among the teacher's.                    [Rethinking-OPD]
@@ -507,22 +502,23 @@ def repetition(ids):
     grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
-def evaluate(model, tokenizer, problems, prompts, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
+def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
-    prompts: their ids; decoding: for rollout. It has a random stream of its own, so it cannot change training."""
+    problems: dicts with answer and prompt_ids; decoding: for rollout. Its random stream is its own: training is the same
+    without it."""
     rows, answers = list(itertools.product(range(len(problems)), range(num_samples)))[RANK::NUM_RANKS], []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * NUM_RANKS + RANK)
         for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
-            batch = rows[start:start + rows_per_batch]
-            ids, mask = pad_left([prompts[index] for index, _ in batch], decoding["pad_id"])
+            batch = [(index, sample, problems[index]) for index, sample in rows[start:start + rows_per_batch]]
+            ids, mask = pad_left([problem["prompt_ids"] for *_, problem in batch], decoding["pad_id"])
             out = rollout(model, None, ids.to(model.device), mask.to(model.device), **decoding)
-            for row, (index, sample) in enumerate(batch):
+            for row, (index, sample, problem) in enumerate(batch):
                 response = out["response_ids"][row][out["response_mask"][row]].tolist()
                 text = tokenizer.decode(response, skip_special_tokens=True)
                 answers.append({
-                    **problems[index], "index": index, "sample": sample, "response": text,
-                    "correct": is_correct(text, problems[index]["answer"]),
+                    **problem, "index": index, "sample": sample, "response": text,
+                    "correct": is_correct(text, problem["answer"]),
                     "no_box": last_boxed(text.rsplit("</think>", 1)[-1]) is None, "length": len(response),
                     "truncated": not out["ended"][row].item(), "repetition": repetition(response)})
     answers = sorted(gather_from_ranks(answers), key=lambda answer: (answer["index"], answer["sample"]))
@@ -829,25 +825,26 @@ def append_json(path, record):
         file.write(json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)) + "\n")
 
 def read_data(args, tokenizer):
-    """The problems of the files that the flags name, and their prompts as ids -> a namespace."""
-    encode = functools.partial(encode_prompts, tokenizer, template=args.prompt_template,
-                               chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
+    """The problems of the files that the flags name, each with its prompt_ids -> a namespace."""
+    def read(path):
+        problems = load_problems(path)
+        prompts = encode_prompts(
+            tokenizer, [problem["problem"] for problem in problems], args.prompt_template,
+            chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
+        return [{**problem, "prompt_ids": prompt} for problem, prompt in zip(problems, prompts)]
     data = argparse.Namespace(tokenizer=tokenizer, eval={})
     for path in args.eval_file:
         name = os.path.splitext(os.path.basename(path))[0]
         if name in data.eval:
             raise ValueError(f"--eval_file names two files {name}; results go by the name, so rename one")
-        data.eval[name] = load_problems(path)
+        data.eval[name] = read(path)
         if any(problem["answer"] is None for problem in data.eval[name]):
             raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
-    data.eval_prompts = {name: encode([item["problem"] for item in problems]) for name, problems in data.eval.items()}
-    problems = [problem for path in dict.fromkeys(args.train_file) for problem in load_problems(path)]
-    prompts = encode([problem["problem"] for problem in problems])
-    fits = [index for index, prompt in enumerate(prompts) if len(prompt) <= args.max_prompt_length]
-    if prompts and not fits:
-        raise ValueError(f"all {len(prompts)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
-    data.train, data.prompts = ([items[index] for index in fits] for items in (problems, prompts))
-    data.answered = [index for index, problem in enumerate(data.train) if problem["answer"] is not None]
+    problems = [problem for path in dict.fromkeys(args.train_file) for problem in read(path)]
+    data.train = [problem for problem in problems if len(problem["prompt_ids"]) <= args.max_prompt_length]
+    if problems and not data.train:
+        raise ValueError(f"all {len(problems)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
+    data.answered = [problem for problem in data.train if problem["answer"] is not None]
     if args.extrapolate and len(data.answered) < args.validation_size:
         raise ValueError(f"--extrapolate needs {args.validation_size} answered problems; here are {len(data.answered)}")
     return data
@@ -884,7 +881,7 @@ def read_inputs(args, checkpoint=None):
         run.student.generation_config.eos_token_id = sorted(eos_ids)
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         pad_id=min(eos_ids, default=0) if pad_id is None or pad_id >= run.vocab_size else pad_id)
-    ids, run.sizes = torch.tensor([(run.prompts or next(iter(run.eval_prompts.values())))[0][:16]], device=device), []
+    ids, run.sizes = torch.tensor([(run.train or [*run.eval.values()][0])[0]["prompt_ids"][:16]], device=device), []
     for model in models:
         own, states = model(input_ids=ids).logits, getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
         known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
@@ -907,23 +904,21 @@ def read_inputs(args, checkpoint=None):
 
 def preflight(run, args):
     """What to look at before a run is paid for, and what ruins runs in silence -> list of lines."""
-    golds = [run.train[index]["answer"] for index in run.answered[:500]]
+    golds = [problem["answer"] for problem in run.answered[:500]]
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
-    loss = {"reverse_kl": "KL(student || teacher) over the whole vocabulary",
-            "topk": f"KL(student || teacher) on top-{args.overlap_k} tokens, support {args.support}",
-            "sampled": "log p_student - log p_teacher of the sampled token, as a policy gradient"}[args.loss]
     torch.manual_seed(0)                                      # every step and every evaluation seeds anew
-    ids, mask = (part.to(run.device) for part in pad_left(run.prompts[:4], run.sampling["pad_id"]))
+    ids, mask = (part.to(run.device) for part in pad_left(
+        [problem["prompt_ids"] for problem in run.train[:4]], run.sampling["pad_id"]))
     out = rollout(run.sampler, run.teacher, ids, mask, max_length=32, overlap_k=args.overlap_k, **run.sampling)
     log_q = head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size).log_softmax(-1)
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
-    lines = [f"method {args.method}; loss: {loss}; mean over the response tokens of a step",
-             f"data: {len(run.train)} training prompts, those that are too long left out; {readable} of the first "
-             f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.prompts[0])!r}",
-             f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} overlap "
-             f"{out['overlap'][out['response_mask']].mean().item():.2f}"]
     sides = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
     stops, templates = [sorted(stop_ids(*side[1:])) for side in sides], [side[2].chat_template for side in sides]
+    lines = [f"method {args.method}; loss {args.loss}, of KL(student || teacher), mean over the tokens of a step",
+             f"data: {len(run.train)} training prompts, those that are too long left out; {readable} of the first "
+             f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.train[0]['prompt_ids'])!r}",
+             f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} overlap "
+             f"{out['overlap'][out['response_mask']].mean().item():.2f}"]
     for (role, model, tokenizer), stop in zip(sides, stops):
         rows = model.get_output_embeddings().weight.shape[0]
         lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows "
@@ -937,24 +932,24 @@ def preflight(run, args):
 
 # ---- 13. Main. With section 1, read_data, read_inputs and preflight, these functions alone see the flags -----
 def draw_prompts(run, args, step):
-    """This rank's share of the prompts of a step -> their indices (B), prompt_ids, prompt_mask (B, S)."""
-    indices = batch_indices(step, args.batch_size, len(run.prompts), args.seed)[RANK::NUM_RANKS]
-    indices = [index for index in indices for _ in range(args.num_generations)]              # row p * G + g
-    prompt_ids, prompt_mask = pad_left([run.prompts[index] for index in indices], run.sampling["pad_id"])
+    """This rank's share of the prompts of a step -> their problems (B), prompt_ids, prompt_mask (B, S)."""
+    indices = batch_indices(step, args.batch_size, len(run.train), args.seed)[RANK::NUM_RANKS]
+    problems = [run.train[index] for index in indices for _ in range(args.num_generations)]  # row p * G + g
+    prompt_ids, prompt_mask = pad_left([problem["prompt_ids"] for problem in problems], run.sampling["pad_id"])
     # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
     torch.manual_seed((args.seed * 1_000_003 + step) * NUM_RANKS + RANK)
-    return indices, prompt_ids.to(run.device), prompt_mask.to(run.device)
+    return problems, prompt_ids.to(run.device), prompt_mask.to(run.device)
 
 def cold_start_step(run, args, step):
     """A supervised step before OPD, on the teacher's own solutions that are right -> their share.  [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
-    indices, prompt_ids, prompt_mask = draw_prompts(run, args, step)
+    problems, prompt_ids, prompt_mask = draw_prompts(run, args, step)
     out = rollout(run.teacher, None, prompt_ids, prompt_mask, max_length=args.max_new_tokens,
                   temperature=args.temperature, **run.sampling)
     mask, right = out["response_mask"], out["ended"].clone()
-    for row, index in enumerate(indices):
+    for row, gold in enumerate(problem["answer"] for problem in problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
-        right[row] &= run.train[index]["answer"] is None or is_correct(text, run.train[index]["answer"])
+        right[row] &= gold is None or is_correct(text, gold)
     batch = dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=mask & right[:, None],
                  token_weight=mask.float(), teacher_hidden=mask[..., None])      # nothing is asked of the teacher here
     run.train_step(batch, learning_rate=args.cold_start_learning_rate, teacher_head=lambda states: states,
@@ -971,8 +966,8 @@ def cold_start_step(run, args, step):
 
 def opd_step(run, args, step):
     """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
-    indices, prompt_ids, prompt_mask = draw_prompts(run, args, args.cold_start_steps + step)
-    B, G, state, drift = len(indices), args.num_generations, run.state, (args.drift_threshold, args.w_drop)
+    problems, prompt_ids, prompt_mask = draw_prompts(run, args, args.cold_start_steps + step)
+    B, G, state, drift = len(problems), args.num_generations, run.state, (args.drift_threshold, args.w_drop)
     grown = horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens)
     row = {                        # what the methods differ in; the rest are the two ifs below, and the cap of prune
         "opd": dict(max_length=args.max_new_tokens),
@@ -1084,13 +1079,13 @@ def grade(run, args, who):
                max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, tokenizer))
     for name, problems in run.eval.items():
         result, answers = evaluate(
-            model, run.tokenizer, problems, run.eval_prompts[name], num_samples=args.eval_samples, seed=args.seed,
+            model, run.tokenizer, problems, num_samples=args.eval_samples, seed=args.seed,
             rows_per_batch=args.eval_batch_size, decoding=law, title=f"evaluate {who} on {name}")
         shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}" for key, value in result.items())
         tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
         results[name], given = result, given + [{"model": who, "eval": name, **answer} for answer in answers]
     for answer in given:                                      # at the end: what is broken off is done again on resume
-        run.record(run.files[1], answer)
+        run.record(run.files[1], {key: answer[key] for key in answer if key != "prompt_ids"})
     run.record(run.files[0], {
         "model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
         "prompt_template": args.prompt_template, "eval_tokens": sum(answer["length"] for answer in given)})
@@ -1100,17 +1095,16 @@ def grade(run, args, who):
 def read_run(folder, name):
     """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "steps", "evals", "scores":
     {who: (accuracy, its error)}, "final": {file: results}, "curve": {step: (tokens, seconds, accuracy)}}."""
-    records, paid, rollout, seconds = [], {0: (0, 0)}, 0, 0
+    records, paid, spent = [], {0: (0, 0)}, np.zeros(2)
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
         for line in file:
             with contextlib.suppress(json.JSONDecodeError):   # half a line: the run was killed while it wrote
                 records.append(json.loads(line))
     steps = [record for record in records if "overlap_by_position" in record]
     for step in steps:                                        # sums since the start, as its tokens and FLOPs are
-        rollout += step["time_rollout"]
-        seconds += sum(step[key] for key in step if key.startswith("time_"))
-        step.update(rollout_seconds=rollout, seconds=seconds)
-        paid[step["step"]] = step["generated_tokens"], seconds
+        spent = spent + (step["time_rollout"], sum(step[key] for key in step if key.startswith("time_")))
+        step["rollout_seconds"], step["seconds"] = spent
+        paid[step["step"]] = step["generated_tokens"], spent[1]
     evals = [record for record in records if record.get("eval") and record["model"] != "eval_only"]
     for record in evals:
         values, errors = np.array([(result["avg_at_n"], result["se"]) for result in record["eval"].values()], float).T
@@ -1211,16 +1205,14 @@ def main(argv=None):
             raise KeyboardInterrupt
     def validate(weights):                # EffOPD's judge: right answers to always the same problems and random stream
         copy_weights(weights, run.student, run.sampler)
-        chosen = random.Random(args.seed).sample(run.answered, args.validation_size)
-        problems, prompts = ([items[index] for index in chosen] for items in (run.train, run.prompts))
         score, answers = evaluate(
-            run.sampler, run.tokenizer, problems, prompts, num_samples=1, seed=args.seed,
-            rows_per_batch=args.eval_batch_size,
+            run.sampler, run.tokenizer, random.Random(args.seed).sample(run.answered, args.validation_size),
+            num_samples=1, seed=args.seed, rows_per_batch=args.eval_batch_size,
             decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
-        lengths = torch.tensor([answer["length"] for answer in answers])
-        run.state["validation_tokens"] += int(lengths.sum())
-        run.state["generated_tokens"] += int(lengths.sum())   # its samples are part of the price
-        run.state["flops"] += forward_flops(run.sizes[0], torch.tensor([*map(len, prompts)]) + lengths)
+        for name in ("validation_tokens", "generated_tokens"):                   # its samples are part of the price
+            run.state[name] += sum(answer["length"] for answer in answers)
+        run.state["flops"] += forward_flops(run.sizes[0], torch.tensor(
+            [len(answer["prompt_ids"]) + answer["length"] for answer in answers]))
         return score["avg_at_n"]
     try:
         args = parse_args(argv)

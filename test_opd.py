@@ -723,12 +723,14 @@ def test_the_tokens_do_not_depend_on_the_segment_length_nor_on_a_teacher():
 @pytest.mark.parametrize("family, setting", [
     ("Gemma2", {"final_logit_softcapping": .5}), ("Cohere", {"logit_scale": .3}),
     ("Granite", {"logits_scaling": 4.0})])
-def test_head_logits_are_the_logits_of_models_with_a_softcap_or_a_scale(family, setting):
-    model, (ids, mask) = tiny(family, 0, **setting), prompts(6)
-    expected = model(ids).logits
-    close(opd.head_logits(model, model.base_model(ids).last_hidden_state, V), expected)
-    plain = model.lm_head(model.base_model(ids).last_hidden_state)
-    assert (plain - expected).abs().max() > .1                # so the setting is no decoration
+def test_models_with_a_softcap_or_a_scale_behind_their_head_are_refused_by_name(family, setting, world, tmp_path):
+    for name, settings in (("plain", {}), ("otherwise", setting)):
+        tiny(family, 0, **{key: None if "softcap" in key else 1.0 for key in setting} | settings).save_pretrained(
+            tmp_path / name)
+        opd.tiny_tokenizer(WORDS).save_pretrained(tmp_path / name)
+    opd.read_inputs(opd.parse_args(command(world, tmp_path, student=tmp_path / "plain")))
+    with pytest.raises(ValueError, match=f"^{family.lower()} models are not supported"):
+        opd.read_inputs(opd.parse_args(command(world, tmp_path, student=tmp_path / "otherwise")))
 
 
 def test_heads_of_two_widths_are_cut_to_the_vocabulary_they_share():
@@ -956,10 +958,15 @@ def test_a_file_that_cannot_be_read_is_a_value_error_that_says_where(tmp_path, t
     assert says in str(error.value) and path in str(error.value) and "\n" not in str(error.value)
 
 
-def test_parquet_without_pandas_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pandas", None)         # importing it now fails
-    with pytest.raises(ValueError, match="pip install pandas pyarrow"):
-        opd.load_problems(write(tmp_path / "a.parquet", text="x"))
+@pytest.mark.parametrize("missing, told", [("pandas", "pip install pandas"), ("pyarrow", "pyarrow")])
+def test_parquet_without_pandas_or_pyarrow_says_what_to_install(missing, told, world, tmp_path, monkeypatch, capsys):
+    class Pandas:
+        read_parquet = throw(ImportError("Unable to find a usable engine: Missing optional dependency 'pyarrow'."))
+    monkeypatch.setitem(sys.modules, "pandas", None if missing == "pandas" else Pandas)    # importing None fails
+    with pytest.raises(SystemExit) as stop:
+        opd.main(command(world, tmp_path, train_file=write(tmp_path / "a.parquet", text="x")))
+    told_line = capsys.readouterr().err
+    assert stop.value.code == 2 and told_line.count("\n") == 1 and told in told_line
 
 
 @pytest.mark.parametrize("text, content", [
@@ -1293,9 +1300,9 @@ def test_eval_only_grades_a_model_file_by_file(world, tmp_path):
 
 
 def evaluate(*golds):
-    problems = [{"problem": "1", "answer": gold} for gold in golds]
+    problems = [{"problem": "1", "answer": gold, "prompt_ids": [2, 7, 3]} for gold in golds]
     return opd.evaluate(
-        STUDENT, opd.tiny_tokenizer(WORDS), problems, [[2, 7, 3]] * len(golds), num_samples=3, seed=5,
+        STUDENT, opd.tiny_tokenizer(WORDS), problems, num_samples=3, seed=5,
         rows_per_batch=4, decoding=dict(SAMPLING, max_length=8, temperature=1.0, top_p=1.0))
 
 
@@ -2173,15 +2180,16 @@ def test_ranks_share_out_the_prompts_of_a_step_and_draw_different_numbers(world,
         shares.append(opd.draw_prompts(run, args, step)[0][::2])                     # two candidates each
         numbers.add(torch.rand(1).item())
     assert [len(share) for share in shares] == [3, 2, 3, 2] and len(numbers) == 4
-    assert sorted(shares[0] + shares[1]) == sorted(opd.batch_indices(3, 5, 9, args.seed))
+    drawn = [run.train.index(problem) for problem in shares[0] + shares[1]]
+    assert sorted(drawn) == sorted(opd.batch_indices(3, 5, 9, args.seed))
 
 
 def share_of_an_evaluation():
     """Greedy and sampled, with one problem and with three."""
     join_other()
     return [opd.evaluate(
-        STUDENT, opd.tiny_tokenizer(WORDS), [{"problem": "1", "answer": str(index)} for index in range(count)],
-        [[2, 7 + index, 3] for index in range(count)], num_samples=samples, seed=5, rows_per_batch=2,
+        STUDENT, opd.tiny_tokenizer(WORDS), [{"problem": "1", "answer": str(index), "prompt_ids": [2, 7 + index, 3]}
+                                             for index in range(count)], num_samples=samples, seed=5, rows_per_batch=2,
         decoding=dict(SAMPLING, max_length=8, temperature=temperature, top_p=1.0))
         for count, samples, temperature in ((3, 1, 0.0), (1, 1, 0.0), (3, 3, 1.0), (1, 2, 1.0))]
 
