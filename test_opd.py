@@ -5,6 +5,7 @@ Everything runs offline on random models with 2 layers and 24 tokens. Where ther
 number (every token tried, autograd on full logits, one uninterrupted model.generate), the test goes that way.
 """
 import torch
+THREADS = torch.get_num_threads()                             # for the benchmark; OMP_NUM_THREADS changes it
 torch.set_num_threads(1)                                      # tiny tensors gain next to nothing from more
 
 import contextlib
@@ -2514,7 +2515,8 @@ def test_a_random_selection_depends_on_the_seed_alone(world, tmp_path, updates):
 
 BENCH = {
     "cpu": dict(
-        dtype=torch.float32, vocabulary=2048, prompts=32, prompt_length=16, tokens=64, scale_rows=16,
+        # 256 rows, as in a real run: with few, a decoding step takes as long for half of them, and nothing is saved
+        dtype=torch.float32, vocabulary=2048, prompts=64, prompt_length=8, tokens=48, scale_rows=16,
         update_vocabularies=(32_000, 151_936), update_rows=8, update_width=64,
         student=dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=64),
@@ -2788,14 +2790,13 @@ def bench(device, sizes):
             sampler, *prompt, sampling["eos_ids"], T, do_sample=True, top_k=0), sampling["eos_ids"]).sum())}
     lengths = {"equal": torch.full((B,), T), "skewed": skewed(B, T)}
     drawn = {name: bench_prompts(row, V, sizes["prompt_length"], True, device) for name, row in lengths.items()}
-    floor = {name: floors(sampler, drawn[name][1].sum(-1).cpu(), row, *rates)
-             for name, row in lengths.items()}
+    floor = {name: floors(sampler, drawn[name][1].sum(-1).cpu(), row, *rates) for name, row in lengths.items()}
     guided = dict(select_at=T // 4, probe_window=T // 16, num_keep=B // 2)
     seen = in_turns({
         "generate equal": generate(drawn["equal"]), "equal": ours(drawn["equal"]),
         "generate skewed": generate(drawn["skewed"]), "skewed": ours(drawn["skewed"]),
         "guided": ours(drawn["equal"], teacher, **guided), "unprobed": ours(drawn["equal"], **guided),
-        "prune": ours(drawn["equal"], teacher, drift=(1 / 32, 8 / T))}, device)
+        "prune": ours(drawn["equal"], teacher, drift=(1 / 32, 16 / T))}, device)
     for name, target in (("equal", dict(most=1.05)), ("skewed", dict(what="times faster", least=2))):
         one, other = seen[name]["seconds"], seen[f"generate {name}"]["seconds"]
         assert seen[name]["tokens"] == seen[f"generate {name}"]["tokens"] == lengths[name].sum()
@@ -2827,8 +2828,8 @@ def bench(device, sizes):
         table.append(line(f"    its peak memory, {256 * rows:,} tokens", peak["ours"] / 2 ** 30,
                           peak["full"] / 2 ** 30, "GiB", most=most[1]))
     table += bench_steps(sampler, teacher, sizes, sampling, drawn["skewed"], lengths["skewed"], rates)
-    print(*bench_table(table), "behind a semicolon: the baseline; floor: the bytes read over the speed of a copy, or the "
-          f"operations over that of a matrix product; medians of 5 turns; {time.perf_counter() - began:.0f} s in all",
+    print(*bench_table(table), "behind a semicolon: the baseline; floor: the bytes read over the speed of a copy, or "
+          f"the operations over that of a matrix product; medians of 5 turns; {time.perf_counter() - began:.0f} s in all",
           sep="\n")
 
 
@@ -2958,7 +2959,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "memory":
         show_memory()
     else:
-        torch.set_num_threads(os.cpu_count())
+        torch.set_num_threads(THREADS)
         transformers.utils.logging.set_verbosity_error()
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
         bench(chosen, BENCH[chosen])
