@@ -5,9 +5,12 @@ Everything runs offline on random models with 2 layers and 24 tokens. Where ther
 number (every token tried, autograd on full logits, one uninterrupted model.generate), the test goes that way.
 """
 import torch
+THREADS = torch.get_num_threads()                             # for the benchmark; OMP_NUM_THREADS changes it
 torch.set_num_threads(1)                                      # tiny tensors gain next to nothing from more
 
+import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import itertools
@@ -20,6 +23,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -542,10 +546,10 @@ def test_rows_of_the_head_that_are_no_tokens_are_never_sampled():
     assert chi_square_of_first_tokens(FLAT, FLAT_LOGITS[:6].softmax(-1), vocab_size=6) < 25
 
 
-def plain_generate(model, ids, mask, eos_ids, length):
-    """One uninterrupted model.generate, with its own cache and its own positions."""
+def plain_generate(model, ids, mask, eos_ids, length, **law):
+    """One uninterrupted model.generate, greedy unless said otherwise, with its own cache and its own positions."""
     config = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=length, eos_token_id=sorted(eos_ids), pad_token_id=PAD)
+        max_new_tokens=length, eos_token_id=sorted(eos_ids), pad_token_id=PAD, **(law or dict(do_sample=False)))
     return model.generate(ids, attention_mask=mask.long(), generation_config=config)[:, ids.shape[1]:]
 
 
@@ -2513,6 +2517,424 @@ def test_a_random_selection_depends_on_the_seed_alone(world, tmp_path, updates):
     assert first != chosen("overlap") and first != chosen("random", seed=1)
 
 
+# ---- 13. The benchmark: python test_opd.py bench -----------------------------------------------------------
+#     Random models, nothing downloaded. A baseline does the same work in the plainest way that there is: one
+#     model.generate for all rows, or the logits of all tokens of both models at once and autograd through them.
+
+BENCH = {
+    "cpu": dict(
+        # 256 rows, as in a real run: with few, a decoding step takes as long for half of them, and nothing is saved
+        dtype=torch.float32, vocabulary=2048, prompts=64, prompt_length=8, tokens=48, scale_rows=16,
+        update_vocabularies=(32_000, 151_936), update_rows=8, update_width=64,
+        student=dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+                     num_key_value_heads=2, head_dim=64),
+        teacher=dict(hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
+                     num_key_value_heads=2, head_dim=64)),
+    "cuda": dict(                                             # the shapes of Qwen3-1.7B and Qwen3-4B
+        dtype=torch.bfloat16, vocabulary=151_936, prompts=64, prompt_length=128, tokens=2048, scale_rows=32,
+        update_vocabularies=(32_000, 151_936), update_rows=8, update_width=2048,
+        student=dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+                     num_key_value_heads=8, head_dim=128),
+        teacher=dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+                     num_key_value_heads=8, head_dim=128))}
+
+
+def countdown(seed, vocabulary, drifts=False, device="cpu", dtype=torch.float32, **size):
+    """A random model that goes on from the token n with n - 1, n - 2, ... down to 0: the last token of a prompt sets
+    how long its response gets, whoever samples it and whatever else is in the batch. drifts: not in the upper half
+    of the vocabulary, where a model without it counts down to the half."""
+    torch.manual_seed(seed)
+    config = transformers.Qwen3Config(vocab_size=vocabulary, max_position_embeddings=4096, tie_word_embeddings=False,
+                                      bos_token_id=None, eos_token_id=None, **size)
+    with torch.device(device), torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model.get_input_embeddings().weight.normal_()
+        # The residual stream is mostly the embedding: the row of the head that equals it wins by far
+        model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight.roll(-1, 0) * .2)
+        if drifts:
+            model.get_input_embeddings().weight[vocabulary // 2:].normal_()
+    return model
+
+
+def bench_prompts(lengths, vocabulary, longest, drifts=False, device="cpu"):
+    """Prompts whose responses get these lengths (B,), with drifts every other row in the upper half -> ids, mask."""
+    rng = random.Random(0)
+    rows = [[rng.randrange(2, vocabulary) for _ in range(rng.randint(longest // 2, longest) - 1)]
+            + [int(length) + (row % 2) * drifts * (vocabulary // 2)] for row, length in enumerate(lengths)]
+    return [part.to(device) for part in opd.pad_left(rows, PAD)]
+
+
+def skewed(rows, longest):
+    """Response lengths as in reasoning: most are short, the mean is a quarter of the longest. -> (rows,)"""
+    return (longest * (torch.arange(1, rows + 1) / rows) ** 3).round().clamp(min=1).long()
+
+
+def peak_bytes(job, device):
+    """What a job holds at its peak above what was held before it; NaN where the system does not tell."""
+    def resident(name):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        job()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")                                   # the peak starts anew from here
+    except OSError:
+        job()
+        return math.nan
+    before = resident("VmRSS")
+    job()
+    return resident("VmHWM") - before
+
+
+def in_turns(jobs, device="cpu", repeats=5):
+    """Run the jobs in turns, so that what else the machine does falls on all alike; the first turn is to warm up ->
+    {job: {"seconds", "bytes" at its peak, and what the job itself returns: medians}}"""
+    seen = {name: [] for name in jobs}
+    for _, (name, job) in itertools.product(range(repeats + 1), jobs.items()):
+        def timed():
+            begin = opd.clock(torch.device(device))
+            told = job()
+            parts.update(told if isinstance(told, dict) else {})
+            parts["seconds"] = opd.clock(torch.device(device)) - begin
+        parts = {}
+        parts["bytes"] = peak_bytes(timed, device)
+        seen[name].append(parts)
+    return {name: {part: statistics.median(turn[part] for turn in turns[1:]) for part in turns[0]}
+            for name, turns in seen.items()}
+
+
+def bench_rollout(student, teacher, prompt, **changes):
+    """opd.rollout -> its dict, with the seconds that the teacher's forward and head alone took as teacher_pass."""
+    spent = []
+
+    def timed(function):
+        def inner(model, hidden, *rest):
+            begin = opd.clock(hidden.device)
+            out = function(model, hidden, *rest)
+            if model is teacher:
+                spent.append(opd.clock(hidden.device) - begin)
+            return out
+        return inner
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("hidden_states", "head_logits"):
+            patch.setattr(opd, name, timed(getattr(opd, name)))
+        out = opd.rollout(student, teacher, *prompt, overlap_k=16 if teacher else 0, **changes)
+    return dict(out, teacher_pass=sum(spent))
+
+
+def full_logits_step(student, optimizer, batch, *, learning_rate, micro_batch_size, max_grad_norm, student_head,
+                     teacher_head, token_loss, measure):
+    """What train_step computes, by the book: logits of all tokens of both models at once, one loss, one backward."""
+    mask, weight = batch["loss_mask"], batch["token_weight"]
+    ids, seen = (torch.cat(pair, 1) for pair in ((batch["prompt_ids"], batch["response_ids"]),
+                                                 (batch["prompt_mask"], mask)))
+    optimizer.zero_grad(set_to_none=True)
+    student_logits = student_head(opd.hidden_states(student, ids, seen, mask.shape[1])[mask])              # (N, V)
+    with torch.no_grad():
+        teacher_logits = teacher_head(torch.cat(batch["teacher_hidden"]))                                  # (N, V)
+    loss = (token_loss(student_logits, teacher_logits, batch["response_ids"][mask]) * weight[mask]).sum() / mask.sum()
+    loss.backward()
+    with torch.no_grad():
+        means = {name: value.nanmean().item() for name, value in measure(student_logits, teacher_logits).items()}
+    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
+    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.step()
+    return {"loss": loss.item(), "grad_norm": grad_norm, "num_tokens": int(mask.sum()), **means}
+
+
+def update_jobs(vocabulary, width, device="cpu", rows=8, tokens=256):
+    """{"ours", "full"}: one step on the same made-up batch with our loss in chunks, and on full logits."""
+    student, teacher = (tiny_qwen3(seed, vocab_size=vocabulary, hidden_size=width, max_position_embeddings=512,
+                                   initializer_range=.1).to(device) for seed in (1, 2))
+    ids, mask = bench_prompts([tokens] * rows, vocabulary, 16, device=device)
+    response = torch.randint(vocabulary, (rows, tokens), device=device)
+    valid = torch.ones_like(response, dtype=torch.bool)
+    with torch.no_grad():
+        states = opd.hidden_states(teacher, torch.cat([ids, response], 1), torch.cat([mask, valid], 1), tokens)
+    batch = dict(prompt_ids=ids, prompt_mask=mask, response_ids=response, loss_mask=valid, teacher_hidden=[*states],
+                 token_weight=torch.ones(valid.shape, device=device))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    settings = dict(
+        learning_rate=0.0, micro_batch_size=rows, max_grad_norm=1.0, measure=lambda p, q: opd.alignment(p, q, None, 16),
+        token_loss=lambda p, q, ids: opd.reverse_kl(p, q),
+        student_head=lambda hidden: opd.head_logits(student, hidden, vocabulary),
+        teacher_head=lambda hidden: opd.head_logits(teacher, hidden, vocabulary))
+    return {name: functools.partial(step, student, optimizer, batch, **settings)
+            for name, step in (("ours", opd.train_step), ("full", full_logits_step))}
+
+
+def exponent(sizes, seconds):
+    """The b of seconds = a * sizes ** b, fitted on logarithms."""
+    x, y = (torch.tensor(values, dtype=torch.double).log() for values in (sizes, seconds))
+    return ((x - x.mean()) * (y - y.mean())).sum().item() / (x - x.mean()).square().sum().item()
+
+
+def line(name, ours, baseline, unit="s", floor=math.nan, what="ratio", value=None, most=None, least=None):
+    """One line of the table. The target is on the ratio, or on a value with a name of its own."""
+    ratio = ours / baseline if baseline else math.nan
+    value = ratio if value is None else value
+    judged = f"{what} {value:.2f}" if what != "ratio" else ""
+    if most is not None or least is not None:
+        holds = value <= most if least is None else value >= least
+        sign = f"<= {most:.4g}" if least is None else f">= {least:.4g}"
+        judged = f"{judged or 'ratio'} {sign}: {'holds' if holds else 'MISSED'}"
+    return dict(line=name, ours=f"{ours:,.4g} {unit}", baseline=f"{baseline:,.4g} {unit}", ratio=f"{ratio:.3f}",
+                floor=f"{floor:.3g} s" if floor == floor else "", off=f"{ours / floor:.1f}x" if floor == floor else "",
+                target=judged)
+
+
+def bench_table(rows):
+    """Dicts of texts -> lines in columns, under their names."""
+    rows = [{name: name for name in rows[0]}, *rows]
+    widths = {name: max(len(row[name]) for row in rows) for name in rows[0]}
+    left = ("line", "target")
+    return ["  ".join(f"{row[name]:{'<' if name in left else '>'}{widths[name]}}" for name in row).rstrip()
+            for row in rows]
+
+
+def machine(device):
+    """What is measured on, as text, and what it can do: bytes copied and operations of a matrix product a second."""
+    dtype, side = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 2048)
+    a, b, out = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(3))
+    wide = torch.ones(64 * side, side // 2, device=device, dtype=dtype)            # larger than any cache
+    copied = torch.empty_like(wide)
+    best = in_turns({"copy": lambda: copied.copy_(wide), "product": lambda: torch.mm(a, b, out=out)}, device)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
+    with contextlib.suppress(OSError, StopIteration):
+        if device == "cpu":
+            with open("/proc/cpuinfo") as file:
+                name += next(row.split(":")[1].rstrip() for row in file if row.startswith("model name"))
+    bandwidth = 2 * wide.numel() * wide.element_size() / best["copy"]["seconds"]
+    return name, bandwidth, 2 * side ** 3 / best["product"]["seconds"]
+
+
+def floors(model, prompt, lengths, bandwidth, operations):
+    """Seconds that no program can beat for rows with a prompt and response of so many tokens: to sample them, and for a
+    forward over them. Sampling reads all weights at every step, and the keys and values of the rows that still run."""
+    config, embedding = model.config, model.get_input_embeddings().weight
+    size = model.num_parameters() - embedding.numel(), config.num_hidden_layers, config.hidden_size
+    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim           # of one token
+    numbers = size[0] * int(lengths.max()) + kept * int((prompt * lengths + lengths ** 2 / 2).sum())
+    forward = opd.forward_flops(size, prompt + lengths) / operations
+    return max(numbers * embedding.element_size() / bandwidth, forward), forward
+
+
+def bench_steps(sampler, teacher, sizes, sampling, prompt, lengths, rates):
+    """Lines of the table about whole steps: seconds by phase, positions computed for nothing, and how a step grows."""
+    device, tokens, rows = sampler.device.type, sizes["tokens"], sizes["scale_rows"]
+    student = copy.deepcopy(sampler).float() if device == "cuda" else sampler                # float32 master weights
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, weight_decay=0.0)
+    settings = dict(
+        learning_rate=0.0, micro_batch_size=4, max_grad_norm=1.0, measure=lambda p, q: opd.alignment(p, q, None, 16),
+        autocast=functools.partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda"),
+        token_loss=lambda p, q, ids: opd.reverse_kl_topk(p, q, 16),
+        student_head=lambda hidden: opd.head_logits(student, hidden, sizes["vocabulary"]),
+        teacher_head=lambda hidden: opd.head_logits(teacher, hidden, sizes["vocabulary"]))
+
+    def step(prompt):
+        def job():
+            forwards, stop = forward_shapes(sampler)
+            begin = opd.clock(sampler.device)
+            out = opd.rollout(sampler, teacher, *prompt, max_length=tokens, overlap_k=16, **sampling)
+            sampled = opd.clock(sampler.device)
+            stop()
+            updates, stop = forward_shapes(student)
+            batch = dict(out, prompt_ids=prompt[0], prompt_mask=prompt[1], loss_mask=out["response_mask"],
+                         token_weight=torch.ones_like(out["overlap"]))
+            opd.train_step(student, optimizer, batch, **settings)
+            stop()
+            return dict(rollout=sampled - begin - out["teacher_seconds"], teacher=out["teacher_seconds"],
+                        update=opd.clock(sampler.device) - sampled, forwards=sum(map(math.prod, forwards)),
+                        updates=sum(map(math.prod, updates)))
+        return job
+    prompt_lengths = prompt[1].sum(-1).cpu()
+    real = int((prompt_lengths + lengths - 1).sum())          # the last token of a row predicts nothing
+    seen = in_turns({"step": step(prompt)}, device)["step"]
+    least = {"rollout": floors(sampler, prompt_lengths, lengths, *rates)[0],
+             "teacher": floors(teacher, prompt_lengths, lengths, *rates)[1],
+             "update": 3 * floors(sampler, prompt_lengths, lengths, *rates)[1]}
+    speed = f"{int(lengths.sum()) / seen['seconds']:,.0f} tokens a second"
+    table = [line(f"step, skewed lengths, {speed}; its floor", seen["seconds"], sum(least.values()),
+                  floor=sum(least.values()))]
+    for phase in least:
+        table.append(line(f"    {phase}; step", seen[phase], seen["seconds"], floor=least[phase]))
+    table.append(line("    computed in the rollout; real", seen["forwards"], real, "tokens"))
+    table.append(line("    computed in the update; real", seen["updates"], real, "tokens", most=1.10))
+
+    for what, drawn in {"response length": [[tokens // 8 * n] * rows for n in (1, 2, 4, 8)],
+                        "batch": [[tokens // 8] * rows * n for n in (1, 2, 4, 8)]}.items():
+        seen = in_turns({n: step(bench_prompts(row, sizes["vocabulary"], sizes["prompt_length"], device=device))
+                         for n, row in zip((1, 2, 4, 8), drawn)}, device)
+        seconds = [seen[n]["seconds"] for n in (1, 2, 4, 8)]
+        shown = ", ".join(f"{value:.2f}" for value in seconds[:3])
+        table.append(line(f"step at 1, 2, 4, 8 times the {what} ({shown}); at 1", seconds[3], seconds[0],
+                          what="exponent", value=exponent((1, 2, 4, 8), seconds), most=1.1))
+    return table
+
+
+def bench(device, sizes):
+    """Print one table: what opd.py takes, what the plainest way takes, and whether it is within what it should be."""
+    began, table = time.perf_counter(), []
+    name, *rates = machine(device)
+    print(f"{name}; torch {torch.__version__}, transformers {transformers.__version__}, Python "
+          f"{sys.version.split()[0]}; {rates[0] / 1e9:.1f} GB/s copied, {rates[1] / 1e12:.3f} TFLOPS", flush=True)
+    V, T, B = sizes["vocabulary"], sizes["tokens"], 4 * sizes["prompts"]
+    sampler = countdown(1, V, device=device, dtype=sizes["dtype"], **sizes["student"])
+    teacher = countdown(2, V, True, device=device, dtype=sizes["dtype"], **sizes["teacher"])
+    sampling = dict(segment_length=T // 8, vocab_size=V, eos_ids={0, V // 2}, pad_id=PAD, num_generations=4)
+
+    def ours(prompt, teacher=None, tokens=T, **method):
+        def job():
+            out = bench_rollout(sampler, teacher, prompt, max_length=tokens, **{**sampling, **method})
+            return {"teacher": out["teacher_pass"], "tokens": int(out["response_mask"].sum())}
+        return job
+
+    def generate(prompt):
+        return lambda: {"tokens": int(opd.mask_through_eos(plain_generate(
+            sampler, *prompt, sampling["eos_ids"], T, do_sample=True, top_k=0), sampling["eos_ids"]).sum())}
+    lengths = {"equal": torch.full((B,), T), "skewed": skewed(B, T)}
+    drawn = {name: bench_prompts(row, V, sizes["prompt_length"], True, device) for name, row in lengths.items()}
+    floor = {name: floors(sampler, drawn[name][1].sum(-1).cpu(), row, *rates) for name, row in lengths.items()}
+    guided = dict(select_at=T // 4, probe_window=T // 16, num_keep=B // 2)
+    seen = in_turns({
+        "generate equal": generate(drawn["equal"]), "equal": ours(drawn["equal"]),
+        "generate skewed": generate(drawn["skewed"]), "skewed": ours(drawn["skewed"]),
+        "guided": ours(drawn["equal"], teacher, **guided), "unprobed": ours(drawn["equal"], **guided),
+        "prune": ours(drawn["equal"], teacher, drift=(1 / 32, 16 / T))}, device)
+    for name, target in (("equal", dict(most=1.05)), ("skewed", dict(what="times faster", least=2))):
+        one, other = seen[name]["seconds"], seen[f"generate {name}"]["seconds"]
+        assert seen[name]["tokens"] == seen[f"generate {name}"]["tokens"] == lengths[name].sum()
+        table.append(line(f"rollout, {name} lengths; model.generate", one, other, floor=floor[name][0],
+                          value=other / one if name == "skewed" else None, **target))
+    whole = seen["generate equal"]
+    for name in ("guided", "prune"):
+        one = seen[name]["seconds"] - seen[name]["teacher"]
+        saved, less = 1 - one / whole["seconds"], 1 - seen[name]["tokens"] / whole["tokens"]
+        table.append(line(f"{name}, without the teacher; model.generate", one, whole["seconds"],
+                          what="time saved / tokens saved", value=saved / less, least=.85))
+        table.append(line("    its tokens", seen[name]["tokens"], whole["tokens"], "tokens"))
+    plain, asked = seen["unprobed"]["seconds"], seen["guided"]
+    probe = asked["seconds"] - asked["teacher"] - plain
+    table.append(line("probe: top k of both, compared; guided rollout", probe, plain, most=.10))
+    table.append(line("teacher's scoring; guided rollout", asked["teacher"], plain))
+
+    rows, width = sizes["update_rows"], sizes["update_width"]
+    seen = in_turns({(V, name): job for V in sizes["update_vocabularies"]
+                     for name, job in update_jobs(V, width, device, rows // 4).items()}, device)
+    for V in sizes["update_vocabularies"]:
+        one, other = seen[V, "ours"], seen[V, "full"]
+        assert math.isclose(one["loss"], other["loss"], rel_tol=1e-3)
+        assert math.isclose(one["grad_norm"], other["grad_norm"], rel_tol=1e-3)
+        most = (1.3, .125) if V > 100_000 else (None, None)
+        table.append(line(f"update, V {V:,}, {64 * rows:,} tokens; full logits", one["seconds"], other["seconds"],
+                          most=most[0]))
+        peak = {name: peak_bytes(job, device) for name, job in update_jobs(V, width, device, rows).items()}
+        table.append(line(f"    its peak memory, {256 * rows:,} tokens", peak["ours"] / 2 ** 30,
+                          peak["full"] / 2 ** 30, "GiB", most=most[1]))
+    table += bench_steps(sampler, teacher, sizes, sampling, drawn["skewed"], lengths["skewed"], rates)
+    print(*bench_table(table), "behind a semicolon: the baseline; floor: the bytes read over the speed of a copy, or "
+          f"the operations over that of a matrix product; medians of 5 turns; {time.perf_counter() - began:.0f} s in all",
+          sep="\n")
+
+
+TINY_BENCH = dict(
+    BENCH["cpu"], vocabulary=1024, prompts=2, prompt_length=6, tokens=16, update_vocabularies=(300,), update_rows=4,
+    update_width=32, scale_rows=1, **{who: dict(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16) for who in ("student", "teacher")})
+
+
+def test_the_benchmark_prints_every_line_with_a_ratio(capsys, monkeypatch):
+    monkeypatch.setattr(__name__ + ".machine", lambda device: ("a machine", 1e9, 1e9))
+    bench("cpu", TINY_BENCH)
+    first, names, *lines, last = capsys.readouterr().out.splitlines()
+    assert "a machine" in first and torch.__version__ in first and "medians" in last
+    where = names.index("ratio")
+    assert len(lines) == 18 and all(re.search(r"\d\.\d{3}$", text[:where + len("ratio")]) for text in lines)
+    assert sum("holds" in text or "MISSED" in text for text in lines) == 8
+
+
+def test_both_sides_of_the_benchmark_sample_exactly_the_lengths_that_were_asked_for():
+    """Among them a row of 1 token, rows of the upper half of the vocabulary, and rows that leave on the way."""
+    lengths, settings = skewed(8, 24), dict(segment_length=8, vocab_size=64, eos_ids={0, 32}, pad_id=PAD)
+    model, prompt = countdown(1, 64, **TINY_BENCH["student"]), bench_prompts(skewed(8, 24), 64, 6, True)
+    assert lengths[0] == 1 and lengths[-1] == 24
+    ours = bench_rollout(model, None, prompt, max_length=24, **settings)["response_mask"].sum(-1)
+    plain = opd.mask_through_eos(plain_generate(model, *prompt, {0, 32}, 24, do_sample=True, top_k=0), {0, 32}).sum(-1)
+    assert ours.tolist() == plain.tolist() == lengths.tolist()
+
+
+def test_in_the_benchmark_the_rows_of_the_upper_half_drift_and_no_others():
+    student, teacher = (countdown(seed, 64, seed == 2, **TINY_BENCH["student"]) for seed in (1, 2))
+    settings = dict(segment_length=4, vocab_size=64, eos_ids={0, 32}, pad_id=PAD, max_length=24, num_generations=4)
+    upper = [False, True] * 4
+    for method in (dict(drift=(1, .25)), dict(select_at=8, probe_window=4, num_keep=4)):
+        out = opd.rollout(student, teacher, *bench_prompts([24] * 8, 64, 6, True), overlap_k=1, **settings, **method)
+        assert out["kept"].tolist() == [not row for row in upper]
+
+
+def test_the_made_up_lengths_have_a_mean_of_a_quarter_of_the_longest():
+    lengths = skewed(256, 2048)
+    assert lengths.max() == 2048 and lengths.min() == 1
+    assert lengths.float().mean().item() == pytest.approx(512, rel=.01)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_baseline_on_full_logits_has_the_gradient_of_train_step(loss):
+    student = tiny_llama(1)
+    batch = make_batch(student, TEACHER)
+    expected, grads = update(student, TEACHER, batch, loss)
+    settings = dict(
+        learning_rate=0.0, micro_batch_size=4, max_grad_norm=1e9, token_loss=LOSSES[loss],
+        measure=lambda p, q: opd.alignment(p, q, None, 4),
+        student_head=lambda hidden: opd.head_logits(student, hidden, V),
+        teacher_head=lambda hidden: opd.head_logits(TEACHER, hidden, V))
+    metrics = full_logits_step(student, torch.optim.SGD(student.parameters(), lr=0.0), batch, **settings)
+    assert metrics == pytest.approx(expected, rel=1e-4)
+    assert_same(gradients_of(student), grads, tolerance=3e-6)
+
+
+def test_the_fitted_exponent_of_made_up_times_is_theirs():
+    assert exponent((1, 2, 4, 8), [3 * n ** 1.5 for n in (1, 2, 4, 8)]) == pytest.approx(1.5)
+    assert exponent((1, 2, 4), (1, 1, 1)) == 0
+    assert exponent((1, 2, 4), (1, 3, 4)) == pytest.approx(1)                        # least squares, not the ends alone
+
+
+def test_jobs_take_turns_and_the_first_turn_does_not_count():
+    calls = []
+
+    def job(name):
+        calls.append(name)
+        return {"count": len(calls)}
+    seen = in_turns({name: functools.partial(job, name) for name in "ab"}, repeats=3)
+    assert "".join(calls) == "ab" * 4
+    assert seen["a"]["count"] == 5 and seen["b"]["count"] == 6           # medians of 3, 5, 7 and of 4, 6, 8
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the system does not tell the peak")
+def test_the_peak_memory_of_a_job_is_what_it_held_at_once():
+    keep = torch.ones(2 ** 24)                                # 64 MiB that were there before
+
+    def job():
+        for _ in range(3):
+            keep + keep
+    assert peak_bytes(job, "cpu") == pytest.approx(2 ** 26, rel=.2)
+
+
+def test_the_floor_of_sampling_reads_the_weights_at_every_step_and_what_running_rows_have_cached():
+    model = countdown(1, 64, **TINY_BENCH["student"])
+    weights, lengths = 4 * (model.num_parameters() - 64 * 64), torch.tensor([2, 4])
+    cached = 2 * 16 * 4 * ((3 + 1) * 2 + (3 + 2) * 4)         # keys and values of 16 numbers, a prompt of 3
+    assert floors(model, torch.tensor([3, 3]), lengths, 10.0, 1e30)[0] == pytest.approx((4 * weights + cached) / 10)
+    sampling, forward = floors(model, torch.tensor([3, 3]), lengths, 1e30, 10.0)
+    assert sampling == forward == pytest.approx(
+        opd.forward_flops((weights / 4, 1, 64), torch.tensor([5, 7])) / 10)
+
+
 def show_memory(tokens=1024, rows=8, vocabulary=151_936):
     """Peak resident memory of one step at the vocabulary of Qwen, for each loss in a process of its own."""
     import resource
@@ -2539,6 +2961,13 @@ def show_memory(tokens=1024, rows=8, vocabulary=151_936):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["memory"]:
-        sys.exit("python test_opd.py memory shows the peak memory of a step; the tests run with make test")
-    show_memory()
+    if sys.argv[1:] not in (["memory"], ["bench"]):
+        sys.exit("python test_opd.py memory shows the peak memory of a step, bench how long things take; the tests run "
+                 "with make test")
+    if sys.argv[1] == "memory":
+        show_memory()
+    else:
+        torch.set_num_threads(THREADS)
+        transformers.utils.logging.set_verbosity_error()
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        bench(chosen, BENCH[chosen])
