@@ -85,7 +85,7 @@ FLAGS = {
         ("max_steps", 200, "OPD steps; an epoch of DAPO-Math-17K has about 200 [Rethinking-OPD]"),
         ("max_generated_tokens", 0, "stop after the step at which the student has sampled so many; 0: no limit"),
         ("max_grad_norm", 1.0, "gradient clipping (our choice)"),
-        ("micro_batch_size", 4, "rows per forward and backward; the gradients do not depend on it"),
+        ("micro_batch_size", 4, "longest rows per forward and backward, or more short ones; changes no gradient"),
         ("gradient_checkpointing", False, "recompute the student's layers in backward to save memory"),
         ("extrapolate", False, "at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]"),
         ("validation_size", 50, "training problems with answers that judge what --extrapolate tries [EffOPD]"),
@@ -504,8 +504,8 @@ def repetition(ids):
 
 def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
-    problems: dicts with answer and prompt_ids; decoding: for rollout. Its random stream is its own: training is the same
-    without it."""
+    problems: dicts with answer and prompt_ids; decoding: for rollout. Its random stream is its own, so that it cannot
+    change training."""
     rows, answers = list(itertools.product(range(len(problems)), range(num_samples)))[RANK::NUM_RANKS], []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * NUM_RANKS + RANK)
@@ -592,7 +592,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
         rows, start = rows[stay], end
         if not len(rows) or border == max_length:
             break
-        for cache in (student_cache, *teacher_cache):
+        for cache in (student_cache, *teacher_cache) if len(stay) < len(new_ids) else ():
             cache.batch_select_indices(stay)
     return {"response_ids": ids[:, S:start], "response_mask": mask[:, S:start], "overlap": overlap[:, :start - S],
             "ended": ended, "kept": kept, "teacher_seconds": teacher_seconds,
@@ -608,7 +608,7 @@ def gather_from_ranks(items):
 
 # ---- 10. One update ------------------------------------------------------------------------------------------
 def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, student_head, teacher_head, token_loss,
-                       measure, chunk_tokens=256):
+                       measure, chunk_tokens=128):
     """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,)
     -> gradient wrt hidden (N, H), sum of weighted losses, measures by chunk. The head's gradient adds up in place."""
     grads, total, measures = [], 0.0, []
@@ -638,22 +638,27 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
     num_tokens = sum(gather_from_ranks([int(lengths.sum())]))                        # N of the whole step
     if not num_tokens:
         return {}
-    order = lengths.argsort(descending=True, stable=True)[:int((lengths > 0).sum())]
+    mask = torch.cat([batch["prompt_mask"], batch["loss_mask"]], dim=1)              # (B, S + T)
+    # All padding to the right end: between a short prompt and a response, rows of a like length could not share it
+    front = mask.int().argsort(dim=1, descending=True, stable=True)
+    ids, mask, learned = (part.gather(1, front) for part in (
+        torch.cat([batch["prompt_ids"], batch["response_ids"]], dim=1), mask,
+        torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["loss_mask"]], dim=1)))
+    sizes = mask.sum(-1).where(lengths > 0, 0)                                       # (B,)
+    order = sizes.argsort(descending=True, stable=True)[:int((lengths > 0).sum())]
     loss, measures = 0.0, []
     optimizer.zero_grad(set_to_none=True)
     for module in student.modules():      # recomputed in training mode only; all else stays in eval mode: no dropout
         module.training = recompute and hasattr(module, "gradient_checkpointing")
-    for rows in order.split(micro_batch_size) if len(order) else ():
-        S, T = int(batch["prompt_mask"][rows].sum(-1).max()), int(lengths[rows].max())
-        loss_mask, response_ids = batch["loss_mask"][rows, :T], batch["response_ids"][rows, :T]
-        ids = torch.cat([batch["prompt_ids"][rows, -S:], response_ids], dim=1)   # (b, S + T)
-        mask = torch.cat([batch["prompt_mask"][rows, -S:], loss_mask], dim=1)
+    while len(order):
+        width = int(sizes[order[0]])      # micro_batch_size of the longest rows, or as many tokens in shorter ones
+        rows, order = order.tensor_split([micro_batch_size * int(sizes.max()) // width])
         with autocast():
-            hidden = hidden_states(student, ids, mask, T)[loss_mask]             # (N, H)
+            hidden = hidden_states(student, ids[rows, :width], mask[rows, :width], width - 1)[learned[rows, 1:width]]
             teacher_hidden = torch.cat([batch["teacher_hidden"][row][:lengths[row]] for row in rows.tolist()])
             grad, value, measured = backward_in_chunks(
-                hidden, teacher_hidden, response_ids[loss_mask],
-                batch["token_weight"][rows, :T][loss_mask] / num_tokens, **chunk)
+                hidden, teacher_hidden, ids[rows][learned[rows]],                # (N, H), (N, H'), (N,), (N,)
+                batch["token_weight"][rows][batch["loss_mask"][rows]] / num_tokens, **chunk)
         hidden.backward(grad)
         loss += value
         measures += measured
