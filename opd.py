@@ -574,8 +574,8 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
                                       in hidden.flatten(0, 1).split(256)]).view_as(student_topk)      # never (B, T, V)
             shared = (student_topk[..., :, None] == teacher_topk[..., None, :]).any(-1)
             overlap[rows, start - S:end - S] = shared.float().mean(-1) * new_mask
-            for row, states, valid in zip(rows.tolist(), hidden, new_mask):
-                teacher_hidden[row].append(states[valid])
+            for row, states, length in zip(rows.tolist(), hidden, new_mask.sum(-1).tolist()):
+                teacher_hidden[row].append(states[:length])
             teacher_seconds += clock(device) - before
         if border == select_at:
             window = mask[:, S:S + probe_window]              # a row that ended inside it is judged on what it has
