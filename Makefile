@@ -42,20 +42,20 @@ touch $@
 endef
 
 # What has to hold for OPD to work at all [Rethinking-OPD]: a teacher that writes as the student does, and knows more.
-CONDITIONS = 1-compatible 2-other-words 3-other-order 4-other-order-cold-start 5-reverse
+# A row's name ends in what the paper found.
+CONDITIONS = 1-compatible--paper-learns 2-other-words--paper-learns-little 3-other-order--paper-learns-little \
+	4-other-order-cold-start--paper-learns 5-reverse--paper-falls-back
 conditions: .venv/ready
 	$(MAKE) --no-print-directory -j2 $(CONDITIONS:%=out/conditions/%/done)
 	$(OPD) --report out/conditions
-	@echo "The paper: 1 learns, and its overlap rises from 72 to over 91%. 2 and 3, low overlap at first, learn little. 4 learns"
-	@echo "after a cold start on the teacher's solutions. 5, with a teacher that knows nothing new, falls back to its level."
 
-FLAGS_4-other-order-cold-start = --cold_start_steps 20
+FLAGS_4-other-order-cold-start--paper-learns = --cold_start_steps 20
 out/conditions/%/done:
 	$(call run,--method opd $(FLAGS_$*))
-out/conditions/1-compatible/done: out/world/compatible
-out/conditions/2-other-words/done: out/world/other-words
-out/conditions/3-other-order/done out/conditions/4-other-order-cold-start/done: out/world/other-order
-out/conditions/5-reverse/done: out/world/reverse
+$(filter out/conditions/1%,$(CONDITIONS:%=out/conditions/%/done)): out/world/compatible
+$(filter out/conditions/2%,$(CONDITIONS:%=out/conditions/%/done)): out/world/other-words
+$(filter out/conditions/3% out/conditions/4%,$(CONDITIONS:%=out/conditions/%/done)): out/world/other-order
+$(filter out/conditions/5%,$(CONDITIONS:%=out/conditions/%/done)): out/world/reverse
 
 # The student is the same in all worlds. Its teachers: other favourite synonyms; "a +3 4" for "a 4 +3", taught for as long
 # as it takes to solve as well; and the two models with their parts exchanged.
