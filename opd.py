@@ -40,6 +40,7 @@ FLAGS = {
         ("student/model_name_or_path", "", "model folder or hub name; without it and --teacher: tiny world"),
         ("teacher/teacher_model_name_or_path", "", "model folder or hub name, with the student's token ids"),
         ("train_file", [str], "problems to train on: jsonl, json, parquet; answers are not needed"),
+        ("mix", [float], "the training files' shares of every step, such as 0.8 0.2; without it all are one pool"),
         ("eval_file", [str], "problems with answers to evaluate on; one result per file"),
         ("output_dir", "out", "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
         ("report", "", "compare the runs below this folder: print a table, draw report.png in it, and stop"),
@@ -149,10 +150,12 @@ def check_args(args):
         "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
         "--eval_only has nothing to --resume; leave one of them out": args.eval_only and args.resume is not None,
         "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
-        f"--keep_ratio {args.keep_ratio} keeps none for some prompts; use at least 1 / --num_generations":
-        guided and kept < args.batch_size,
+        f"--keep_ratio {args.keep_ratio} must be at least 1 / --num_generations": guided and kept < args.batch_size,
         "--probe_window must be at most --prefix_length, and that below --max_new_tokens": guided and not (
             args.probe_window <= args.prefix_length < args.max_new_tokens),
+        "--mix needs a share for each --train_file, worth a prompt of every step or more, and 1 in all":
+        args.mix and (len(args.mix) != len(args.train_file) or min(args.mix) * args.batch_size < 1
+                      or round(sum(args.mix), 3) != 1),
         f"--batch_size must be at least the {NUM_RANKS} processes": args.batch_size < NUM_RANKS,
         "give --student and --teacher, or neither": not args.eval_only and bool(args.student) != bool(args.teacher),
         f"--student needs --{'eval' if args.eval_only else 'train'}_file": args.student and not (
@@ -210,8 +213,7 @@ def load_problems(path):
                              f"it has the fields {', '.join(record) or 'none'}")
         if answer is not None:
             answer = ", ".join(map(str, answer)) if isinstance(answer, (list, np.ndarray)) else str(answer)
-            answer = answer.rsplit("####", 1)[-1]
-            answer = (last_boxed(answer) or answer).strip().strip("$").strip()
+            answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()
         # What data sets add to a problem fights the template, and a grader of boxes
         problem = re.sub(
             r"Solve the following math problem step by step\. The last line of .*? to the problem\."
@@ -837,7 +839,7 @@ def read_data(args, tokenizer):
             tokenizer, [problem["problem"] for problem in problems], args.prompt_template,
             chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
         return [{**problem, "prompt_ids": prompt} for problem, prompt in zip(problems, prompts)]
-    data = argparse.Namespace(tokenizer=tokenizer, eval={})
+    data = argparse.Namespace(tokenizer=tokenizer, eval={}, pools=[])
     for path in args.eval_file:
         name = os.path.splitext(os.path.basename(path))[0]
         if name in data.eval:
@@ -845,10 +847,11 @@ def read_data(args, tokenizer):
         data.eval[name] = read(path)
         if any(problem["answer"] is None for problem in data.eval[name]):
             raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
-    problems = [problem for path in dict.fromkeys(args.train_file) for problem in read(path)]
-    data.train = [problem for problem in problems if len(problem["prompt_ids"]) <= args.max_prompt_length]
-    if problems and not data.train:
-        raise ValueError(f"all {len(problems)} prompts are longer than --max_prompt_length {args.max_prompt_length}")
+    for path in args.train_file:
+        data.pools.append([item for item in read(path) if len(item["prompt_ids"]) <= args.max_prompt_length])
+        if not data.pools[-1]:
+            raise ValueError(f"{path}: all its prompts are longer than --max_prompt_length {args.max_prompt_length}")
+    data.train = sum(data.pools, [])
     data.answered = [problem for problem in data.train if problem["answer"] is not None]
     if args.extrapolate and len(data.answered) < args.validation_size:
         raise ValueError(f"--extrapolate needs {args.validation_size} answered problems; here are {len(data.answered)}")
@@ -938,8 +941,10 @@ def preflight(run, args):
 # ---- 13. Main. With section 1, read_data, read_inputs and preflight, these functions alone see the flags -----
 def draw_prompts(run, args, step):
     """This rank's share of the prompts of a step -> their problems (B), prompt_ids, prompt_mask (B, S)."""
-    indices = batch_indices(step, args.batch_size, len(run.train), args.seed)[RANK::NUM_RANKS]
-    problems = [run.train[index] for index in indices for _ in range(args.num_generations)]  # row p * G + g
+    edges = np.rint(np.cumsum([0, *(args.mix or [1])]) * args.batch_size).astype(int).tolist()   # to the nearest prompt
+    drawn = [pool[index] for pool, first, last in zip(run.pools if args.mix else [run.train], edges, edges[1:])
+             for index in batch_indices(step, last - first, len(pool), args.seed)]
+    problems = [problem for problem in drawn[RANK::NUM_RANKS] for _ in range(args.num_generations)]  # row p * G + g
     prompt_ids, prompt_mask = pad_left([problem["prompt_ids"] for problem in problems], run.sampling["pad_id"])
     # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
     torch.manual_seed((args.seed * 1_000_003 + step) * NUM_RANKS + RANK)
@@ -1030,8 +1035,7 @@ def open_run(args):
     flags, folder = dict(vars(args), processes=NUM_RANKS), args.resume
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
-        if not folder:
-            warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
+        folder or warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
     if folder:
         try:
             saved = torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
@@ -1236,8 +1240,7 @@ def main(argv=None):
             if cuda:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
-        if RANK:                                              # one process speaks for all
-            sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout               # one process speaks for all
         run = open_run(args)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)

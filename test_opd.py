@@ -1135,6 +1135,10 @@ MISTAKES = {
     "different token maps": (dict(teacher="{world}/other"), "different ids for 18 tokens: '0' is 6 and 23"),
     "a model whose logits are made otherwise": (dict(student="{world}/falcon"), "falcon_h1"),
     "prompts that are all too long": (dict(max_prompt_length=2), "--max_prompt_length 2"),
+    "a share of a mixture that is no number": (dict(mix=["nan"]), "--mix"),
+    "shares for more files than there are": (dict(mix=[.5, .5]), "--mix"),
+    "shares that are not 1 in all": (dict(mix=[.9]), "--mix"),
+    "a share of less than a prompt": (dict(mix=[.1, .9], batch_size=4, train_file=["{world}/train.jsonl"] * 2), "--mix"),
     "a keep ratio below one per prompt": (dict(method="prefix-guided", keep_ratio=.3), "--keep_ratio 0.3"),
     "a probe window over the prefix": (dict(method="prefix-guided", probe_window=7), "--probe_window must be at most"),
     "a size of zero": (dict(batch_size=0), "--batch_size 0"),
@@ -2482,6 +2486,25 @@ def test_a_run_that_goes_on_has_no_second_cold_start(world, tmp_path, updates):
     assert len(updates) == 4 and [line["step"] for line in resumed] == [1, 2]      # two cold ones, and one a run
     assert resumed[1]["cold_start_tokens"] == steps[0]["cold_start_tokens"] > 0
     assert responses(tmp_path, "cold_start") != responses(tmp_path, "student")
+
+
+def test_a_mixture_draws_each_files_share_of_every_step_and_repeats_nothing_before_a_file_is_used_up(
+        world, tmp_path, updates):
+    """Eight problems of letters and 32 of digits, .2 and .8 of four steps of ten prompts."""
+    rng = random.Random(0)
+    files = [write(tmp_path / f"{name}.jsonl", *({"problem": " ".join(rng.sample(words, 4))} for _ in range(count)))
+             for name, words, count in (("letters", WORDS[16:], 8), ("digits", WORDS[6:16], 32))]
+    for seed in (0, 1):
+        del updates[:]
+        train(world, tmp_path / "out", train_file=files, mix=[.2, .8], batch_size=10, num_generations=1, max_steps=4,
+              eval_file=None, max_new_tokens=4, seed=seed)
+        letters = [sum(problem[0] in "abcdefgh" for problem in update.problems) for update in updates]
+        assert letters == [2] * 4 and {len(update.problems) for update in updates} == {10}
+        assert len({problem for update in updates for problem in update.problems}) == 40
+    del updates[:]
+    train(world, tmp_path / "out", train_file=files, mix=[.3, .7], batch_size=4, num_generations=1, max_steps=2,
+          eval_file=None, max_new_tokens=4)                         # 1.2 and 2.8 problems a step
+    assert [sum(problem[0] in "abcdefgh" for problem in update.problems) for update in updates] == [1, 1]
 
 
 @pytest.mark.parametrize("above, last", [(0, 2), (1, 3)])
