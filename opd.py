@@ -922,16 +922,16 @@ def preflight(run, args):
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
     sides = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
     stops, templates = [sorted(stop_ids(*side[1:])) for side in sides], [side[2].chat_template for side in sides]
-    lines = [f"method {args.method}; loss {args.loss} ({args.support} top {args.overlap_k}): KL(student || teacher)",
+    over = {"topk": f"{args.support} top {args.overlap_k}", "reverse_kl": "all tokens", "sampled": "the sampled token"}
+    lines = [f"method {args.method}; loss {args.loss}: KL(student || teacher) over {over[args.loss]}, mean over a step",
              f"data: {len(run.train)} training prompts, those that are too long left out; {readable} of the first "
              f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.train[0]['prompt_ids'])!r}",
              f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} overlap "
              f"{out['overlap'][out['response_mask']].mean().item():.2f}"]
     for (role, model, tokenizer), stop in zip(sides, stops):
-        rows = model.get_output_embeddings().weight.shape[0]
-        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, {rows} rows "
-                     f"cut to {run.vocab_size}, stops at {stop}, pad {tokenizer.pad_token_id}, "
-                     f"{'a' if tokenizer.chat_template else 'no'} chat template")
+        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
+                     f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stop}, "
+                     f"pad {tokenizer.pad_token_id}, {'a' if tokenizer.chat_template else 'no'} chat template")
     found = {
         "the teacher finds what the student writes very unlikely; compare prompts and templates": mean < -3,
         f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
