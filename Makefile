@@ -3,11 +3,11 @@ PYTHON ?= python3
 OPD = .venv/bin/python opd.py
 .PHONY: demo test bench compare conditions clean
 
-# Teacher and student are made, and the student learns from the teacher: about a minute on one CPU core.
+# Teacher and student are made, and the student learns from the teacher: one and a half to two minutes on a CPU.
 demo: .venv/ready
 	$(OPD) --output_dir out/demo
 
-# Every claim, offline, on tiny models: two to three minutes.
+# Every claim, offline, on tiny models: two to four minutes.
 test: .venv/ready
 	.venv/bin/python -m pytest -q test_opd.py
 

@@ -641,7 +641,7 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
     if not num_tokens:
         return {}
     mask = torch.cat([batch["prompt_mask"], batch["loss_mask"]], dim=1)              # (B, S + T)
-    # All padding to the right end: between a short prompt and a response, rows of a like length could not share it
+    # All padding to the right end: what stood before a short prompt would be computed along with a long response
     front = mask.int().argsort(dim=1, descending=True, stable=True)
     ids, mask, learned = (part.gather(1, front) for part in (
         torch.cat([batch["prompt_ids"], batch["response_ids"]], dim=1), mask,
