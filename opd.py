@@ -140,8 +140,7 @@ def check_args(args):
                    "w_drop w_base cap_hit_ratio cold_start_steps max_generated_tokens").split()
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < 2 ** 40 or value == 0 and name in may_be_zero):
-            least = "not be below" if name in may_be_zero else "be above"
-            raise ValueError(f"--{name} {value} must {least} 0, and finite")
+            raise ValueError(f"--{name} {value} must be {'at least' if name in may_be_zero else 'above'} 0, and finite")
     guided, kept = args.method == "prefix-guided", round(args.keep_ratio * args.batch_size * args.num_generations)
     mistakes = {
         "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
@@ -513,8 +512,7 @@ def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, d
         torch.manual_seed(seed * NUM_RANKS + RANK)
         for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
             batch = [(index, sample, problems[index]) for index, sample in rows[start:start + rows_per_batch]]
-            ids, mask = pad_left([problem["prompt_ids"] for *_, problem in batch], decoding["pad_id"])
-            out = rollout(model, None, ids.to(model.device), mask.to(model.device), **decoding)
+            out = rollout(model, None, [problem["prompt_ids"] for *_, problem in batch], **decoding)
             for row, (index, sample, problem) in enumerate(batch):
                 response = out["response_ids"][row][out["response_mask"][row]].tolist()
                 text = tokenizer.decode(response, skip_special_tokens=True)
@@ -543,16 +541,17 @@ def clock(device):
     return time.perf_counter()
 
 @torch.no_grad()
-def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_length, vocab_size, eos_ids, pad_id,
-            temperature=1.0, top_p=1.0, overlap_k=0, num_generations=1, select_at=0, select="overlap", probe_window=0,
-            num_keep=0, drift=()):
-    """Sample responses to prompts (B, S), segment by segment, on KV caches that nothing is computed for twice. The
-    teacher (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
+def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size, eos_ids, pad_id, temperature=1.0,
+            top_p=1.0, overlap_k=0, num_generations=1, select_at=0, select="overlap", probe_window=0, num_keep=0, drift=()):
+    """Sample responses to B prompts, lists of ids, segment by segment, on KV caches that nothing is computed for twice.
+    The teacher (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
     select_at, probe_window, num_keep: after so many tokens num_keep rows go on, by overlap in the window or at random
     drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
-    -> dict, T the longest response: response_ids, response_mask, overlap (B, T); ended, kept (B,) bool: has an EOS, was
-       not stopped by selection or drift; teacher_hidden: B tensors (length, H); teacher_seconds"""
-    (B, S), device = prompt_ids.shape, prompt_ids.device
+    -> dict, T the longest response: prompt_ids, prompt_mask (B, S), response_ids, response_mask, overlap (B, T); ended,
+       kept (B,) bool: has an EOS, was not stopped by selection or drift; teacher_hidden: B tensors (length, H);
+       teacher_seconds"""
+    device, (prompt_ids, prompt_mask) = student.device, (part.to(student.device) for part in pad_left(prompts, pad_id))
+    B, S = prompt_ids.shape
     ids = torch.cat([prompt_ids, prompt_ids.new_full((B, max_length), pad_id)], dim=1)           # (B, S + max_length)
     mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, max_length)], dim=1)
     overlap = torch.zeros(B, max_length, device=device)                              # 0 off the mask
@@ -596,7 +595,7 @@ def rollout(student, teacher, prompt_ids, prompt_mask, *, max_length, segment_le
             break
         for cache in (student_cache, *teacher_cache) if len(stay) < len(new_ids) else ():
             cache.batch_select_indices(stay)
-    return {"response_ids": ids[:, S:start], "response_mask": mask[:, S:start], "overlap": overlap[:, :start - S],
+    return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "response_ids": ids[:, S:start], "response_mask": mask[:, S:start], "overlap": overlap[:, :start - S],
             "ended": ended, "kept": kept, "teacher_seconds": teacher_seconds,
             "teacher_hidden": [torch.cat(pieces) for pieces in teacher_hidden] if teacher else None}
 
@@ -748,9 +747,8 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
                 labels.append(rows[-1].where(torch.tensor(learned), -100))
             pad = torch.nn.utils.rnn.pad_sequence
             ids, labels = pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
-            logits = model(input_ids=ids[:, :-1]).logits      # padded on the right and causal: no mask is needed
             optimizer.zero_grad()
-            F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+            model(input_ids=ids, labels=labels).loss.backward()                  # padded at the right end: needs no mask
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:              # up over 20 steps, then down a cosine to a twentieth
                 group["lr"] = 4e-3 * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
@@ -915,9 +913,8 @@ def preflight(run, args):
     golds = [problem["answer"] for problem in run.answered[:500]]
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
     torch.manual_seed(0)                                      # every step and every evaluation seeds anew
-    ids, mask = (part.to(run.device) for part in pad_left(
-        [problem["prompt_ids"] for problem in run.train[:4]], run.sampling["pad_id"]))
-    out = rollout(run.sampler, run.teacher, ids, mask, max_length=32, overlap_k=args.overlap_k, **run.sampling)
+    out = rollout(run.sampler, run.teacher, [problem["prompt_ids"] for problem in run.train[:4]], max_length=32,
+                  overlap_k=args.overlap_k, **run.sampling)
     log_q = head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size).log_softmax(-1)
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
     sides = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
@@ -940,34 +937,33 @@ def preflight(run, args):
 
 # ---- 13. Main. With section 1, read_data, read_inputs and preflight, these functions alone see the flags -----
 def draw_prompts(run, args, step):
-    """This rank's share of the prompts of a step -> their problems (B), prompt_ids, prompt_mask (B, S)."""
+    """This rank's share of the problems of a step, each num_generations times, and as a list of their prompts' ids."""
     edges = np.rint(np.cumsum([0, *(args.mix or [1])]) * args.batch_size).astype(int).tolist()   # to the nearest prompt
     drawn = [pool[index] for pool, first, last in zip(run.pools if args.mix else [run.train], edges, edges[1:])
              for index in batch_indices(step, last - first, len(pool), args.seed)]
     problems = [problem for problem in drawn[RANK::NUM_RANKS] for _ in range(args.num_generations)]  # row p * G + g
-    prompt_ids, prompt_mask = pad_left([problem["prompt_ids"] for problem in problems], run.sampling["pad_id"])
     # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
     torch.manual_seed((args.seed * 1_000_003 + step) * NUM_RANKS + RANK)
-    return problems, prompt_ids.to(run.device), prompt_mask.to(run.device)
+    return problems, [problem["prompt_ids"] for problem in problems]
 
 def cold_start_step(run, args, step):
     """A supervised step before OPD, on the teacher's own solutions that are right -> their share.  [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
-    problems, prompt_ids, prompt_mask = draw_prompts(run, args, step)
-    out = rollout(run.teacher, None, prompt_ids, prompt_mask, max_length=args.max_new_tokens,
-                  temperature=args.temperature, **run.sampling)
+    problems, prompts = draw_prompts(run, args, step)
+    out = rollout(run.teacher, None, prompts, max_length=args.max_new_tokens, temperature=args.temperature,
+                  **run.sampling)
     mask, right = out["response_mask"], out["ended"].clone()
     for row, gold in enumerate(problem["answer"] for problem in problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
         right[row] &= gold is None or is_correct(text, gold)
-    batch = dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=mask & right[:, None],
-                 token_weight=mask.float(), teacher_hidden=mask[..., None])      # nothing is asked of the teacher here
+    batch = dict(out, loss_mask=mask & right[:, None], token_weight=mask.float(),
+                 teacher_hidden=mask[..., None])              # nothing is asked of the teacher here
     run.train_step(batch, learning_rate=args.cold_start_learning_rate, teacher_head=lambda states: states,
                    token_loss=lambda student_logits, _, ids: F.cross_entropy(student_logits, ids, reduction="none"),
                    measure=lambda *_: {})
     copy_weights(dict(run.student.named_parameters()), run.sampler)
     run.anchor = movable_weights(run.student) if args.extrapolate else {}        # OPD's update begins here
-    rows = torch.stack([prompt_mask.sum(-1), mask.sum(-1), right], dim=1)
+    rows = torch.stack([out["prompt_mask"].sum(-1), mask.sum(-1), right], dim=1)
     prompt, length, right = torch.cat(gather_from_ranks([rows.cpu()])).T
     run.state["cold_start_tokens"] += int(length.sum())
     run.state["flops"] += forward_flops(run.sizes[1], prompt + length)
@@ -976,8 +972,8 @@ def cold_start_step(run, args, step):
 
 def opd_step(run, args, step):
     """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
-    problems, prompt_ids, prompt_mask = draw_prompts(run, args, args.cold_start_steps + step)
-    B, G, state, drift = len(problems), args.num_generations, run.state, (args.drift_threshold, args.w_drop)
+    _, prompts = draw_prompts(run, args, args.cold_start_steps + step)
+    B, G, state, drift = len(prompts), args.num_generations, run.state, (args.drift_threshold, args.w_drop)
     grown = horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens)
     row = {                        # what the methods differ in; the rest are the two ifs below, and the cap of prune
         "opd": dict(max_length=args.max_new_tokens),
@@ -987,7 +983,7 @@ def opd_step(run, args, step):
                               probe_window=args.probe_window, num_keep=max(B // G, round(args.keep_ratio * B))),
         "prune": dict(max_length=state["cap"], drift=() if args.no_prune_in_flight else drift)}[args.method]
     run.phase, begin = f"the rollout of step {step}", clock(run.device)
-    out = rollout(run.sampler, run.teacher, prompt_ids, prompt_mask, overlap_k=args.overlap_k, num_generations=G,
+    out = rollout(run.sampler, run.teacher, prompts, overlap_k=args.overlap_k, num_generations=G,
                   temperature=args.temperature, **run.sampling, **row)
     run.phase, sampled = f"the update of step {step}", clock(run.device)
     mask, overlap = out["response_mask"], out["overlap"]
@@ -998,7 +994,7 @@ def opd_step(run, args, step):
         token_weight = reliability + args.w_base
     learning_rate = args.learning_rate * min(1, step / max(1, args.warmup_steps))
     update = run.train_step(
-        dict(out, prompt_ids=prompt_ids, prompt_mask=prompt_mask, loss_mask=loss_mask, token_weight=token_weight),
+        dict(out, loss_mask=loss_mask, token_weight=token_weight),
         learning_rate=learning_rate, measure=lambda p, q: alignment(p, q, None, args.overlap_k),
         teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature,
         token_loss={"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
@@ -1006,7 +1002,7 @@ def opd_step(run, args, step):
                     "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}[args.loss])
     copy_weights(dict(run.student.named_parameters()), run.sampler)
     updated = clock(run.device)
-    columns = [prompt_mask.sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable_length(reliability, mask), out["ended"],
+    columns = [out["prompt_mask"].sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable_length(reliability, mask), out["ended"],
                out["kept"], overlap.sum(-1)]
     columns.append(torch.tensor([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)]))
     rows = torch.stack([column.cpu().double() for column in columns], dim=1)         # (B, 8)
@@ -1104,11 +1100,9 @@ def grade(run, args, who):
 def read_run(folder, name):
     """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "steps", "evals", "scores":
     {who: (accuracy, its error)}, "final": {file: results}, "curve": {step: (tokens, seconds, accuracy)}}."""
-    records, paid, spent = [], {0: (0, 0)}, np.zeros(2)
+    paid, spent = {0: (0, 0)}, np.zeros(2)
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):   # half a line: the run was killed while it wrote
-                records.append(json.loads(line))
+        records = [json.loads(line) for line in file if line.endswith("\n")]     # else killed while it wrote the line
     steps = [record for record in records if "overlap_by_position" in record]
     for step in steps:                                        # sums since the start, as its tokens and FLOPs are
         spent = spent + (step["time_rollout"], sum(step[key] for key in step if key.startswith("time_")))
@@ -1179,9 +1173,6 @@ def draw_report(runs, path):
     for axes, xlabel in ((by_tokens, "generated tokens"), (by_seconds, "seconds of training")):
         axes.set(xlabel=xlabel, ylabel="accuracy (band: lowest to highest seed)")
     by_position.set(xlabel="start to end of the longest response", ylabel="overlap (dotted: first step)", ylim=(0, 1))
-    for who, style in (("teacher", "--"), ("before", ":")):
-        if known := [run["scores"][who][0] for run in runs if who in run["scores"]]:
-            by_tokens.axhline(np.mean(known), color="grey", linestyle=style, label=who)
     for index, name in enumerate(sorted({run["group"] for run in runs})):
         group, color = [run for run in runs if run["group"] == name], f"C{index % 10}"
         for step, style in ((0, ":"), (-1, "-")):

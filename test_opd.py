@@ -87,13 +87,17 @@ def prompts(*lengths):
     return opd.pad_left([[rng.randrange(2, V) for _ in range(length)] for length in lengths], PAD)
 
 
+def without_padding(ids, mask):
+    return [row[valid].tolist() for row, valid in zip(ids, mask)]
+
+
 SAMPLING = dict(segment_length=4, vocab_size=V, eos_ids={END}, pad_id=PAD)
 
 
 def roll(student, teacher=None, lengths=(2, 5, 3, 4), prompt=None, **changes):
     """A rollout of 12 tokens in segments of 4, greedy unless said otherwise."""
     settings = dict(SAMPLING, max_length=12, temperature=0, overlap_k=4 if teacher else 0)
-    return opd.rollout(student, teacher, *(prompt or prompts(*lengths)), **{**settings, **changes})
+    return opd.rollout(student, teacher, without_padding(*(prompt or prompts(*lengths))), **{**settings, **changes})
 
 
 def rows_of(out, lengths):
@@ -2673,7 +2677,7 @@ def bench_rollout(student, teacher, prompt, **changes):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("hidden_states", "head_logits"):
             patch.setattr(opd, name, timed(getattr(opd, name)))
-        out = opd.rollout(student, teacher, *prompt, overlap_k=16 if teacher else 0, **changes)
+        out = opd.rollout(student, teacher, without_padding(*prompt), overlap_k=16 if teacher else 0, **changes)
     return dict(out, teacher_pass=sum(spent))
 
 
@@ -2792,7 +2796,7 @@ def bench_steps(sampler, teacher, sizes, sampling, prompt, lengths, rates):
         def job():
             forwards, stop = forward_shapes(sampler)
             begin = opd.clock(sampler.device)
-            out = opd.rollout(sampler, teacher, *prompt, max_length=tokens, overlap_k=16, **sampling)
+            out = opd.rollout(sampler, teacher, without_padding(*prompt), max_length=tokens, overlap_k=16, **sampling)
             sampled = opd.clock(sampler.device)
             stop()
             updates, stop = forward_shapes(student)
@@ -2928,7 +2932,8 @@ def test_in_the_benchmark_the_rows_of_the_upper_half_drift_and_no_others():
     settings = dict(segment_length=4, vocab_size=64, eos_ids={0, 32}, pad_id=PAD, max_length=24, num_generations=4)
     upper = [False, True] * 4
     for method in (dict(drift=(1, .25)), dict(select_at=8, probe_window=4, num_keep=4)):
-        out = opd.rollout(student, teacher, *bench_prompts([24] * 8, 64, 6, True), overlap_k=1, **settings, **method)
+        out = opd.rollout(student, teacher, without_padding(*bench_prompts([24] * 8, 64, 6, True)), overlap_k=1,
+                          **settings, **method)
         assert out["kept"].tolist() == [not row for row in upper]
 
 
