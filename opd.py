@@ -899,6 +899,7 @@ def read_inputs(args, checkpoint=None):
         run.sizes.append((model.num_parameters(), config.num_hidden_layers, config.hidden_size))
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))         # to the end of the step
+    run.optimizer.register_step_post_hook(lambda *_: copy_weights(dict(run.student.named_parameters()), run.sampler))
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.train_step = functools.partial(
@@ -961,7 +962,6 @@ def cold_start_step(run, args, step):
     run.train_step(batch, learning_rate=args.cold_start_learning_rate, teacher_head=lambda states: states,
                    token_loss=lambda student_logits, _, ids: F.cross_entropy(student_logits, ids, reduction="none"),
                    measure=lambda *_: {})
-    copy_weights(dict(run.student.named_parameters()), run.sampler)
     run.anchor = movable_weights(run.student) if args.extrapolate else {}        # OPD's update begins here
     rows = torch.stack([out["prompt_mask"].sum(-1), mask.sum(-1), right], dim=1)
     prompt, length, right = torch.cat(gather_from_ranks([rows.cpu()])).T
@@ -1000,7 +1000,6 @@ def opd_step(run, args, step):
         token_loss={"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
                     "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
                     "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}[args.loss])
-    copy_weights(dict(run.student.named_parameters()), run.sampler)
     updated = clock(run.device)
     columns = [out["prompt_mask"].sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable_length(reliability, mask), out["ended"],
                out["kept"], overlap.sum(-1)]

@@ -1687,9 +1687,8 @@ def test_the_picture_has_three_panels_whose_curves_are_means_over_seeds(tmp_path
     close(torch.tensor(tokens[-1]), torch.tensor([[0, .1], [4000, .6]]))
     close(torch.tensor(seconds[-1]), torch.tensor([[0, .1], [16, .6]]))
     assert figure.axes[2].collections[0].get_paths()[0].get_extents().y1 == .7       # the band, up to seed 1
-    assert [line[0][1] for line in tokens[:2]] == [.9, .1]                           # teacher, before
     assert [line[0] for line in positions] == [[0, .6], [0, .7]]                     # first step, last
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["teacher", "before", "opd"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["opd"]
 
 
 def test_without_matplotlib_the_table_is_printed_and_a_line_says_what_to_install(tmp_path, capsys, monkeypatch):
