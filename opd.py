@@ -1065,9 +1065,8 @@ def open_run(args):
         run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
-        there = list_checkpoints(args.output_dir)
-        mine = folder and os.path.abspath(folder) in map(os.path.abspath, there)
-        for path in [path for path in there if int(path.rsplit("-", 1)[1]) > run.step] if mine else there + run.files:
+        later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step]
+        for path in later + run.files:
             shutil.rmtree(f"{path}.old", ignore_errors=True)
             if os.path.exists(path):
                 os.replace(path, f"{path}.old")
