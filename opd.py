@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tokenizers, transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, DynamicCache, GenerationConfig, StaticCache
 RANK, NUM_RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # torchrun sets these
 
 # ---- 1. Flags: names/alias, default (of choices the first), help; [tag]: whose value the default is ----------
@@ -68,6 +68,7 @@ FLAGS = {
         ("max_new_tokens/max_completion_length", 7168, "cap of a training response [Rethinking-OPD]"),
         ("temperature", 1.0, "divides the logits of both models, in sampling and in the loss [all: 1]"),
         ("segment_length", 512, "tokens between two looks at who goes on (our choice)"),
+        ("static_cache", False, "sample on caches of fixed size: on a GPU decoding is compiled; none has run it yet"),
         ("prefix_length", 1024, "tokens of the prefix, in prefix and prefix-guided (our choice)"),
         ("probe_window", 128, "prefix-guided: its first tokens, whose mean overlap is the score [PG-OPD]"),
         ("keep_ratio", 0.5, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
@@ -99,15 +100,14 @@ FLAGS = {
         ("eval_temperature eval_top_p", (0.7, 0.95), "0 is greedy; nucleus, 1 is all [Rethinking-OPD]"),
         ("eval_max_new_tokens", 31744, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
         ("eval_batch_size", 32, "rows at once; answers may be longer than training responses (our choice)")]}
-TINY = dict(                              # other defaults in the tiny world
-    prompt_template="{problem}", loss="reverse_kl", overlap_k=4, cold_start_learning_rate=2e-3, batch_size=16,
-    max_prompt_length=64, max_new_tokens=96, segment_length=16, prefix_length=24, probe_window=16, horizon_start=16,
-    horizon_growth=8, horizon_every=4, w_drop=0.05, cap_init=48, cap_min=24, cap_max=96, cap_step=8, cap_margin=8,
-    learning_rate=1e-3, warmup_steps=5, max_steps=60, micro_batch_size=64, eval_every=10, eval_samples=4,
-    eval_temperature=1.0, eval_top_p=1.0, eval_max_new_tokens=96, eval_batch_size=64)
+TINY = dict(prompt_template="{problem}", loss="reverse_kl", overlap_k=4, cold_start_learning_rate=2e-3, batch_size=16,
+            max_prompt_length=64, max_new_tokens=96, segment_length=16, prefix_length=24, probe_window=16,
+            eval_every=10, horizon_start=16, horizon_growth=8, horizon_every=4, w_drop=0.05, cap_init=48, cap_min=24,
+            cap_max=96, cap_step=8, cap_margin=8, learning_rate=1e-3, warmup_steps=5, max_steps=60, micro_batch_size=64,
+            eval_samples=4, eval_temperature=1.0, eval_top_p=1.0, eval_max_new_tokens=96, eval_batch_size=64)
 
 def parse_args(argv=None):
-    """Command line -> argparse.Namespace. Raises ValueError, in one line, for what cannot work."""
+    """Command line -> argparse.Namespace (TINY: its own defaults). ValueError, in one line, for what cannot work."""
     parser = argparse.ArgumentParser(usage="python opd.py [flags]", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     def fail(message):                    # argparse would print its whole usage before the one line that matters
@@ -304,9 +304,10 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
             topk.append(scores.topk(record_k).indices)
         return scores
     law = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
+    # Compiled, on a GPU: once for all sizes, and without CUDA graphs, which would be recorded anew for every new cache
+    law["compile_config"] = CompileConfig(mode="default", dynamic=True) if cache.is_compileable else None
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **law)
-    # What a config leaves open comes from the model's own, and a repetition penalty there would make generate sample
-    # from another law than the loss scores: put away
+    # What a config leaves open comes from the model's own: a repetition penalty there would make another law of it
     shipped, model.generation_config = model.generation_config, GenerationConfig()
     try:
         ids = model.generate(input_ids, attention_mask=attention_mask.long(), past_key_values=cache,
@@ -314,6 +315,14 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
     finally:
         model.generation_config = shipped
     return ids[:, input_ids.shape[1]:], torch.stack(topk, dim=1) if record_k else None
+
+def grow_cache(cache, config, rows, columns):
+    """What a cache holds of these rows (n,), moved into a StaticCache with room for so many columns or a few more."""
+    grown, seen = StaticCache(config=config, max_cache_len=-(-columns // 64) * 64), int(cache.get_seq_length())
+    for index in range(len(grown.layers) if seen else 0):
+        layer = cache.layers.pop(0)                           # freed one by one: there are never two whole caches
+        grown.update(layer.keys[rows, :, :seen], layer.values[rows, :, :seen], index)
+    return grown
 
 # ---- 4. Scoring and overlap ----------------------------------------------------------------------------------
 def hidden_states(model, ids, mask, num_last, cache=None):
@@ -504,9 +513,8 @@ def repetition(ids):
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
-    """Sample num_samples answers to every problem and grade them -> (dict of metrics, list of one dict per answer).
-    problems: dicts with answer and prompt_ids; decoding: for rollout. Its random stream is its own, so that it cannot
-    change training."""
+    """Sample, in a random stream of their own, and grade num_samples answers to every problem, a dict with answer and
+    prompt_ids -> (dict of metrics, list of one dict per answer). decoding: for rollout."""
     rows, answers = list(itertools.product(range(len(problems)), range(num_samples)))[RANK::NUM_RANKS], []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * NUM_RANKS + RANK)
@@ -542,14 +550,14 @@ def clock(device):
 
 @torch.no_grad()
 def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size, eos_ids, pad_id, temperature=1.0,
-            top_p=1.0, overlap_k=0, num_generations=1, select_at=0, select="overlap", probe_window=0, num_keep=0, drift=()):
+            top_p=1.0, overlap_k=0, num_generations=1, select_at=0, select="overlap", probe_window=0, num_keep=0,
+            drift=(), static_cache=False):
     """Sample responses to B prompts, lists of ids, segment by segment, on KV caches that nothing is computed for twice.
     The teacher (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
     select_at, probe_window, num_keep: after so many tokens num_keep rows go on, by overlap in the window or at random
     drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
-    -> dict, T the longest response: prompt_ids, prompt_mask (B, S), response_ids, response_mask, overlap (B, T); ended,
-       kept (B,) bool: has an EOS, was not stopped by selection or drift; teacher_hidden: B tensors (length, H);
-       teacher_seconds"""
+    -> dict, T the longest response: prompt_ids, prompt_mask (B, S); response_ids, response_mask, overlap (B, T); ended
+       (has an EOS), kept (not stopped by selection or drift) (B,); teacher_hidden: B of (length, H); teacher_seconds"""
     device, (prompt_ids, prompt_mask) = student.device, (part.to(student.device) for part in pad_left(prompts, pad_id))
     B, S = prompt_ids.shape
     ids = torch.cat([prompt_ids, prompt_ids.new_full((B, max_length), pad_id)], dim=1)           # (B, S + max_length)
@@ -557,11 +565,13 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
     overlap = torch.zeros(B, max_length, device=device)                              # 0 off the mask
     ended, kept = torch.zeros(B, dtype=torch.bool, device=device), torch.ones(B, dtype=torch.bool, device=device)
     teacher_hidden, teacher_seconds = [[] for _ in range(B)], 0.0
-    student_cache, *teacher_cache = (DynamicCache(config=model.config) for model in (student, teacher) if model)
-    rows, start = torch.arange(B, device=device), S                              # who still runs, the next column
+    caches, start = [DynamicCache(config=model.config) for model in (student, teacher) if model], S  # the next column
+    rows = stay = torch.arange(B, device=device)              # who still runs, and their places in the caches
     for border in sorted({*range(segment_length, max_length, segment_length), max_length, select_at or max_length}):
+        if static_cache:                  # the teacher's grows once per segment, anyway
+            caches[0] = grow_cache(caches[0], student.config, stay, S + border)
         new_ids, student_topk = generate(
-            student, ids[rows, :start], mask[rows, :start], student_cache, max_new_tokens=S + border - start,
+            student, ids[rows, :start], mask[rows, :start], caches[0], max_new_tokens=S + border - start,
             vocab_size=vocab_size, eos_ids=eos_ids, pad_id=pad_id, temperature=temperature, top_p=top_p,
             record_k=overlap_k)
         new_mask, end = mask_through_eos(new_ids, eos_ids), start + new_ids.shape[1]
@@ -570,7 +580,7 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
         if teacher:
             before = clock(device)
             # Hidden states are what stays of the teacher: the loss needs its logits, and those are V / H as big
-            hidden = hidden_states(teacher, ids[rows, :end], mask[rows, :end], end - start, *teacher_cache)
+            hidden = hidden_states(teacher, ids[rows, :end], mask[rows, :end], end - start, caches[1])
             teacher_topk = torch.cat([head_logits(teacher, chunk, vocab_size).topk(overlap_k).indices for chunk
                                       in hidden.flatten(0, 1).split(192)]).view_as(student_topk)      # never (B, T, V)
             shared = (student_topk[..., :, None] == teacher_topk[..., None, :]).any(-1)
@@ -593,11 +603,11 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
         rows, start = rows[stay], end
         if not len(rows) or border == max_length:
             break
-        for cache in (student_cache, *teacher_cache) if len(stay) < len(new_ids) else ():
+        for cache in caches[static_cache:] if len(stay) < len(new_ids) else ():
             cache.batch_select_indices(stay)
-    return {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "response_ids": ids[:, S:start], "response_mask": mask[:, S:start], "overlap": overlap[:, :start - S],
-            "ended": ended, "kept": kept, "teacher_seconds": teacher_seconds,
-            "teacher_hidden": [torch.cat(pieces) for pieces in teacher_hidden] if teacher else None}
+    return dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, response_ids=ids[:, S:start], ended=ended, kept=kept,
+                response_mask=mask[:, S:start], overlap=overlap[:, :start - S], teacher_seconds=teacher_seconds,
+                teacher_hidden=[torch.cat(pieces) for pieces in teacher_hidden] if teacher else None)
 
 def gather_from_ranks(items):
     """The lists of all processes that torchrun started, end to end, in the order of their ranks."""
@@ -630,10 +640,9 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
 
 def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, max_grad_norm, recompute=False,
                autocast=contextlib.nullcontext, **chunk):
-    """One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures.
-    batch: prompt_ids, prompt_mask (B, S), response_ids, loss_mask, token_weight (B, T), teacher_hidden (B tensors);
-    chunk: for backward_in_chunks. Ranks have rows of their own and make one step. Loss or gradient not finite:
-    FloatingPointError, before a weight changes. No token to train on: no step, {}."""
+    """One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures; {}
+    without a token to train on. batch: prompt_ids, prompt_mask (B, S); response_ids, loss_mask, token_weight (B, T);
+    teacher_hidden (B tensors); chunk: for backward_in_chunks. Not finite: FloatingPointError, no weight changes."""
     lengths = batch["loss_mask"].sum(-1)                                         # (B,)
     # Of the whole step: a mean per micro-batch or rank would give the tokens beside short rows a larger weight
     num_tokens = sum(gather_from_ranks([int(lengths.sum())]))                        # N of the whole step
@@ -748,7 +757,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
             pad = torch.nn.utils.rnn.pad_sequence
             ids, labels = pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
             optimizer.zero_grad()
-            model(input_ids=ids, labels=labels).loss.backward()                  # padded at the right end: needs no mask
+            model(input_ids=ids, labels=labels).loss.backward()                  # padded on the right: needs no mask
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:              # up over 20 steps, then down a cosine to a twentieth
                 group["lr"] = 4e-3 * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
@@ -885,16 +894,19 @@ def read_inputs(args, checkpoint=None):
     if args.cold_start_steps and not args.eval_only:          # it teaches the teacher's stop token, too
         eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
         run.student.generation_config.eos_token_id = sorted(eos_ids)
-    run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
-                        pad_id=min(eos_ids, default=0) if pad_id is None or pad_id >= run.vocab_size else pad_id)
+    run.sampling = dict(
+        vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length, static_cache=args.static_cache,
+        pad_id=min(eos_ids, default=0) if pad_id is None or pad_id >= run.vocab_size else pad_id)
     ids, run.sizes = torch.tensor([(run.train or [*run.eval.values()][0])[0]["prompt_ids"][:16]], device=device), []
     for model in models:
         own, states = model(input_ids=ids).logits, getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
         known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
+        known &= not args.static_cache or {"StaticLayer"} == {
+            type(layer).__name__ for layer in StaticCache(model.config, max_cache_len=1).layers}     # no sliding window
         error = (own - head_logits(model, states, own.shape[-1])).abs().max() if known else math.inf
         if error > 5e-3 * own.abs().max() and not (known and args.eval_only):
             raise ValueError(f"{model.config.model_type} models are not supported: their logits are not head_logits of "
-                             "the last hidden states, or their cache is not keys and values")
+                             "the last hidden states, or their cache is not keys and values (--static_cache: of all)")
         config = model.config.get_text_config()
         run.sizes.append((model.num_parameters(), config.num_hidden_layers, config.hidden_size))
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
@@ -994,16 +1006,16 @@ def opd_step(run, args, step):
         token_weight = reliability + args.w_base
     learning_rate = args.learning_rate * min(1, step / max(1, args.warmup_steps))
     update = run.train_step(
-        dict(out, loss_mask=loss_mask, token_weight=token_weight),
-        learning_rate=learning_rate, measure=lambda p, q: alignment(p, q, None, args.overlap_k),
+        dict(out, loss_mask=loss_mask, token_weight=token_weight), learning_rate=learning_rate,
+        measure=lambda p, q: alignment(p, q, None, args.overlap_k),
         teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature,
         token_loss={"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
                     "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
                     "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}[args.loss])
     updated = clock(run.device)
-    columns = [out["prompt_mask"].sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable_length(reliability, mask), out["ended"],
-               out["kept"], overlap.sum(-1)]
-    columns.append(torch.tensor([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)]))
+    columns = [out["prompt_mask"].sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable_length(reliability, mask),
+               out["ended"], out["kept"], overlap.sum(-1),
+               torch.tensor([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)])]
     rows = torch.stack([column.cpu().double() for column in columns], dim=1)         # (B, 8)
     prompt, length, trained, reliable, ended, kept, agreed, repeated = torch.cat(gather_from_ranks([rows])).T
     if args.method == "prune":
@@ -1084,8 +1096,7 @@ def grade(run, args, who):
         result, answers = evaluate(
             model, run.tokenizer, problems, num_samples=args.eval_samples, seed=args.seed,
             rows_per_batch=args.eval_batch_size, decoding=law, title=f"evaluate {who} on {name}")
-        shown = (f"{key} {value:.3f}" if type(value) is float else f"{key} {value}" for key, value in result.items())
-        tqdm.write(f"{who} on {name}, step {run.step}: {', '.join(shown)}")
+        tqdm.write(f"{who} on {name}, step {run.step}: " + ", ".join(f"{k} {round(v, 3)}" for k, v in result.items()))
         results[name], given = result, given + [{"model": who, "eval": name, **answer} for answer in answers]
     for answer in given:                                      # at the end: what is broken off is done again on resume
         run.record(run.files[1], {key: answer[key] for key in answer if key != "prompt_ids"})

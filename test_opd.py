@@ -70,6 +70,7 @@ def tiny_gpt2(seed):
 
 
 FAMILIES = pytest.mark.parametrize("family", [tiny_llama, tiny_qwen3, tiny_gpt2])
+CACHES = pytest.mark.parametrize("static_cache", [False, True], ids=["dynamic", "static"])
 
 
 def logits(*shape, seed=0, scale=2.0):
@@ -566,20 +567,22 @@ def staggered_ends(model, ids, mask):
             return eos_ids
 
 
+@CACHES
 @FAMILIES
-def test_greedy_decoding_in_segments_with_rows_leaving_is_one_uninterrupted_generate(family):
-    model, (ids, mask) = family(1), prompts(2, 7, 3, 5)
+def test_greedy_decoding_in_segments_with_rows_leaving_is_one_uninterrupted_generate(family, static_cache):
+    model, (ids, mask) = family(1), prompts(2, 7, 3, 5, 4, 6)
     eos_ids = staggered_ends(model, ids, mask)
-    out = roll(model, prompt=(ids, mask), eos_ids=eos_ids)
+    out = roll(model, prompt=(ids, mask), eos_ids=eos_ids, static_cache=static_cache)
     assert out["response_ids"].tolist() == plain_generate(model, ids, mask, eos_ids, 12).tolist()
 
 
+@CACHES
 @FAMILIES
-def test_padding_is_invisible(family):
+def test_padding_is_invisible(family, static_cache):
     student, teacher, lengths = family(1), family(2), (2, 7, 3, 5)
-    together, (ids, mask) = roll(student, teacher, lengths), prompts(*lengths)
+    together, (ids, mask) = roll(student, teacher, lengths, static_cache=static_cache), prompts(*lengths)
     for row, length in enumerate(lengths):
-        alone = roll(student, teacher, prompt=(ids[[row], -length:], mask[[row], -length:]))
+        alone = roll(student, teacher, prompt=(ids[[row], -length:], mask[[row], -length:]), static_cache=static_cache)
         n = alone["response_mask"].sum()
         assert together["response_ids"][row, :n].tolist() == alone["response_ids"][0, :n].tolist()
         close(together["teacher_hidden"][row], alone["teacher_hidden"][0], rtol=1e-3, atol=1e-4)
@@ -654,11 +657,12 @@ def forward_shapes(model):
     return shapes, hook.remove
 
 
+@CACHES
 @pytest.mark.parametrize("who", [STUDENT, TEACHER], ids=["student", "teacher"])
-def test_each_model_computes_every_column_once_and_never_again(who):
+def test_each_model_computes_every_column_once_and_never_again(who, static_cache):
     """5 of the prompt and 12 of the response; the last one predicts nothing."""
     shapes, stop = forward_shapes(who)
-    roll(STUDENT, TEACHER, eos_ids={V})
+    roll(STUDENT, TEACHER, eos_ids={V}, static_cache=static_cache)
     stop()
     assert sum(columns for _, columns in shapes) == 5 + 12 - 1 and {rows for rows, _ in shapes} == {4}
 
@@ -671,6 +675,73 @@ def test_rows_that_ended_leave_the_caches_of_both_models_at_the_next_border(who)
     lengths = out["response_mask"].sum(-1)
     still = {4 - (out["ended"] & (lengths <= border)).sum().item() for border in (0, 4, 8)}
     assert {rows for rows, _ in shapes} == still and len(still) == 3
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(segment_length=5), dict(eos_ids={V}, num_generations=2, select_at=6, probe_window=5, num_keep=5),
+    dict(segment_length=3, drift=(.5, .4))], ids=["ends", "other segments", "selection", "drift"])
+def test_a_rollout_on_a_static_cache_is_that_on_a_growing_one(changes):
+    lengths = (2, 5, 3, 4, 6, 4, 3, 5, 2, 6)
+    eos_ids = staggered_ends(STUDENT, *prompts(*lengths))
+    (shapes, stop), outs, seen = forward_shapes(STUDENT), [], []
+    for static_cache in (False, True):
+        outs.append(roll(STUDENT, TEACHER, lengths, **{"eos_ids": eos_ids, "static_cache": static_cache, **changes}))
+        seen.append([size for size, _ in shapes])
+        shapes.clear()
+    stop()
+    assert seen[0] == seen[1] and len(set(seen[0])) > 1       # rows left, and left both kinds of cache
+    for name in ("response_ids", "response_mask", "overlap", "ended", "kept"):
+        assert outs[0][name].tolist() == outs[1][name].tolist(), name
+    for states, others in zip(outs[0]["teacher_hidden"], outs[1]["teacher_hidden"], strict=True):
+        close(states, others, rtol=1e-3, atol=1e-4)
+
+
+def test_on_both_kinds_of_cache_one_seed_draws_the_same_tokens():
+    drawn = []
+    for static_cache in (False, True):
+        torch.manual_seed(0)
+        drawn.append(roll(STUDENT, eos_ids=ENDS, temperature=1.0, static_cache=static_cache)["response_ids"].tolist())
+    assert drawn[0] == drawn[1]
+
+
+def test_a_static_cache_does_not_grow_inside_a_segment(monkeypatch):
+    """Each has room for the next border, in steps of 64 columns, and the rows that go on; inside nothing is copied."""
+    sizes, generate = [], opd.generate
+
+    def watched(model, ids, mask, cache, **settings):
+        assert cache.is_compileable and cache.get_seq_length() == (ids.shape[1] - 1 if sizes else 0)
+        out = generate(model, ids, mask, cache, **settings)
+        sizes.append((*cache.layers[0].keys.shape[::2], cache.layers[0].keys.data_ptr()))
+        return out
+    monkeypatch.setattr(opd, "generate", watched)
+    out = roll(STUDENT, lengths=(5, 2, 3, 4), eos_ids=ENDS, max_length=140, segment_length=35, static_cache=True)
+    rows = [int(out["response_mask"][:, start].sum()) for start in (0, 35, 70, 105) if start < out["response_mask"].shape[1]]
+    assert [size[:2] for size in sizes] == [(n, columns) for n, columns in zip(rows, (64, 128, 128, 192))]
+
+
+def test_decoding_on_a_static_cache_is_compiled_and_not_again_for_every_size(monkeypatch):
+    """As on a GPU, but that what was traced is run as it is. torch compiles 8 times, then it gives up in silence."""
+    traced, runs, segments, grow = [], [], [], opd.grow_cache
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return lambda *inputs: (runs.append(1), graph.forward(*inputs))[1]
+
+    def compile_config(**settings):
+        config = transformers.CompileConfig(**settings, backend=backend)
+        config._compile_all_devices = True
+        return config
+    monkeypatch.setattr(opd, "CompileConfig", compile_config)
+    monkeypatch.setattr(opd, "grow_cache", lambda *args: (segments.append((len(args[2]), args[3])), grow(*args))[1])
+    torch._dynamo.reset()
+    model, total = tiny_llama(1), 0
+    for seed, lengths in enumerate([(2, 5, 3, 4, 3), (9, 7) * 4, (60, 6, 4), (3,)]):
+        torch.manual_seed(seed)
+        total += roll(model, lengths=lengths, max_length=90, segment_length=10, temperature=1.0, eos_ids={2},
+                      static_cache=True)["response_ids"].shape[1]
+    assert len(runs) == total - len(segments)                 # all but the first token of each segment
+    assert len(set(segments)) > 8 and len(traced) <= 6
+    torch._dynamo.reset()
 
 
 def guided(lengths=(3, 3, 3, 3, 3, 3), student=STUDENT, **changes):
@@ -721,10 +792,11 @@ def test_a_row_that_ended_is_not_called_dropped_by_drift():
     assert out["kept"].tolist() == out["ended"].tolist() and out["ended"].any()
 
 
-def test_the_tokens_do_not_depend_on_the_segment_length_nor_on_a_teacher():
+@CACHES
+def test_the_tokens_do_not_depend_on_the_segment_length_nor_on_a_teacher(static_cache):
     expected = roll(STUDENT, eos_ids=ENDS)["response_ids"].tolist()
     for segment_length in (1, 5, 12, 100):
-        out = roll(STUDENT, TEACHER, eos_ids=ENDS, segment_length=segment_length)
+        out = roll(STUDENT, TEACHER, eos_ids=ENDS, segment_length=segment_length, static_cache=static_cache)
         assert out["response_ids"].tolist() == expected
 
 
@@ -1110,7 +1182,7 @@ def world(tmp_path_factory):
     for name, model, words in (
             ("student", tiny_qwen3(1), WORDS), ("other", tiny_qwen3(3), WORDS[:6] + WORDS[6:][::-1]),
             ("teacher", tiny_qwen3(2, hidden_size=48, vocab_size=V + 8), WORDS),
-            ("falcon", tiny("FalconH1", 0, **FALCON), WORDS)):
+            ("falcon", tiny("FalconH1", 0, **FALCON), WORDS), ("window", tiny("Mistral", 0, sliding_window=8), WORDS)):
         model.save_pretrained(folder / name)
         opd.tiny_tokenizer(words).save_pretrained(folder / name)
     shutil.copytree(folder / "teacher", folder / "broken")
@@ -1162,6 +1234,7 @@ MISTAKES = {
     "a model folder that does not load": (dict(teacher="{world}/broken"), "broken"),
     "different token maps": (dict(teacher="{world}/other"), "different ids for 18 tokens: '0' is 6 and 23"),
     "a model whose logits are made otherwise": (dict(student="{world}/falcon"), "falcon_h1"),
+    "a static cache for a sliding window": (dict(student="{world}/window", static_cache=True), "mistral"),
     "prompts that are all too long": (dict(max_prompt_length=2), "--max_prompt_length 2"),
     "a share of a mixture that is no number": (dict(mix=["nan"]), "--mix"),
     "shares for more files than there are": (dict(mix=[.5, .5]), "--mix"),
@@ -1214,6 +1287,18 @@ def test_every_method_with_every_loss_finishes_with_finite_numbers(method, loss,
     numbers = [value for line in steps for value in line.values() if isinstance(value, float)]
     assert all(math.isfinite(value) for value in numbers) and steps[0]["grad_norm"] > 0
     assert steps[-1]["teacher_tokens"] <= steps[-1]["generated_tokens"] and steps[-1]["trained_tokens"] > 0
+
+
+def test_a_run_samples_on_static_caches_when_it_is_asked_to(world, tmp_path, monkeypatch):
+    """Everywhere: in the preflight, in training, and in evaluations of both models."""
+    grown, grow = [], opd.grow_cache
+    monkeypatch.setattr(opd, "grow_cache", lambda *args: (grown.append(args[1].hidden_size), grow(*args))[1])
+    _, steps, evaluations = train(world, tmp_path, static_cache=True, eval_every=1)
+    assert len(steps) == 2 and len(evaluations) == 4 and all(math.isfinite(line["loss"]) for line in steps)
+    assert set(grown) == {32, 48}
+    grown.clear()
+    train(world, tmp_path)
+    assert grown == []
 
 
 @pytest.fixture(scope="module")
