@@ -46,8 +46,7 @@ FLAGS = {
         ("report", "", "compare the runs below this folder: print a table, draw report.png in it, and stop"),
         ("prompt_template", r"{problem} Please reason step by step, and put your final answer within \boxed{}.",
          "the user's message [Rethinking-OPD]"),
-        ("no_chat_template", False, "give the model that message as it is"),
-        ("enable_thinking", False, "thinking, in chat templates that know it (Qwen3); off without the flag"),
+        ("no_chat_template enable_thinking", (False, False), "give the message as it is; let Qwen3's template think"),
         ("dtype", ("auto", "float32", "bfloat16"), "auto: on a GPU bfloat16 with float32 master weights"),
         ("device", "", "such as cuda, cuda:1, cpu; default: a GPU if there is one"),
         ("seed", 0, "of a tiny world yet to be made, the order of the data, all sampling")],
@@ -83,8 +82,7 @@ FLAGS = {
         ("no_prune_in_flight", False, "prune: stop no row while it runs, as in the released code")],
     "optimisation": [
         ("learning_rate", 1e-6, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
-        ("warmup_steps", 0, "linear warm-up [EffOPD: none]"),
-        ("max_steps", 200, "OPD steps; an epoch of DAPO-Math-17K has about 200 [Rethinking-OPD]"),
+        ("warmup_steps max_steps", (0, 200), "linear warm-up [EffOPD]; steps: DAPO-Math-17K once [Rethinking-OPD]"),
         ("max_generated_tokens", 0, "stop after the step at which the student has sampled so many; 0: no limit"),
         ("max_grad_norm", 1.0, "gradient clipping (our choice)"),
         ("micro_batch_size", 4, "longest rows per forward and backward, or more short ones; changes no gradient"),
@@ -97,6 +95,7 @@ FLAGS = {
         ("eval_only", False, "grade --student on --eval_file and stop"),
         ("eval_every", 20, "steps between evaluations; 0: before and after only [Prune-OPD]"),
         ("eval_samples", 16, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
+        ("print_samples", False, "show the first answer of every evaluation"),
         ("eval_temperature eval_top_p", (0.7, 0.95), "0 is greedy; nucleus, 1 is all [Rethinking-OPD]"),
         ("eval_max_new_tokens", 31744, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
         ("eval_batch_size", 32, "rows at once; answers may be longer than training responses (our choice)")]}
@@ -1049,7 +1048,7 @@ def open_run(args):
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
         free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device micro_batch_size "
-                "eval_batch_size").split()    # --eval_batch_size changes what an evaluation draws, the rest rounding
+                "print_samples eval_batch_size").split()      # the last changes what is drawn, others at most rounding
         changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
                    if name not in free and saved["flags"].get(name) != value]
         if changed:
@@ -1097,6 +1096,7 @@ def grade(run, args, who):
             model, run.tokenizer, problems, num_samples=args.eval_samples, seed=args.seed,
             rows_per_batch=args.eval_batch_size, decoding=law, title=f"evaluate {who} on {name}")
         tqdm.write(f"{who} on {name}, step {run.step}: " + ", ".join(f"{k} {round(v, 3)}" for k, v in result.items()))
+        args.print_samples and tqdm.write(answers[0]["response"])
         results[name], given = result, given + [{"model": who, "eval": name, **answer} for answer in answers]
     for answer in given:                                      # at the end: what is broken off is done again on resume
         run.record(run.files[1], {key: answer[key] for key in answer if key != "prompt_ids"})

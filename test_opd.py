@@ -1301,6 +1301,16 @@ def test_a_run_samples_on_static_caches_when_it_is_asked_to(world, tmp_path, mon
     assert grown == []
 
 
+def test_the_first_answer_of_every_evaluation_is_shown_when_it_is_asked_for(world, tmp_path, capsys):
+    for wanted in (False, True):
+        train(world, tmp_path, max_steps=1, print_samples=wanted or None)
+        lines = capsys.readouterr().out.splitlines()
+        with open(tmp_path / "samples.jsonl") as file:
+            answers = [json.loads(line) for line in file]
+        first = [answer["response"] for answer in answers if answer["index"] == answer["sample"] == 0]
+        assert len(first) == 3 and [text in lines for text in first] == [wanted] * 3
+
+
 @pytest.fixture(scope="module")
 def first_run(world, tmp_path_factory):
     """One run that several tests look at -> (its folder, results, step lines, evaluation lines)."""
