@@ -899,9 +899,9 @@ def read_inputs(args, checkpoint=None):
     ids, run.sizes = torch.tensor([(run.train or [*run.eval.values()][0])[0]["prompt_ids"][:16]], device=device), []
     for model in models:
         own, states = model(input_ids=ids).logits, getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
+        cache = StaticCache(model.config, max_cache_len=1) if args.static_cache else DynamicCache(config=model.config)
         known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
-        known &= not args.static_cache or {"StaticLayer"} == {
-            type(layer).__name__ for layer in StaticCache(model.config, max_cache_len=1).layers}     # no sliding window
+        known &= all(re.match("(Static|Dynamic(SlidingWindow)?)Layer", type(layer).__name__) for layer in cache.layers)
         error = (own - head_logits(model, states, own.shape[-1])).abs().max() if known else math.inf
         if error > 5e-3 * own.abs().max() and not (known and args.eval_only):
             raise ValueError(f"{model.config.model_type} models are not supported: their logits are not head_logits of "

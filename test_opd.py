@@ -1182,7 +1182,8 @@ def world(tmp_path_factory):
     for name, model, words in (
             ("student", tiny_qwen3(1), WORDS), ("other", tiny_qwen3(3), WORDS[:6] + WORDS[6:][::-1]),
             ("teacher", tiny_qwen3(2, hidden_size=48, vocab_size=V + 8), WORDS),
-            ("falcon", tiny("FalconH1", 0, **FALCON), WORDS), ("window", tiny("Mistral", 0, sliding_window=8), WORDS)):
+            ("falcon", tiny("FalconH1", 0, **FALCON), WORDS), ("window", tiny("Mistral", 0, sliding_window=8), WORDS),
+            ("conv", tiny("Lfm2", 0, layer_types=["conv", "full_attention"]), WORDS)):
         model.save_pretrained(folder / name)
         opd.tiny_tokenizer(words).save_pretrained(folder / name)
     shutil.copytree(folder / "teacher", folder / "broken")
@@ -1234,6 +1235,7 @@ MISTAKES = {
     "a model folder that does not load": (dict(teacher="{world}/broken"), "broken"),
     "different token maps": (dict(teacher="{world}/other"), "different ids for 18 tokens: '0' is 6 and 23"),
     "a model whose logits are made otherwise": (dict(student="{world}/falcon"), "falcon_h1"),
+    "a model whose layers keep no keys": (dict(student="{world}/conv"), "lfm2"),
     "a static cache for a sliding window": (dict(student="{world}/window", static_cache=True), "mistral"),
     "prompts that are all too long": (dict(max_prompt_length=2), "--max_prompt_length 2"),
     "a share of a mixture that is no number": (dict(mix=["nan"]), "--mix"),
