@@ -2916,6 +2916,8 @@ def bench_steps(sampler, teacher, sizes, sampling, prompt, lengths, rates):
                   floor=sum(least.values()))]
     for phase in least:
         table.append(line(f"    {phase}; step", seen[phase], seen["seconds"], floor=least[phase]))
+    table.append(line("    model FLOPs of the update, at full speed; update", torch.full_like(
+        seen["update"], least["update"]), seen["update"], least=.4 if device == "cuda" else None))
     table.append(line("    computed in the rollout; real", seen["forwards"], real, "tokens"))
     table.append(line("    computed in the update; real", seen["updates"], real, "tokens", most=1.10))
 
@@ -2955,18 +2957,26 @@ def bench(device, sizes):
     floor = {name: floors(sampler, drawn[name][1].sum(-1).cpu(), row, *rates) for name, row in lengths.items()}
     # Four segments, as 512 of 2,048: with more of few tokens, the calls of generate themselves would be seen
     guided = dict(select_at=T // 4, probe_window=T // 16, num_keep=B // 2, segment_length=T // 4)
-    seen = in_turns({
+    seen = in_turns({                     # what is compared runs close together
+        "prune": ours(drawn["equal"], teacher, drift=(1 / 32, 8 / T), segment_length=T // 4),
         "generate equal": generate(drawn["equal"]), "equal": ours(drawn["equal"]),
-        "generate skewed": generate(drawn["skewed"]), "skewed": ours(drawn["skewed"]),
+        "static": ours(drawn["equal"], static_cache=True),
         "guided": ours(drawn["equal"], teacher, **guided), "unprobed": ours(drawn["equal"], **guided),
-        "prune": ours(drawn["equal"], teacher, drift=(1 / 32, 8 / T), segment_length=T // 4)}, device)
+        "generate skewed": generate(drawn["skewed"]), "skewed": ours(drawn["skewed"])}, device)
     for name, target in (("equal", dict(most=1.05)), ("skewed", dict(what="times faster", least=2))):
         one, other = seen[name]["seconds"], seen[f"generate {name}"]["seconds"]
         assert {*seen[name]["tokens"].tolist(), *seen[f"generate {name}"]["tokens"].tolist()} == {
             int(lengths[name].sum())}
         table.append(line(f"rollout, {name} lengths; model.generate", one, other, floor=floor[name][0],
                           value=other / one if name == "skewed" else None, **target))
-    whole = seen["generate equal"]
+    whole, static, compiled = seen["generate equal"], seen["static"]["seconds"], device == "cuda"
+    assert {*seen["static"]["tokens"].tolist()} == {*whole["tokens"].tolist()}
+    # Without a GPU nothing is compiled: what shows is a cache that does not grow, and attention to its empty columns
+    table.append(line(f"rollout, static cache{', compiled' * compiled}; model.generate", static, whole["seconds"],
+                      floor=floor["equal"][0], what="times faster" if compiled else "ratio",
+                      value=whole["seconds"] / static if compiled else None, least=5 if compiled else None))
+    table.append(line("    its floor; rollout", torch.full_like(static, floor["equal"][0]), static,
+                      least=.4 if compiled else None))
     for name in ("guided", "prune"):
         one = seen[name]["seconds"] - seen[name]["teacher"]
         saved, less = 1 - one / whole["seconds"], 1 - seen[name]["tokens"] / whole["tokens"]
@@ -3010,7 +3020,7 @@ def test_the_benchmark_prints_every_line_with_a_ratio(capsys, monkeypatch):
     first, names, *lines, last = capsys.readouterr().out.splitlines()
     assert "a machine" in first and torch.__version__ in first and "medians" in last
     where = names.index("ratio")
-    assert len(lines) == 18 and all(re.search(r"\d\.\d{3}$|nan$", text[:where + len("ratio")]) for text in lines)
+    assert len(lines) == 21 and all(re.search(r"\d\.\d{3}$|nan$", text[:where + len("ratio")]) for text in lines)
     assert sum("holds" in text or "MISSED" in text for text in lines) == 8
 
 
