@@ -491,13 +491,6 @@ def movable_weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()
             if re.search(r"attn|attention|mlp|fc\d", name)}
 
-@torch.no_grad()
-def copy_weights(weights, *models):
-    """Write a dict of tensors into the models' parameters of these names, in the models' dtype. In place."""
-    for name, parameter in (pair for model in models for pair in model.named_parameters()):
-        if name in weights and weights[name] is not parameter:
-            parameter.copy_(weights[name])
-
 # ---- 8. Evaluation -------------------------------------------------------------------------------------------
 def pass_at_k(num_samples, num_correct, k):
     """The chance that one of k answers is right, without bias from num_samples >= k answers of which num_correct are:
@@ -910,7 +903,7 @@ def read_inputs(args, checkpoint=None):
         run.sizes.append((model.num_parameters(), config.num_hidden_layers, config.hidden_size))
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))         # to the end of the step
-    run.optimizer.register_step_post_hook(lambda *_: copy_weights(dict(run.student.named_parameters()), run.sampler))
+    run.optimizer.register_step_post_hook(lambda *_: run.sampler.load_state_dict(run.student.state_dict()))
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.train_step = functools.partial(
@@ -1213,7 +1206,7 @@ def main(argv=None):
         if run.stopped and not run.halfway:
             raise KeyboardInterrupt
     def validate(weights):                # EffOPD's judge: right answers to always the same problems and random stream
-        copy_weights(weights, run.student, run.sampler)
+        run.sampler.load_state_dict(weights, strict=False)
         score, answers = evaluate(
             run.sampler, run.tokenizer, random.Random(args.seed).sample(run.answered, args.validation_size),
             num_samples=1, seed=args.seed, rows_per_batch=args.eval_batch_size,
@@ -1267,7 +1260,8 @@ def main(argv=None):
             if args.extrapolate and (step + 1) & step == 0:
                 run.phase, begin = "extrapolation", clock(run.device)
                 run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
-                copy_weights(run.anchor, run.student, run.sampler)               # what was accepted: the next anchor
+                for model in (run.student, run.sampler):      # what was accepted: the next anchor
+                    model.load_state_dict(run.anchor, strict=False)
                 metrics.update(run.state, extrapolation_k=tried, validation_scores=scores,
                                time_validation=clock(run.device) - begin)
             run.step = step + 1
