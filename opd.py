@@ -618,16 +618,14 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
     for states, teacher_states, ids, weight in zip(*(
             column.split(chunk_tokens) for column in (hidden.detach(), teacher_hidden, response_ids, token_weight))):
         states.requires_grad_()
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher_states)                        # (chunk, V)
+        teacher_logits = teacher_head(teacher_states).detach()                   # (chunk, V)
         student_logits = student_head(states)
         loss = (token_loss(student_logits, teacher_logits, ids) * weight).sum()
         # Backward now, while these logits exist: kept to the end, they would fill (B, T, V) several times over
         loss.backward()
         grads.append(states.grad)                                                    # (chunk, H)
         total += loss.item()
-        with torch.no_grad():
-            measures.append(measure(student_logits, teacher_logits))
+        measures.append(measure(student_logits.detach(), teacher_logits))
     return torch.cat(grads), total, measures
 
 def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, max_grad_norm, recompute=False,
