@@ -638,12 +638,11 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
     num_tokens = sum(gather_from_ranks([int(lengths.sum())]))                        # N of the whole step
     if not num_tokens:
         return {}
-    mask = torch.cat([batch["prompt_mask"], batch["loss_mask"]], dim=1)              # (B, S + T)
     # All padding to the right end: what stood before a short prompt would be computed along with a long response
-    front = mask.int().argsort(dim=1, descending=True, stable=True)
-    ids, mask, learned = (part.gather(1, front) for part in (
-        torch.cat([batch["prompt_ids"], batch["response_ids"]], dim=1), mask,
-        torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["loss_mask"]], dim=1)))
+    mask = torch.cat([batch["prompt_mask"], batch["loss_mask"]], dim=1).int()        # (B, S + T)
+    mask, columns = mask.sort(dim=1, descending=True, stable=True)
+    ids = torch.cat([batch["prompt_ids"], batch["response_ids"]], dim=1).gather(1, columns)
+    learned = mask.bool() & (columns >= batch["prompt_ids"].shape[1])
     sizes = mask.sum(-1).where(lengths > 0, 0)                                       # (B,)
     order = sizes.argsort(descending=True, stable=True)[:int((lengths > 0).sum())]
     loss, measures = 0.0, []
