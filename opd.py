@@ -938,21 +938,20 @@ def preflight(run, args):
 
 # ---- 13. Main. With section 1, read_data, read_inputs and preflight, these functions alone see the flags -----
 def draw_prompts(run, args, step):
-    """This rank's share of the problems of a step, each num_generations times, and as a list of their prompts' ids."""
+    """This rank's share of the problems of a step, each num_generations times: row p * G + g."""
     edges = np.rint(np.cumsum([0, *(args.mix or [1])]) * args.batch_size).astype(int).tolist()   # to the nearest prompt
     drawn = [pool[index] for pool, first, last in zip(run.pools if args.mix else [run.train], edges, edges[1:])
              for index in batch_indices(step, last - first, len(pool), args.seed)]
-    problems = [problem for problem in drawn[RANK::NUM_RANKS] for _ in range(args.num_generations)]  # row p * G + g
     # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
     torch.manual_seed((args.seed * 1_000_003 + step) * NUM_RANKS + RANK)
-    return problems, [problem["prompt_ids"] for problem in problems]
+    return [problem for problem in drawn[RANK::NUM_RANKS] for _ in range(args.num_generations)]
 
 def cold_start_step(run, args, step):
     """A supervised step before OPD, on the teacher's own solutions that are right -> their share.  [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
-    problems, prompts = draw_prompts(run, args, step)
-    out = rollout(run.teacher, None, prompts, max_length=args.max_new_tokens, temperature=args.temperature,
-                  **run.sampling)
+    problems = draw_prompts(run, args, step)
+    out = rollout(run.teacher, None, [problem["prompt_ids"] for problem in problems],
+                  max_length=args.max_new_tokens, temperature=args.temperature, **run.sampling)
     mask, right = out["response_mask"], out["ended"].clone()
     for row, gold in enumerate(problem["answer"] for problem in problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
@@ -972,7 +971,7 @@ def cold_start_step(run, args, step):
 
 def opd_step(run, args, step):
     """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
-    _, prompts = draw_prompts(run, args, args.cold_start_steps + step)
+    prompts = [problem["prompt_ids"] for problem in draw_prompts(run, args, args.cold_start_steps + step)]
     B, G, state, drift = len(prompts), args.num_generations, run.state, (args.drift_threshold, args.w_drop)
     grown = horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens)
     row = {                        # what the methods differ in; the rest are the two ifs below, and the cap of prune

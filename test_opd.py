@@ -2311,7 +2311,7 @@ def test_ranks_share_out_the_prompts_of_a_step_and_draw_different_numbers(world,
     shares, numbers = [], set()
     for step, rank in ((3, 0), (3, 1), (4, 0), (4, 1)):
         monkeypatch.setattr(opd, "RANK", rank)
-        shares.append(opd.draw_prompts(run, args, step)[0][::2])                     # two candidates each
+        shares.append(opd.draw_prompts(run, args, step)[::2])                        # two candidates each
         numbers.add(torch.rand(1).item())
     assert [len(share) for share in shares] == [3, 2, 3, 2] and len(numbers) == 4
     drawn = [run.train.index(problem) for problem in shares[0] + shares[1]]
