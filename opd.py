@@ -22,7 +22,7 @@ Papers, by the tags used below
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row p * G + g), S prompt
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
-import argparse, contextlib, copy, datetime, functools, glob, itertools, json, math, os
+import argparse, contextlib, copy, datetime, functools, glob, json, math, os
 import pickle, random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
@@ -507,20 +507,19 @@ def repetition(ids):
 def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
     """Sample, in a random stream of their own, and grade num_samples answers to every problem, a dict with answer and
     prompt_ids -> (dict of metrics, list of one dict per answer). decoding: for rollout."""
-    rows, answers = list(itertools.product(range(len(problems)), range(num_samples)))[RANK::NUM_RANKS], []
+    answers = [{**problem, "index": index, "sample": sample} for index, problem in enumerate(problems)
+               for sample in range(num_samples)][RANK::NUM_RANKS]
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * NUM_RANKS + RANK)
-        for start in tqdm(range(0, len(rows), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
-            batch = [(index, sample, problems[index]) for index, sample in rows[start:start + rows_per_batch]]
-            out = rollout(model, None, [problem["prompt_ids"] for *_, problem in batch], **decoding)
-            for row, (index, sample, problem) in enumerate(batch):
+        for start in tqdm(range(0, len(answers), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
+            batch = answers[start:start + rows_per_batch]
+            out = rollout(model, None, [answer["prompt_ids"] for answer in batch], **decoding)
+            for row, answer in enumerate(batch):
                 response = out["response_ids"][row][out["response_mask"][row]].tolist()
                 text = tokenizer.decode(response, skip_special_tokens=True)
-                answers.append({
-                    **problem, "index": index, "sample": sample, "response": text,
-                    "correct": is_correct(text, problem["answer"]),
-                    "no_box": last_boxed(text.rsplit("</think>", 1)[-1]) is None, "length": len(response),
-                    "truncated": not out["ended"][row].item(), "repetition": repetition(response)})
+                answer.update(response=text, correct=is_correct(text, answer["answer"]),
+                              no_box=last_boxed(text.rsplit("</think>", 1)[-1]) is None, length=len(response),
+                              truncated=not out["ended"][row].item(), repetition=repetition(response))
     answers = sorted(gather_from_ranks(answers), key=lambda answer: (answer["index"], answer["sample"]))
     means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
         "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",
