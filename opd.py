@@ -1238,15 +1238,14 @@ def main(argv=None):
             grade(run, args, "teacher")
         for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=RANK > 0):
             done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
-            due = done or step == 0 or args.eval_every and step % args.eval_every == 0
-            if due and step > run.graded:
+            if step > run.graded and (done or step % (args.eval_every or args.max_steps) == 0):
                 grade(run, args, "student")
             for cold_step in range(args.cold_start_steps if step == 0 else 0):
                 tqdm.write(f"cold start: {cold_start_step(run, args, cold_step + 1):.0%} of the solutions are right")
                 stop()
             if step == 0 and args.cold_start_steps:
                 grade(run, args, "cold_start")
-            if step and (done or args.save_every and step % args.save_every == 0):
+            if step and (done or step % (args.save_every or args.max_steps) == 0):
                 save()
             if done:
                 break
