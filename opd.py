@@ -1064,10 +1064,9 @@ def open_run(args):
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
         later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step]
-        for path in later + run.files:
+        for path in filter(os.path.exists, later + run.files):
             shutil.rmtree(f"{path}.old", ignore_errors=True)
-            if os.path.exists(path):
-                os.replace(path, f"{path}.old")
+            os.replace(path, f"{path}.old")
         for path in run.files:
             shutil.copy(os.path.join(folder, os.path.basename(path)), path) if folder else open(path, "w").close()
     return run
