@@ -479,7 +479,7 @@ def extrapolate(weights, anchor, validate, max_tries=5):
     Returns the accepted dict, the accepted k (0: plain OPD goes on), and the scores of the weights and of every try."""
     accepted, accepted_k, scores = weights, 0, [validate(weights)]
     for k in range(1, max_tries + 1):
-        candidate = {name: value + 2 * k * (value - anchor[name]) for name, value in weights.items()}
+        candidate = {name: value + 2 * k * (value - anchor[name].to(value)) for name, value in weights.items()}
         scores.append(validate(candidate))
         if not scores[-1] > scores[-2]:
             break
@@ -1058,9 +1058,8 @@ def open_run(args):
                      validation_tokens=0, cold_start_tokens=0, flops=0.0)
     run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
     if folder:
-        run.optimizer.load_state_dict(saved["optimizer"])
-        run.step, run.state, run.graded = saved["step"], saved["state"], saved["graded"]
-        run.anchor = {name: value.to(run.device) for name, value in saved["anchor"].items()}
+        run.optimizer.load_state_dict(saved.pop("optimizer"))
+        vars(run).update(saved, flags=flags)                  # step, state, anchor, graded, as save() listed them
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
         later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step]
