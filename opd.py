@@ -960,7 +960,6 @@ def cold_start_step(run, args, step):
     run.train_step(batch, learning_rate=args.cold_start_learning_rate, teacher_head=lambda states: states,
                    token_loss=lambda student_logits, _, ids: F.cross_entropy(student_logits, ids, reduction="none"),
                    measure=lambda *_: {})
-    run.anchor = movable_weights(run.student) if args.extrapolate else {}        # OPD's update begins here
     rows = torch.stack([out["prompt_mask"].sum(-1), mask.sum(-1), right], dim=1)
     prompt, length, right = torch.cat(gather_from_ranks([rows.cpu()])).T
     run.state["cold_start_tokens"] += int(length.sum())
@@ -1051,8 +1050,7 @@ def open_run(args):
         args.student, args.teacher, args.train_file, args.eval_file = (
             f"{world}/student", f"{world}/teacher", [f"{world}/train.jsonl"], [f"{world}/eval.jsonl"])
     run = read_inputs(args, folder)
-    run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, -1, "set-up", False, None
-    run.anchor = movable_weights(run.student) if args.extrapolate else {}
+    run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, 0, "set-up", False, None
     run.record = lambda path, values: RANK or append_json(path, {"step": run.step, **values})
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
                      validation_tokens=0, cold_start_tokens=0, flops=0.0)
@@ -1088,7 +1086,7 @@ def grade(run, args, who):
     run.record(run.files[0], {
         "model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
         "prompt_template": args.prompt_template, "eval_tokens": sum(answer["length"] for answer in given)})
-    run.graded = run.step if who == "student" else run.graded
+    run.graded = run.step                                     # others than the student are graded at step 0 only
     return results
 
 def read_run(folder, name):
@@ -1234,15 +1232,16 @@ def main(argv=None):
         if run.step == 0:
             print("\n".join(preflight(run, args)), flush=True)
             grade(run, args, "teacher")
+            grade(run, args, "student")
+            for step in range(args.cold_start_steps):
+                tqdm.write(f"cold start: {cold_start_step(run, args, step + 1):.0%} of the solutions are right")
+                stop()
+            args.cold_start_steps and grade(run, args, "cold_start")
+            run.anchor = movable_weights(run.student) if args.extrapolate else {}            # OPD's update begins here
         for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=RANK > 0):
             done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
             if step > run.graded and (done or step % (args.eval_every or args.max_steps) == 0):
                 grade(run, args, "student")
-            for cold_step in range(args.cold_start_steps if step == 0 else 0):
-                tqdm.write(f"cold start: {cold_start_step(run, args, cold_step + 1):.0%} of the solutions are right")
-                stop()
-            if step == 0 and args.cold_start_steps:
-                grade(run, args, "cold_start")
             if step and (done or step % (args.save_every or args.max_steps) == 0):
                 save()
             if done:
