@@ -1209,10 +1209,9 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         if args.report:
-            paths = sorted(glob.glob(os.path.join(glob.escape(args.report), "**/metrics.jsonl"), recursive=True))
-            folders = [os.path.dirname(path) for path in paths if "checkpoint-" not in path[len(args.report):]]
-            runs = [read_run(folder, os.path.relpath(folder, args.report)) for folder in folders]
-            runs = [run for run in runs if run["steps"]]
+            paths = sorted(glob.glob("**/metrics.jsonl", root_dir=args.report, recursive=True))
+            names = [os.path.dirname(path) or "." for path in paths if "checkpoint-" not in path]
+            runs = [run for run in (read_run(os.path.join(args.report, name), name) for name in names) if run["steps"]]
             if not runs:
                 raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
             print("\n".join(report_table(runs)))
