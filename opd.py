@@ -984,11 +984,10 @@ def opd_step(run, args, step):
                   temperature=args.temperature, **run.sampling, **row)
     run.phase, sampled = f"the update of step {step}", clock(run.device)
     mask, overlap = out["response_mask"], out["overlap"]
-    loss_mask, token_weight, reliability = mask, torch.ones_like(overlap), drift_weights(overlap, mask, *drift)
+    loss_mask, reliability = mask, drift_weights(overlap, mask, *drift)
     if args.method == "prefix-guided" and not args.train_pruned_prefix:
         loss_mask = mask & out["kept"][:, None]
-    if args.method == "prune":
-        token_weight = reliability + args.w_base
+    token_weight = reliability + args.w_base if args.method == "prune" else torch.ones_like(overlap)
     learning_rate = args.learning_rate * min(1, step / max(1, args.warmup_steps))
     update = run.train_step(
         dict(out, loss_mask=loss_mask, token_weight=token_weight), learning_rate=learning_rate,
