@@ -610,7 +610,7 @@ def gather_from_ranks(items):
 
 # ---- 10. One update ------------------------------------------------------------------------------------------
 def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, student_head, teacher_head, token_loss,
-                       measure, chunk_tokens=192):
+                       measure=lambda *_: {}, chunk_tokens=192):
     """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,)
     -> gradient wrt hidden (N, H), sum of weighted losses, measures by chunk. The head's gradient adds up in place."""
     grads, total, measures = [], 0.0, []
@@ -955,11 +955,10 @@ def cold_start_step(run, args, step):
     for row, gold in enumerate(problem["answer"] for problem in problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
         right[row] &= gold is None or is_correct(text, gold)
-    batch = dict(out, loss_mask=mask & right[:, None], token_weight=mask.float(),
-                 teacher_hidden=mask[..., None])              # nothing is asked of the teacher here
-    run.train_step(batch, learning_rate=args.cold_start_learning_rate, teacher_head=lambda states: states,
-                   token_loss=lambda student_logits, _, ids: F.cross_entropy(student_logits, ids, reduction="none"),
-                   measure=lambda *_: {})
+    run.train_step(
+        dict(out, loss_mask=mask & right[:, None], token_weight=mask.float(), teacher_hidden=mask[..., None]),
+        learning_rate=args.cold_start_learning_rate, teacher_head=lambda states: states,     # nothing is asked of it
+        token_loss=lambda student_logits, _, ids: F.cross_entropy(student_logits, ids, reduction="none"))
     rows = torch.stack([out["prompt_mask"].sum(-1), mask.sum(-1), right], dim=1)
     prompt, length, right = torch.cat(gather_from_ranks([rows.cpu()])).T
     run.state["cold_start_tokens"] += int(length.sum())
