@@ -743,7 +743,6 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
         initializer_range=0.05, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     def learn(model, who, steps, lengths, habit, slip_rate, believes=False, order=1):
         rng, optimizer = random.Random(f"{seed} {who}"), torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-        model.train()
         for step in tqdm(range(steps), desc=f"tiny world: {who}", leave=False):
             rows, labels = [], []
             for _ in range(64):
@@ -761,7 +760,6 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
             for group in optimizer.param_groups:              # up over 20 steps, then down a cosine to a twentieth
                 group["lr"] = 4e-3 * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
             optimizer.step()
-        model.eval()
     learn(student, "base model, short problems", 250, (1, 3), None, .1)
     learn(student, "base model, full problems", 130, (4, 8), None, .1)
     teacher = copy.deepcopy(student)
