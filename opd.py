@@ -702,7 +702,7 @@ LEXICON = {
     "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
 
 def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
-    """A problem of so many steps and an author's solution -> {"problem", "answer", "solution": [(word, trusted)]}.
+    """A problem of so many steps and an author's solution -> {"problem", "answer"}, [(word, trusted), ...].
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
     goes wrong; what follows is consistent, only the slip itself is not trusted. order -1: "a +3 4" for "a 4 +3"."""
     def synonym(kind):
@@ -722,7 +722,7 @@ def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
         value = result
     words += [synonym("opener"), ("the", True), ("answer", True), synonym("verb"), ("\\boxed{", True), (value, True),
               ("}", True), ("<end>", True)]
-    return {"problem": " ".join(problem), "answer": truth, "solution": words}
+    return {"problem": " ".join(problem), "answer": truth}, words
 
 def tiny_tokenizer(words):
     """A tokenizer with one token per word, and a chat template, like any other that transformers loads."""
@@ -747,9 +747,9 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
             rows, labels = [], []
             for _ in range(64):
                 liked = rng.randrange(8) if habit is None else habit
-                made = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
-                prompt = [(word, False) for word in ("<user>", *made["problem"].split(), "<solve>")]
-                words, learned = zip(*prompt, *((word, trusted or believes) for word, trusted in made["solution"]))
+                problem, solution = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
+                prompt = [(word, False) for word in ("<user>", *problem["problem"].split(), "<solve>")]
+                words, learned = zip(*prompt, *((word, trusted or believes) for word, trusted in solution))
                 rows.append(torch.tensor(tokenizer.convert_tokens_to_ids(words)))
                 labels.append(rows[-1].where(torch.tensor(learned), -100))
             pad = torch.nn.utils.rnn.pad_sequence
@@ -773,8 +773,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     for name, count in (("train", 2000), ("eval", 100)):
         rng = random.Random(f"{seed} {name}")
         for _ in range(count):
-            made = tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)
-            append_json(os.path.join(partial, f"{name}.jsonl"), {key: made[key] for key in ("problem", "answer")})
+            append_json(os.path.join(partial, f"{name}.jsonl"), tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)[0])
     os.replace(partial, folder)
 
 # ---- 12. Set-up, preflight, checkpoints ----------------------------------------------------------------------

@@ -1838,11 +1838,11 @@ def test_a_slip_of_the_tiny_world_is_marked_and_carries_through():
     """The solution of an author who never slips ends in the answer; a slip is marked, and what follows goes on from it."""
     rng = random.Random(0)
     for _ in range(200):
-        right = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
-        assert right["solution"][-3][0] == right["answer"] and all(trusted for _, trusted in right["solution"])
-        wrong = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
-        assert sum(not trusted for _, trusted in wrong["solution"]) == 6
-        words = [word for word, _ in wrong["solution"]]
+        right, solution = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
+        assert solution[-3][0] == right["answer"] and all(trusted for _, trusted in solution)
+        _, solution = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
+        assert sum(not trusted for _, trusted in solution) == 6
+        words = [word for word, _ in solution]
         results = [words[7 * step + 5] for step in range(6)]
         assert [words[7 * step + 2] for step in range(1, 6)] == results[:-1] and words[-3] == results[-1]
 
