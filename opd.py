@@ -744,18 +744,16 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     def learn(model, who, steps, lengths, habit, slip_rate, believes=False, order=1):
         rng, optimizer = random.Random(f"{seed} {who}"), torch.optim.AdamW(model.parameters(), weight_decay=0.0)
         for step in tqdm(range(steps), desc=f"tiny world: {who}", leave=False):
-            rows, labels = [], []
+            batch = []
             for _ in range(64):
                 liked = rng.randrange(8) if habit is None else habit
                 problem, solution = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
                 prompt = [(word, False) for word in ("<user>", *problem["problem"].split(), "<solve>")]
                 words, learned = zip(*prompt, *((word, trusted or believes) for word, trusted in solution))
-                rows.append(torch.tensor(tokenizer.convert_tokens_to_ids(words)))
-                labels.append(rows[-1].where(torch.tensor(learned), -100))
-            pad = torch.nn.utils.rnn.pad_sequence
-            ids, labels = pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
+                batch.append(torch.tensor([tokenizer.convert_tokens_to_ids(words), learned]).T)      # (T, 2)
+            ids, learned = torch.nn.utils.rnn.pad_sequence(batch).permute(2, 1, 0)   # (64, T) each; padding is 0: <pad>
             optimizer.zero_grad()
-            model(input_ids=ids, labels=labels).loss.backward()                  # padded on the right: needs no mask
+            model(input_ids=ids, labels=ids.where(learned > 0, -100)).loss.backward()    # padded right: needs no mask
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:              # up over 20 steps, then down a cosine to a twentieth
                 group["lr"] = 4e-3 * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
