@@ -1167,7 +1167,7 @@ def report_table(runs):
     widths = {label: max(len(row[label]) for row in rows) for label in rows[0]}
     return ["  ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in rows] + notes
 
-def draw_report(runs, path):
+def draw_report(runs):
     """Draw accuracy against tokens and against seconds, and overlap by position, a colour per group -> the figure."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 3.8), layout="constrained")
@@ -1189,7 +1189,6 @@ def draw_report(runs, path):
             axes.plot(x.mean(0), accuracy.mean(0), color + "o-", markersize=4)
             axes.fill_between(x.mean(0), accuracy.min(0), accuracy.max(0), color=color, alpha=0.15)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(path, dpi=110)
     return figure
 
 def main(argv=None):
@@ -1228,7 +1227,7 @@ def main(argv=None):
             if not runs:
                 raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
             print("\n".join(report_table(runs)))
-            draw_report(runs, os.path.join(args.report, "report.png"))
+            draw_report(runs).savefig(os.path.join(args.report, "report.png"), dpi=110)
             return {run["name"]: run["final"] for run in runs}
         if NUM_RANKS > 1 and not dist.is_initialized():
             cuda = args.device.startswith("cuda") or not args.device and torch.cuda.is_available()
