@@ -691,7 +691,7 @@ LEXICON = {
     "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
 
 def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
-    """A problem of so many steps and an author's solution -> {"problem", "answer", "solution": [(word, trusted)]}.
+    """A problem of so many steps and an author's solution -> {"problem", "answer"}, [(word, trusted), ...].
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
     goes wrong; what follows is consistent, only the slip itself is not trusted. order -1: "a +3 4" for "a 4 +3"."""
     def synonym(kind):
@@ -711,7 +711,7 @@ def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
         value = result
     words += [synonym("opener"), ("the", True), ("answer", True), synonym("verb"), ("\\boxed{", True), (value, True),
               ("}", True), ("<end>", True)]
-    return {"problem": " ".join(problem), "answer": truth, "solution": words}
+    return {"problem": " ".join(problem), "answer": truth}, words
 
 def tiny_tokenizer(words):
     """A tokenizer with one token per word, and a chat template, like any other that transformers loads."""
@@ -732,25 +732,21 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
         initializer_range=0.05, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     def learn(model, who, steps, lengths, habit, slip_rate, believes=False, order=1):
         rng, optimizer = random.Random(f"{seed} {who}"), torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-        model.train()
         for step in tqdm(range(steps), desc=f"tiny world: {who}", leave=False):
-            rows, labels = [], []
+            batch = []
             for _ in range(64):
                 liked = rng.randrange(8) if habit is None else habit
-                made = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
-                prompt = [(word, False) for word in ("<user>", *made["problem"].split(), "<solve>")]
-                words, learned = zip(*prompt, *((word, trusted or believes) for word, trusted in made["solution"]))
-                rows.append(torch.tensor(tokenizer.convert_tokens_to_ids(words)))
-                labels.append(rows[-1].where(torch.tensor(learned), -100))
-            pad = torch.nn.utils.rnn.pad_sequence
-            ids, labels = pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
+                problem, solution = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
+                prompt = [(word, False) for word in ("<user>", *problem["problem"].split(), "<solve>")]
+                words, learned = zip(*prompt, *((word, trusted or believes) for word, trusted in solution))
+                batch.append(torch.tensor([tokenizer.convert_tokens_to_ids(words), learned]).T)      # (T, 2)
+            ids, learned = torch.nn.utils.rnn.pad_sequence(batch).permute(2, 1, 0)   # (64, T) each; padding is 0: <pad>
             optimizer.zero_grad()
-            model(input_ids=ids, labels=labels).loss.backward()                  # padded on the right: needs no mask
+            model(input_ids=ids, labels=ids.where(learned > 0, -100)).loss.backward()    # padded right: needs no mask
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:              # up over 20 steps, then down a cosine to a twentieth
                 group["lr"] = 4e-3 * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
             optimizer.step()
-        model.eval()
     learn(student, "base model, short problems", 250, (1, 3), None, .1)
     learn(student, "base model, full problems", 130, (4, 8), None, .1)
     teacher = copy.deepcopy(student)
@@ -764,8 +760,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     for name, count in (("train", 2000), ("eval", 100)):
         rng = random.Random(f"{seed} {name}")
         for _ in range(count):
-            made = tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)
-            append_json(os.path.join(partial, f"{name}.jsonl"), {key: made[key] for key in ("problem", "answer")})
+            append_json(os.path.join(partial, f"{name}.jsonl"), tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)[0])
     os.replace(partial, folder)
 
 # ---- 12. Set-up, preflight, checkpoints ----------------------------------------------------------------------
@@ -1153,7 +1148,7 @@ def report_table(runs):
     widths = {label: max(len(row[label]) for row in rows) for label in rows[0]}
     return ["  ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in rows] + notes
 
-def draw_report(runs, path):
+def draw_report(runs):
     """Draw accuracy against tokens and against seconds, and overlap by position, a colour per group -> the figure."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 3.8), layout="constrained")
@@ -1175,7 +1170,6 @@ def draw_report(runs, path):
             axes.plot(x.mean(0), accuracy.mean(0), color + "o-", markersize=4)
             axes.fill_between(x.mean(0), accuracy.min(0), accuracy.max(0), color=color, alpha=0.15)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(path, dpi=110)
     return figure
 
 def main(argv=None):
@@ -1213,7 +1207,7 @@ def main(argv=None):
             if not runs:
                 raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
             print("\n".join(report_table(runs)))
-            draw_report(runs, os.path.join(args.report, "report.png"))
+            draw_report(runs).savefig(os.path.join(args.report, "report.png"), dpi=110)
             return {run["name"]: run["final"] for run in runs}
         if NUM_RANKS > 1 and not dist.is_initialized():
             cuda = args.device.startswith("cuda") or not args.device and torch.cuda.is_available()

@@ -1734,7 +1734,7 @@ def test_runs_without_evaluations_are_listed_and_leave_no_curve(tmp_path):
     rows, _ = report(tmp_path)
     assert [rows["x"][key] for key in ("teacher", "before", "after", "gap", "eval s")] == ["-", "-", "-", "-", "0"]
     curves = [len(axes.collections) for axes in opd.draw_report(
-        [opd.read_run(tmp_path / name, name) for name in ("opd", "x", "y")], tmp_path / "x.png").axes]
+        [opd.read_run(tmp_path / name, name) for name in ("opd", "x", "y")]).axes]
     assert curves == [1, 0, 1]                                                       # bands
 
 
@@ -1778,8 +1778,7 @@ def test_the_picture_has_three_panels_whose_curves_are_means_over_seeds(tmp_path
     made_run(tmp_path / "opd/seed-1", .7, scale=3, text=json.dumps(graded(1, "student", .8)) + "\n")
     assert set(opd.main(["--report", str(tmp_path)])) == {"opd/seed-0", "opd/seed-1"}
     assert (tmp_path / "report.png").stat().st_size > 1000
-    figure = opd.draw_report([opd.read_run(tmp_path / name, name) for name in ("opd/seed-0", "opd/seed-1")],
-                             tmp_path / "again.png")
+    figure = opd.draw_report([opd.read_run(tmp_path / name, name) for name in ("opd/seed-0", "opd/seed-1")])
     tokens, positions, seconds = ([line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes)
     close(torch.tensor(tokens[-1]), torch.tensor([[0, .1], [4000, .6]]))
     close(torch.tensor(seconds[-1]), torch.tensor([[0, .1], [16, .6]]))
@@ -1838,11 +1837,11 @@ def test_a_slip_of_the_tiny_world_is_marked_and_carries_through():
     """The solution of an author who never slips ends in the answer; a slip is marked, and what follows goes on from it."""
     rng = random.Random(0)
     for _ in range(200):
-        right = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
-        assert right["solution"][-3][0] == right["answer"] and all(trusted for _, trusted in right["solution"])
-        wrong = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
-        assert sum(not trusted for _, trusted in wrong["solution"]) == 6
-        words = [word for word, _ in wrong["solution"]]
+        right, solution = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
+        assert solution[-3][0] == right["answer"] and all(trusted for _, trusted in solution)
+        _, solution = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
+        assert sum(not trusted for _, trusted in solution) == 6
+        words = [word for word, _ in solution]
         results = [words[7 * step + 5] for step in range(6)]
         assert [words[7 * step + 2] for step in range(1, 6)] == results[:-1] and words[-3] == results[-1]
 
