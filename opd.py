@@ -165,11 +165,10 @@ def check_args(args):
 # ---- 2. Data and grading -------------------------------------------------------------------------------------
 def read_records(path):
     """A jsonl, json or parquet file -> list of (line number, object). Raises OSError, or ValueError naming the line."""
-    if path.endswith(".parquet"):
-        import pandas                     # only here; without it or pyarrow an ImportError says so
-        frame = pandas.read_parquet(path)
-        return list(enumerate(frame.astype(object).where(frame.notna(), None).to_dict("records"), start=1))
     with open(path, "rb") as file:
+        if path.endswith(".parquet"):
+            import pyarrow.parquet        # only here; without it an ImportError says so
+            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
         text = file.read().removeprefix("\ufeff".encode())
     # Many a .json file holds JSON lines. Not splitlines(): U+2028 may stand inside a string
     whole, records = path.endswith(".json") and text.lstrip().startswith(b"["), []
@@ -203,14 +202,14 @@ def load_problems(path):
         problem, answer = (
             next((fields[name] for name in names.split() if fields.get(name) is not None), None)
             for names in ("problem question prompt messages", "answer final_answer ground_truth solution"))
-        if isinstance(problem, (list, np.ndarray)):           # a chat: the last turn of each role
+        if isinstance(problem, list):                         # a chat: the last turn of each role
             turns = {turn.get("role"): turn.get("content") for turn in problem if isinstance(turn, dict)}
             problem, answer = turns.get("user"), turns.get("assistant") if answer is None else answer
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(f"{path}, line {number}: needs a text in problem, question, prompt or messages; "
                              f"it has the fields {', '.join(record) or 'none'}")
         if answer is not None:
-            answer = ", ".join(map(str, answer)) if isinstance(answer, (list, np.ndarray)) else str(answer)
+            answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
             answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()
         # What data sets add to a problem fights the template, and a grader of boxes
         problem = re.sub(

@@ -1063,15 +1063,12 @@ def test_a_file_that_cannot_be_read_is_a_value_error_that_says_where(tmp_path, t
     assert says in str(error.value) and path in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("missing, told", [("pandas", "pip install pandas"), ("pyarrow", "pyarrow")])
-def test_parquet_without_pandas_or_pyarrow_says_what_to_install(missing, told, world, tmp_path, monkeypatch, capsys):
-    class Pandas:
-        read_parquet = throw(ImportError("Unable to find a usable engine: Missing optional dependency 'pyarrow'."))
-    monkeypatch.setitem(sys.modules, "pandas", None if missing == "pandas" else Pandas)    # importing None fails
+def test_parquet_without_pyarrow_says_what_to_install(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)                            # importing None fails
     with pytest.raises(SystemExit) as stop:
         opd.main(command(world, tmp_path, train_file=write(tmp_path / "a.parquet", text="x")))
     told_line = capsys.readouterr().err
-    assert stop.value.code == 2 and told_line.count("\n") == 1 and told in told_line
+    assert stop.value.code == 2 and told_line.count("\n") == 1 and "pip install pyarrow" in told_line
 
 
 @pytest.mark.parametrize("text, content", [
