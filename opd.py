@@ -261,13 +261,13 @@ def is_correct(response_text, gold):
         return int(answer) == int(gold)                       # what most answers are, without asking
     return ask_math_verify(gold, answer)
 
-def encode_prompts(tokenizer, problems, template, chat_template=True, **template_flags):
-    """Problems (str) -> list of lists of ids: the template filled in, as a user's turn if there is a chat template."""
-    texts = [template.replace("{problem}", problem) for problem in problems]
+def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):
+    """A problem (str) -> list of ids: the template filled in, as a user's turn if there is a chat template."""
+    text = template.replace("{problem}", problem)
     if not chat_template or not tokenizer.chat_template:
-        return [tokenizer(text + "\n").input_ids for text in texts]
-    return [tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
-                                          return_dict=False, **template_flags) for text in texts]
+        return tokenizer(text + "\n").input_ids
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                         return_dict=False, **template_flags)
 
 def pad_left(rows, pad_id):
     """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: all rows then start their response in one column."""
@@ -839,11 +839,9 @@ def append_json(path, record):
 def read_data(args, tokenizer):
     """The problems of the files that the flags name, each with its prompt_ids -> a namespace."""
     def read(path):
-        problems = load_problems(path)
-        prompts = encode_prompts(
-            tokenizer, [problem["problem"] for problem in problems], args.prompt_template,
-            chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
-        return [{**problem, "prompt_ids": prompt} for problem, prompt in zip(problems, prompts)]
+        return [{**problem, "prompt_ids": encode_prompt(
+            tokenizer, problem["problem"], args.prompt_template, chat_template=not args.no_chat_template,
+            enable_thinking=args.enable_thinking)} for problem in load_problems(path)]
     data = argparse.Namespace(tokenizer=tokenizer, eval={}, pools=[])
     for path in args.eval_file:
         name = os.path.splitext(os.path.basename(path))[0]

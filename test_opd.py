@@ -1272,8 +1272,8 @@ def test_a_users_mistake_ends_in_one_line_and_status_2_with_nothing_written(mist
 
 
 def test_a_chat_prompt_has_the_templates_special_tokens_once():
-    ids = opd.encode_prompts(opd.tiny_tokenizer(WORDS), ["1 2"], "{problem}")
-    assert [[WORDS[token] for token in row] for row in ids] == [["<user>", "1", "2", "<solve>"]]
+    ids = opd.encode_prompt(opd.tiny_tokenizer(WORDS), "1 2", "{problem}")
+    assert [WORDS[token] for token in ids] == ["<user>", "1", "2", "<solve>"]
 
 
 # ---- 10. From end to end -----------------------------------------------------------------------------------
@@ -1554,8 +1554,8 @@ def test_thinking_is_off_unless_asked_for():
     """Qwen3's template thinks unless it is told enable_thinking=False, so saying nothing would switch it on."""
     tokenizer = opd.tiny_tokenizer(WORDS)
     tokenizer.chat_template = "{% if enable_thinking is defined and enable_thinking is false %}0{% else %}1{% endif %}"
-    off, on = (opd.encode_prompts(tokenizer, ["2"], "{problem}", enable_thinking=flag) for flag in (False, True))
-    assert tokenizer.decode(off[0]) == "0" and tokenizer.decode(on[0]) == "1"
+    off, on = (opd.encode_prompt(tokenizer, "2", "{problem}", enable_thinking=flag) for flag in (False, True))
+    assert tokenizer.decode(off) == "0" and tokenizer.decode(on) == "1"
     assert not opd.parse_args([]).enable_thinking
 
 
