@@ -792,22 +792,25 @@ def stop_ids(model, tokenizer):
     listed = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
 
-def save_checkpoint(folder, model, tokenizer, state, files=(), old_folders=()):
-    """folder/ with model, tokenizer, state (a dict) and copies of files: whole or not at all, since it gets its name
-    when complete; then the old ones go. Raises OSError, and leaves no trace of it, if it cannot be written."""
-    partial = os.path.join(os.path.dirname(folder), "checkpoint.partial")
+def save_checkpoint(run, args):
+    """What a run is after a step, and its files -> checkpoint-<step>/, unless it is there: whole or not at all, since
+    it gets its name when complete; then the oldest go. OSError, with no trace left of it, if it cannot be written."""
+    folder, partial = (os.path.join(args.output_dir, f"checkpoint{end}") for end in (f"-{run.step}", ".partial"))
+    if RANK or os.path.exists(folder):
+        return
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        torch.save(state, os.path.join(partial, "trainer_state.pt"))
-        for path in files:
+        run.student.save_pretrained(partial)
+        run.tokenizer.save_pretrained(partial)
+        state = {name: getattr(run, name) for name in ("step", "flags", "state", "anchor", "graded")}
+        torch.save(dict(state, optimizer=run.optimizer.state_dict()), os.path.join(partial, "trainer_state.pt"))
+        for path in run.files:
             shutil.copy(path, partial)
     except Exception as error:            # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
     os.replace(partial, folder)
-    for old in old_folders:
+    for old in list_checkpoints(args.output_dir)[:-args.keep_checkpoints]:
         os.replace(old, partial)          # first the name: a kill in the middle must not leave half a checkpoint
         shutil.rmtree(partial)
 
@@ -944,7 +947,7 @@ def preflight(run, args):
         "the chat templates differ; both models read the student's": templates[0] != templates[1]}
     return lines + [f"warning: {text}" for text, true in found.items() if true]
 
-# ---- 13. Main. With section 1, read_data, read_inputs and preflight, these functions alone see the flags -----
+# ---- 13. Main. This, section 1, save_checkpoint, read_data, read_inputs and preflight see the flags: no others
 def draw_prompts(run, args, step):
     """This rank's share of the problems of a step, each num_generations times, and as a list of their prompts' ids."""
     edges = np.rint(np.cumsum([0, *(args.mix or [1])]) * args.batch_size).astype(int).tolist()   # to the nearest prompt
@@ -1199,12 +1202,6 @@ def main(argv=None):
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
     started, run = time.perf_counter(), None
-    def save():
-        folder, saved = os.path.join(args.output_dir, f"checkpoint-{run.step}"), list_checkpoints(args.output_dir)
-        if RANK == 0 and folder not in saved:
-            state = {name: getattr(run, name) for name in ("step", "flags", "state", "anchor", "graded")}
-            save_checkpoint(folder, run.student, run.tokenizer, dict(state, optimizer=run.optimizer.state_dict()),
-                            run.files, saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
     def stop(number=None, _=None):        # a signal stops at once; during an update it waits for the call at the end
         run.stopped, run.halfway = number or run.stopped, run.halfway if number else False
         if run.stopped and not run.halfway:
@@ -1257,7 +1254,7 @@ def main(argv=None):
             if step == 0 and args.cold_start_steps:
                 grade(run, args, "cold_start")
             if step and (done or args.save_every and step % args.save_every == 0):
-                save()
+                save_checkpoint(run, args)
             if done:
                 break
             metrics = opd_step(run, args, step + 1)
@@ -1279,7 +1276,7 @@ def main(argv=None):
             whole, run.halfway = not run.halfway, True        # a second signal does not break off the saving
             with contextlib.suppress(OSError):
                 if whole:
-                    save()
+                    save_checkpoint(run, args)
             told += told and f"; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}"
         if not told:
             raise
