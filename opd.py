@@ -636,8 +636,8 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
             measures.append(measure(student_logits, teacher_logits))
     return torch.cat(grads), total, measures
 
-def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, max_grad_norm, recompute=False,
-               autocast=contextlib.nullcontext, **chunk):
+def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, max_grad_norm,
+               autocast=contextlib.nullcontext(), **chunk):
     """One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures; {}
     without a token to train on. batch: prompt_ids, prompt_mask (B, S); response_ids, loss_mask, token_weight (B, T);
     teacher_hidden (B tensors); chunk: for backward_in_chunks. Not finite: FloatingPointError, no weight changes."""
@@ -657,11 +657,11 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
     loss, measures = 0.0, []
     optimizer.zero_grad(set_to_none=True)
     for module in student.modules():      # recomputed in training mode only; all else stays in eval mode: no dropout
-        module.training = recompute and hasattr(module, "gradient_checkpointing")
+        module.training = getattr(module, "gradient_checkpointing", False)
     while len(order):
         width = int(sizes[order[0]])      # micro_batch_size of the longest rows, or as many tokens in shorter ones
         rows, order = order.tensor_split([micro_batch_size * int(sizes.max()) // width])
-        with autocast():
+        with autocast:
             hidden = hidden_states(student, ids[rows, :width], mask[rows, :width], width - 1)[learned[rows, 1:width]]
             teacher_hidden = torch.cat([batch["teacher_hidden"][row][:lengths[row]] for row in rows.tolist()])
             grad, value, measured = backward_in_chunks(
@@ -915,8 +915,7 @@ def read_inputs(args, checkpoint=None):
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.train_step = functools.partial(
         train_step, run.student, run.optimizer, micro_batch_size=args.micro_batch_size,
-        max_grad_norm=args.max_grad_norm, recompute=args.gradient_checkpointing,
-        autocast=functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16),
+        max_grad_norm=args.max_grad_norm, autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature)
     return run
 

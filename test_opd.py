@@ -2881,7 +2881,7 @@ def bench_steps(sampler, teacher, sizes, sampling, prompt, lengths, rates):
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, weight_decay=0.0)
     settings = dict(
         learning_rate=0.0, micro_batch_size=4, max_grad_norm=1.0, measure=lambda p, q: opd.alignment(p, q, None, 16),
-        autocast=functools.partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda"),
+        autocast=torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
         token_loss=lambda p, q, ids: opd.reverse_kl_topk(p, q, 16),
         student_head=lambda hidden: opd.head_logits(student, hidden, sizes["vocabulary"]),
         teacher_head=lambda hidden: opd.head_logits(teacher, hidden, sizes["vocabulary"]))
