@@ -141,6 +141,7 @@ def check_args(args):
         if type(value) in (int, float) and not (0 < value < 2 ** 40 or value == 0 and name in may_be_zero):
             raise ValueError(f"--{name} {value} must be {'at least' if name in may_be_zero else 'above'} 0, and finite")
     guided, kept = args.method == "prefix-guided", round(args.keep_ratio * args.batch_size * args.num_generations)
+    needed = [args.student, args.eval_file] if args.eval_only else [args.student, args.teacher, args.train_file]
     mistakes = {
         "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
         f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
@@ -155,10 +156,8 @@ def check_args(args):
         args.mix and (len(args.mix) != len(args.train_file) or min(args.mix) * args.batch_size < 1
                       or round(sum(args.mix), 3) != 1),
         f"--batch_size must be at least the {NUM_RANKS} processes": args.batch_size < NUM_RANKS,
-        "give --student and --teacher, or neither": not args.eval_only and bool(args.student) != bool(args.teacher),
-        f"--student needs --{'eval' if args.eval_only else 'train'}_file": args.student and not (
-            args.eval_file if args.eval_only else args.train_file),
-        "--train_file and --eval_file need --student": not args.student and (args.train_file or args.eval_file)}
+        "give --student, --teacher and --train_file; with --eval_only --student and --eval_file; or none of these four":
+        any([*needed, args.teacher, args.train_file, args.eval_file]) and not all(needed)}
     for message in (message for message, true in mistakes.items() if true):
         raise ValueError(message)
 
