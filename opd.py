@@ -842,12 +842,11 @@ def read_data(args, tokenizer):
             enable_thinking=args.enable_thinking)} for problem in load_problems(path)]
     data = argparse.Namespace(tokenizer=tokenizer, eval={}, pools=[])
     for path in args.eval_file:
-        name = os.path.splitext(os.path.basename(path))[0]
-        if name in data.eval:
-            raise ValueError(f"--eval_file names two files {name}; results go by the name, so rename one")
-        data.eval[name] = read(path)
-        if any(problem["answer"] is None for problem in data.eval[name]):
+        data.eval[os.path.splitext(os.path.basename(path))[0]] = problems = read(path)
+        if any(problem["answer"] is None for problem in problems):
             raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
+    if len(data.eval) < len(args.eval_file):
+        raise ValueError("--eval_file names two files alike; results go by the name, without its folder, so rename one")
     for path in args.train_file:
         data.pools.append([item for item in read(path) if len(item["prompt_ids"]) <= args.max_prompt_length])
         if not data.pools[-1]:
