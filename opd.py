@@ -917,9 +917,8 @@ def preflight(run, args):
     """What to look at before a run is paid for, and what ruins runs in silence -> list of lines."""
     golds = [problem["answer"] for problem in run.answered[:500]]
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
-    torch.manual_seed(0)                                      # every step and every evaluation seeds anew
-    out = rollout(run.sampler, run.teacher, [problem["prompt_ids"] for problem in run.train[:4]], max_length=32,
-                  overlap_k=args.overlap_k, **run.sampling)
+    out = rollout(run.sampler, run.teacher, draw_prompts(run, args, step=1)[1][::args.num_generations][:4],
+                  max_length=32, overlap_k=args.overlap_k, **run.sampling)
     log_q = head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size).log_softmax(-1)
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
     sides = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
