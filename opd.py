@@ -883,13 +883,12 @@ def read_inputs(args, checkpoint=None):
     if args.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
-    eos_ids, pad_id = stop_ids(run.student, run.tokenizer), run.tokenizer.pad_token_id
+    eos_ids = stop_ids(run.student, run.tokenizer)
     if args.cold_start_steps and not args.eval_only:          # it teaches the teacher's stop token, too
         eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
         run.student.generation_config.eos_token_id = sorted(eos_ids)
-    run.sampling = dict(
-        vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length, static_cache=args.static_cache,
-        pad_id=min(eos_ids, default=0) if pad_id is None or pad_id >= run.vocab_size else pad_id)
+    run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
+                        static_cache=args.static_cache, pad_id=0)         # any id would do: the masks tell padding
     ids, run.sizes = torch.tensor([(run.train or [*run.eval.values()][0])[0]["prompt_ids"][:16]], device=device), []
     for model in models:
         own, states = model(input_ids=ids).logits, getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
@@ -932,7 +931,7 @@ def preflight(run, args):
     for (role, model, tokenizer), stop in zip(sides, stops):
         lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
                      f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stop}, "
-                     f"pad {tokenizer.pad_token_id}, {'a' if tokenizer.chat_template else 'no'} chat template")
+                     f"{'a' if tokenizer.chat_template else 'no'} chat template")
     found = {
         "the teacher finds what the student writes very unlikely; compare prompts and templates": mean < -3,
         f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
