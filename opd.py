@@ -199,17 +199,16 @@ def load_problems(path):
         nested = record.get("reward_model")
         fields = {**nested, **record} if isinstance(nested, dict) else record
         problem, answer = (
-            next((fields[name] for name in names.split() if fields.get(name) is not None), None)
+            next((fields[name] for name in names.split() if fields.get(name) is not None), "")
             for names in ("problem question prompt messages", "answer final_answer ground_truth solution"))
         if isinstance(problem, list):                         # a chat: the last turn of each role
             turns = {turn.get("role"): turn.get("content") for turn in problem if isinstance(turn, dict)}
-            problem, answer = turns.get("user"), turns.get("assistant") if answer is None else answer
+            problem, answer = turns.get("user"), (turns.get("assistant") or "") if answer == "" else answer
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(f"{path}, line {number}: needs a text in problem, question, prompt or messages; "
                              f"it has the fields {', '.join(record) or 'none'}")
-        if answer is not None:
-            answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
-            answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()
+        answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+        answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()
         # What data sets add to a problem fights the template, and a grader of boxes
         problem = re.sub(
             r"Solve the following math problem step by step\. The last line of .*? to the problem\."
