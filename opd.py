@@ -141,6 +141,7 @@ def check_args(args):
         if type(value) in (int, float) and not (0 < value < 2 ** 40 or value == 0 and name in may_be_zero):
             raise ValueError(f"--{name} {value} must be {'at least' if name in may_be_zero else 'above'} 0, and finite")
     guided, kept = args.method == "prefix-guided", round(args.keep_ratio * args.batch_size * args.num_generations)
+    needed = [args.student, args.eval_file] if args.eval_only else [args.student, args.teacher, args.train_file]
     mistakes = {
         "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
         f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
@@ -155,21 +156,18 @@ def check_args(args):
         args.mix and (len(args.mix) != len(args.train_file) or min(args.mix) * args.batch_size < 1
                       or round(sum(args.mix), 3) != 1),
         f"--batch_size must be at least the {NUM_RANKS} processes": args.batch_size < NUM_RANKS,
-        "give --student and --teacher, or neither": not args.eval_only and bool(args.student) != bool(args.teacher),
-        f"--student needs --{'eval' if args.eval_only else 'train'}_file": args.student and not (
-            args.eval_file if args.eval_only else args.train_file),
-        "--train_file and --eval_file need --student": not args.student and (args.train_file or args.eval_file)}
+        "give --student, --teacher and --train_file; with --eval_only --student and --eval_file; or none of these four":
+        any([*needed, args.teacher, args.train_file, args.eval_file]) and not all(needed)}
     for message in (message for message, true in mistakes.items() if true):
         raise ValueError(message)
 
 # ---- 2. Data and grading -------------------------------------------------------------------------------------
 def read_records(path):
     """A jsonl, json or parquet file -> list of (line number, object). Raises OSError, or ValueError naming the line."""
-    if path.endswith(".parquet"):
-        import pandas                     # only here; without it or pyarrow an ImportError says so
-        frame = pandas.read_parquet(path)
-        return list(enumerate(frame.astype(object).where(frame.notna(), None).to_dict("records"), start=1))
     with open(path, "rb") as file:
+        if path.endswith(".parquet"):
+            import pyarrow.parquet        # only here; without it an ImportError says so
+            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
         text = file.read().removeprefix("\ufeff".encode())
     # Many a .json file holds JSON lines. Not splitlines(): U+2028 may stand inside a string
     whole, records = path.endswith(".json") and text.lstrip().startswith(b"["), []
@@ -201,17 +199,16 @@ def load_problems(path):
         nested = record.get("reward_model")
         fields = {**nested, **record} if isinstance(nested, dict) else record
         problem, answer = (
-            next((fields[name] for name in names.split() if fields.get(name) is not None), None)
+            next((fields[name] for name in names.split() if fields.get(name) is not None), "")
             for names in ("problem question prompt messages", "answer final_answer ground_truth solution"))
-        if isinstance(problem, (list, np.ndarray)):           # a chat: the last turn of each role
+        if isinstance(problem, list):                         # a chat: the last turn of each role
             turns = {turn.get("role"): turn.get("content") for turn in problem if isinstance(turn, dict)}
-            problem, answer = turns.get("user"), turns.get("assistant") if answer is None else answer
+            problem, answer = turns.get("user"), (turns.get("assistant") or "") if answer == "" else answer
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(f"{path}, line {number}: needs a text in problem, question, prompt or messages; "
                              f"it has the fields {', '.join(record) or 'none'}")
-        if answer is not None:
-            answer = ", ".join(map(str, answer)) if isinstance(answer, (list, np.ndarray)) else str(answer)
-            answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()
+        answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+        answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()
         # What data sets add to a problem fights the template, and a grader of boxes
         problem = re.sub(
             r"Solve the following math problem step by step\. The last line of .*? to the problem\."
@@ -256,19 +253,15 @@ def is_correct(response_text, gold):
     if answer is None:
         return False
     answer, gold = (text.strip().strip("$").strip() for text in (answer, last_boxed(gold) or gold))
-    if "".join(answer.split()) == "".join(gold.split()):
-        return True
-    if all(re.fullmatch(r"-?\d{1,99}", text) for text in (answer, gold)):
-        return int(answer) == int(gold)                       # what most answers are, without asking
-    return ask_math_verify(gold, answer)
+    return "".join(answer.split()) == "".join(gold.split()) or ask_math_verify(gold, answer)
 
-def encode_prompts(tokenizer, problems, template, chat_template=True, **template_flags):
-    """Problems (str) -> list of lists of ids: the template filled in, as a user's turn if there is a chat template."""
-    texts = [template.replace("{problem}", problem) for problem in problems]
+def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):
+    """A problem (str) -> list of ids: the template filled in, as a user's turn if there is a chat template."""
+    text = template.replace("{problem}", problem)
     if not chat_template or not tokenizer.chat_template:
-        return [tokenizer(text + "\n").input_ids for text in texts]
-    return [tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
-                                          return_dict=False, **template_flags) for text in texts]
+        return tokenizer(text + "\n").input_ids
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                         return_dict=False, **template_flags)
 
 def pad_left(rows, pad_id):
     """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: all rows then start their response in one column."""
@@ -777,22 +770,25 @@ def stop_ids(model, tokenizer):
     listed = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
 
-def save_checkpoint(folder, model, tokenizer, state, files=(), old_folders=()):
-    """folder/ with model, tokenizer, state (a dict) and copies of files: whole or not at all, since it gets its name
-    when complete; then the old ones go. Raises OSError, and leaves no trace of it, if it cannot be written."""
-    partial = os.path.join(os.path.dirname(folder), "checkpoint.partial")
+def save_checkpoint(run, args):
+    """What a run is after a step, and its files -> checkpoint-<step>/, unless it is there: whole or not at all, since
+    it gets its name when complete; then the oldest go. OSError, with no trace left of it, if it cannot be written."""
+    folder, partial = (os.path.join(args.output_dir, f"checkpoint{end}") for end in (f"-{run.step}", ".partial"))
+    if RANK or os.path.exists(folder):
+        return
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        torch.save(state, os.path.join(partial, "trainer_state.pt"))
-        for path in files:
+        run.student.save_pretrained(partial)
+        run.tokenizer.save_pretrained(partial)
+        state = {name: getattr(run, name) for name in ("step", "flags", "state", "anchor", "graded")}
+        torch.save(dict(state, optimizer=run.optimizer.state_dict()), os.path.join(partial, "trainer_state.pt"))
+        for path in run.files:
             shutil.copy(path, partial)
     except Exception as error:            # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
     os.replace(partial, folder)
-    for old in old_folders:
+    for old in list_checkpoints(args.output_dir)[:-args.keep_checkpoints]:
         os.replace(old, partial)          # first the name: a kill in the middle must not leave half a checkpoint
         shutil.rmtree(partial)
 
@@ -824,19 +820,16 @@ def append_json(path, record):
 def read_data(args, tokenizer):
     """The problems of the files that the flags name, each with its prompt_ids -> a namespace."""
     def read(path):
-        problems = load_problems(path)
-        prompts = encode_prompts(
-            tokenizer, [problem["problem"] for problem in problems], args.prompt_template,
-            chat_template=not args.no_chat_template, enable_thinking=args.enable_thinking)
-        return [{**problem, "prompt_ids": prompt} for problem, prompt in zip(problems, prompts)]
+        return [{**problem, "prompt_ids": encode_prompt(
+            tokenizer, problem["problem"], args.prompt_template, chat_template=not args.no_chat_template,
+            enable_thinking=args.enable_thinking)} for problem in load_problems(path)]
     data = argparse.Namespace(tokenizer=tokenizer, eval={}, pools=[])
     for path in args.eval_file:
-        name = os.path.splitext(os.path.basename(path))[0]
-        if name in data.eval:
-            raise ValueError(f"--eval_file names two files {name}; results go by the name, so rename one")
-        data.eval[name] = read(path)
-        if any(problem["answer"] is None for problem in data.eval[name]):
+        data.eval[os.path.splitext(os.path.basename(path))[0]] = problems = read(path)
+        if any(problem["answer"] is None for problem in problems):
             raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
+    if len(data.eval) < len(args.eval_file):
+        raise ValueError("--eval_file names two files alike; results go by the name, without its folder, so rename one")
     for path in args.train_file:
         data.pools.append([item for item in read(path) if len(item["prompt_ids"]) <= args.max_prompt_length])
         if not data.pools[-1]:
@@ -873,13 +866,12 @@ def read_inputs(args, checkpoint=None):
     if args.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
-    eos_ids, pad_id = stop_ids(run.student, run.tokenizer), run.tokenizer.pad_token_id
+    eos_ids = stop_ids(run.student, run.tokenizer)
     if args.cold_start_steps and not args.eval_only:          # it teaches the teacher's stop token, too
         eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
         run.student.generation_config.eos_token_id = sorted(eos_ids)
-    run.sampling = dict(
-        vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length, static_cache=args.static_cache,
-        pad_id=min(eos_ids, default=0) if pad_id is None or pad_id >= run.vocab_size else pad_id)
+    run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
+                        static_cache=args.static_cache, pad_id=0)         # any id would do: the masks tell padding
     ids, run.sizes = torch.tensor([(run.train or [*run.eval.values()][0])[0]["prompt_ids"][:16]], device=device), []
     for model in models:
         own, states = model(input_ids=ids).logits, getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
@@ -898,8 +890,8 @@ def read_inputs(args, checkpoint=None):
     if args.gradient_checkpointing:
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.train_step = functools.partial(
-        train_step, run.student, run.optimizer, max_grad_norm=args.max_grad_norm,
-        micro_batch_size=args.micro_batch_size, autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        train_step, run.student, run.optimizer, micro_batch_size=args.micro_batch_size,
+        max_grad_norm=args.max_grad_norm, autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature)
     return run
 
@@ -907,9 +899,8 @@ def preflight(run, args):
     """What to look at before a run is paid for, and what ruins runs in silence -> list of lines."""
     golds = [problem["answer"] for problem in run.answered[:500]]
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
-    torch.manual_seed(0)                                      # every step and every evaluation seeds anew
-    out = rollout(run.sampler, run.teacher, [problem["prompt_ids"] for problem in run.train[:4]], max_length=32,
-                  overlap_k=args.overlap_k, **run.sampling)
+    prompts = [problem["prompt_ids"] for problem in draw_prompts(run, args, step=1)[::args.num_generations][:4]]
+    out = rollout(run.sampler, run.teacher, prompts, max_length=32, overlap_k=args.overlap_k, **run.sampling)
     log_q = head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size).log_softmax(-1)
     mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
     sides = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
@@ -923,14 +914,14 @@ def preflight(run, args):
     for (role, model, tokenizer), stop in zip(sides, stops):
         lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
                      f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stop}, "
-                     f"pad {tokenizer.pad_token_id}, {'a' if tokenizer.chat_template else 'no'} chat template")
+                     f"{'a' if tokenizer.chat_template else 'no'} chat template")
     found = {
         "the teacher finds what the student writes very unlikely; compare prompts and templates": mean < -3,
         f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
         "the chat templates differ; both models read the student's": templates[0] != templates[1]}
     return lines + [f"warning: {text}" for text, true in found.items() if true]
 
-# ---- 13. Main. With section 1, read_data, read_inputs and preflight, these functions alone see the flags -----
+# ---- 13. Main. This, section 1, save_checkpoint, read_data, read_inputs and preflight see the flags: no others
 def draw_prompts(run, args, step):
     """This rank's share of the problems of a step, each num_generations times: row p * G + g."""
     edges = np.rint(np.cumsum([0, *(args.mix or [1])]) * args.batch_size).astype(int).tolist()   # to the nearest prompt
@@ -1177,12 +1168,6 @@ def main(argv=None):
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
     started, run = time.perf_counter(), None
-    def save():
-        folder, saved = os.path.join(args.output_dir, f"checkpoint-{run.step}"), list_checkpoints(args.output_dir)
-        if RANK == 0 and folder not in saved:
-            state = {name: getattr(run, name) for name in ("step", "flags", "state", "anchor", "graded")}
-            save_checkpoint(folder, run.student, run.tokenizer, dict(state, optimizer=run.optimizer.state_dict()),
-                            run.files, saved[:max(0, len(saved) + 1 - args.keep_checkpoints)])
     def stop(number=None, _=None):        # a signal stops at once; during an update it waits for the call at the end
         run.stopped, run.halfway = number or run.stopped, run.halfway if number else False
         if run.stopped and not run.halfway:
@@ -1234,7 +1219,7 @@ def main(argv=None):
             if step > run.graded and (done or step % (args.eval_every or args.max_steps) == 0):
                 grade(run, args, "student")
             if step and (done or step % (args.save_every or args.max_steps) == 0):
-                save()
+                save_checkpoint(run, args)
             if done:
                 break
             metrics = opd_step(run, args, step + 1)
@@ -1257,7 +1242,7 @@ def main(argv=None):
             whole, run.halfway = not run.halfway, True        # a second signal does not break off the saving
             with contextlib.suppress(OSError):
                 if whole:
-                    save()
+                    save_checkpoint(run, args)
             told += told and f"; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}"
         if not told:
             raise
