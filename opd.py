@@ -96,6 +96,7 @@ FLAGS = {
         ("eval_every", 20, "steps between evaluations; 0: before and after only [Prune-OPD]"),
         ("eval_samples", 16, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
         ("print_samples", False, "show the first answer of every evaluation"),
+        ("probe_depths", [int], "percentages: how the teacher goes on from answers cut there [Rethinking-OPD]"),
         ("eval_temperature eval_top_p", (0.7, 0.95), "0 is greedy; nucleus, 1 is all [Rethinking-OPD]"),
         ("eval_max_new_tokens", 31744, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
         ("eval_batch_size", 32, "rows at once; answers may be longer than training responses (our choice)")]}
@@ -143,6 +144,7 @@ def check_args(args):
     guided, kept = args.method == "prefix-guided", round(args.keep_ratio * args.batch_size * args.num_generations)
     needed = [args.student, args.eval_file] if args.eval_only else [args.student, args.teacher, args.train_file]
     mistakes = {
+        "--probe_depths are percentages from 0 to 99": not {*args.probe_depths} <= {*range(100)},
         "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
         f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
         and not (args.device.startswith("cuda") and int(args.device[5:] or 0) < torch.cuda.device_count()),
@@ -497,33 +499,51 @@ def repetition(ids):
     grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
-def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, decoding, title="evaluate"):
-    """Sample, in a random stream of their own, and grade num_samples answers to every problem, a dict with answer and
-    prompt_ids -> (dict of metrics, list of one dict per answer). decoding: for rollout."""
+@torch.no_grad()
+def sampled_log_probs(model, out, vocab_size):
+    """The log-probs that a model gives the tokens of a rollout, out of rollout -> B tensors (length,)."""
+    ids, mask = (torch.cat([out[f"prompt_{part}"], out[f"response_{part}"]], dim=1) for part in ("ids", "mask"))
+    valid = out["response_mask"]
+    hidden, tokens = hidden_states(model, ids, mask, valid.shape[1])[valid], out["response_ids"][valid][:, None]
+    return torch.cat([head_logits(model, states, vocab_size).log_softmax(-1).gather(-1, chosen)[:, 0] for states, chosen
+                      in zip(hidden.split(192), tokens.split(192))]).split(valid.sum(-1).tolist())    # never (B, T, V)
+
+def auroc(scores, correct):
+    """The chance that a right answer scores higher than a wrong one: lists -> in [0, 1], NaN unless both kinds exist.
+    A tie counts half; .5: the score tells nothing. Example: .9 and .4 right, .4 and .1 wrong -> 3.5 / 4."""
+    right, wrong = ([score for score, known in zip(scores, correct) if known == kind] for kind in (True, False))
+    return float(np.mean(np.sign(np.subtract.outer(right, wrong)) / 2 + .5)) if right and wrong else math.nan
+
+def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, decoding, title="", teacher=None):
+    """Sample, in a random stream of their own, and grade num_samples answers to every problem: a dict with answer and
+    prompt_ids, perhaps begun, ids that each answer begins with -> (dict of metrics, list of one dict per answer).
+    decoding: for rollout. With a teacher an answer has a reward, the mean of log q - log p.         [Rethinking-OPD]"""
     answers = [{**problem, "index": index, "sample": sample} for index, problem in enumerate(problems)
                for sample in range(num_samples)][RANK::NUM_RANKS]
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed * NUM_RANKS + RANK)
         for start in tqdm(range(0, len(answers), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
             batch = answers[start:start + rows_per_batch]
-            out = rollout(model, None, [answer["prompt_ids"] for answer in batch], **decoding)
+            out = rollout(model, None, [answer["prompt_ids"] + answer.get("begun", []) for answer in batch], **decoding)
+            log_probs = [sampled_log_probs(who, out, decoding["vocab_size"]) for who in (teacher, model) if teacher]
             for row, answer in enumerate(batch):
-                response = out["response_ids"][row][out["response_mask"][row]].tolist()
+                response = answer.get("begun", []) + out["response_ids"][row][out["response_mask"][row]].tolist()
                 text = tokenizer.decode(response, skip_special_tokens=True)
-                answer.update(response=text, correct=is_correct(text, answer["answer"]),
+                answer.update(response=text, response_ids=response, correct=is_correct(text, answer["answer"]),
+                              reward=(log_probs[0][row] - log_probs[1][row]).mean().item() if teacher else math.nan,
                               no_box=last_boxed(text.rsplit("</think>", 1)[-1]) is None, length=len(response),
                               truncated=not out["ended"][row].item(), repetition=repetition(response))
     answers = sorted(gather_from_ranks(answers), key=lambda answer: (answer["index"], answer["sample"]))
     means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
         "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",
-        "repetition": "repetition"}.items()}
+        "repetition": "repetition", "mean_reward": "reward"}.items()}
     correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)       # (problems, n)
     # Over problems, not answers: answers to one problem are not independent evidence
     se = float(correct.mean(1).std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else math.nan
     pass_at_n = float(np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)]))
     return dict(means, se=se, pass_at_n=pass_at_n, n=num_samples, num_problems=len(correct), seed=seed,
-                temperature=decoding["temperature"], top_p=decoding["top_p"],
-                max_new_tokens=decoding["max_length"]), answers
+                auroc=auroc([answer["reward"] for answer in answers], correct.ravel()), top_p=decoding["top_p"],
+                temperature=decoding["temperature"], max_new_tokens=decoding["max_length"]), answers
 
 # ---- 9. Rollout ----------------------------------------------------------------------------------------------
 def clock(device):
@@ -901,22 +921,21 @@ def preflight(run, args):
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
     prompts = [problem["prompt_ids"] for problem in draw_prompts(run, args, step=1)[::args.num_generations][:4]]
     out = rollout(run.sampler, run.teacher, prompts, max_length=32, overlap_k=args.overlap_k, **run.sampling)
-    log_q = head_logits(run.teacher, torch.cat(out["teacher_hidden"]), run.vocab_size).log_softmax(-1)
-    mean = log_q.gather(-1, out["response_ids"][out["response_mask"]][:, None]).mean().item()
+    log_q = torch.cat(sampled_log_probs(run.teacher, out, run.vocab_size))
     sides = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
     stops, templates = [sorted(stop_ids(*side[1:])) for side in sides], [side[2].chat_template for side in sides]
     over = {"topk": f"{args.support} top {args.overlap_k}", "reverse_kl": "all tokens", "sampled": "the sampled token"}
     lines = [f"method {args.method}; loss {args.loss}: KL(student || teacher) over {over[args.loss]}, mean over a step",
              f"data: {len(run.train)} training prompts, those that are too long left out; {readable} of the first "
              f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.train[0]['prompt_ids'])!r}",
-             f"first {len(log_q)} sampled tokens: teacher's mean log-prob {mean:.2f}, top-{args.overlap_k} overlap "
-             f"{out['overlap'][out['response_mask']].mean().item():.2f}"]
+             f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, top-{args.overlap_k} "
+             f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}"]
     for (role, model, tokenizer), stop in zip(sides, stops):
         lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
                      f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stop}, "
                      f"{'a' if tokenizer.chat_template else 'no'} chat template")
     found = {
-        "the teacher finds what the student writes very unlikely; compare prompts and templates": mean < -3,
+        "the teacher finds what the student writes very unlikely; compare prompts and templates": log_q.mean() < -3,
         f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
         "the chat templates differ; both models read the student's": templates[0] != templates[1]}
     return lines + [f"warning: {text}" for text, true in found.items() if true]
@@ -1041,7 +1060,8 @@ def open_run(args):
     run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
     if folder:
         run.optimizer.load_state_dict(saved.pop("optimizer"))
-        vars(run).update(saved, flags=flags)                  # step, state, anchor, graded, as save() listed them
+        vars(run).update(saved, flags=flags)                  # step, state, anchor, graded: as save_checkpoint lists them
+        run.anchor = {name: value.to(run.device) for name, value in run.anchor.items()}
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
         later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step]
@@ -1059,14 +1079,20 @@ def grade(run, args, who):
     law = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
                max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, tokenizer))
     for name, problems in run.eval.items():
+        judge, how = None if who in ("teacher", "eval_only") else run.teacher, dict(
+            seed=args.seed, rows_per_batch=args.eval_batch_size, title=f"evaluate {who} on {name}")
         result, answers = evaluate(
-            model, run.tokenizer, problems, num_samples=args.eval_samples, seed=args.seed,
-            rows_per_batch=args.eval_batch_size, decoding=law, title=f"evaluate {who} on {name}")
+            model, run.tokenizer, problems, num_samples=args.eval_samples, decoding=law, teacher=judge, **how)
+        for depth in args.probe_depths if judge else ():      # how much more often the teacher ends right from there
+            begun = [dict(answer, begun=answer["response_ids"][:answer["length"] * depth // 100]) for answer in answers]
+            stops = law["eos_ids"] | stop_ids(judge, run.teacher_tokenizer)
+            ended, _ = evaluate(judge, run.tokenizer, begun, num_samples=1, decoding=dict(law, eos_ids=stops), **how)
+            result[f"advantage_from_{depth}"] = ended["avg_at_n"] - result["avg_at_n"]
         tqdm.write(f"{who} on {name}, step {run.step}: " + ", ".join(f"{k} {round(v, 3)}" for k, v in result.items()))
         args.print_samples and tqdm.write(answers[0]["response"])
         results[name], given = result, given + [{"model": who, "eval": name, **answer} for answer in answers]
     for answer in given:                                      # at the end: what is broken off is done again on resume
-        run.record(run.files[1], {key: answer[key] for key in answer if key != "prompt_ids"})
+        run.record(run.files[1], {key: answer[key] for key in answer if not key.endswith("_ids")})
     run.record(run.files[0], {
         "model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
         "prompt_template": args.prompt_template, "eval_tokens": sum(answer["length"] for answer in given)})

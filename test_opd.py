@@ -1236,6 +1236,7 @@ MISTAKES = {
     "a static cache for a sliding window": (dict(student="{world}/window", static_cache=True), "mistral"),
     "prompts that are all too long": (dict(max_prompt_length=2), "--max_prompt_length 2"),
     "a share of a mixture that is no number": (dict(mix=["nan"]), "--mix"),
+    "a depth of no percentage": (dict(probe_depths=[0, 100]), "--probe_depths"),
     "shares for more files than there are": (dict(mix=[.5, .5]), "--mix"),
     "shares that are not 1 in all": (dict(mix=[.9]), "--mix"),
     "a share of less than a prompt": (dict(mix=[.1, .9], batch_size=4, train_file=["{world}/train.jsonl"] * 2), "--mix"),
@@ -2660,6 +2661,135 @@ def test_a_random_selection_depends_on_the_seed_alone(world, tmp_path, updates):
     first = chosen("random")
     assert first == chosen("random", teacher=world / "student") and sum(first) == sum(chosen("overlap")) < 16
     assert first != chosen("overlap") and first != chosen("random", seed=1)
+
+
+# ---- 12b. Rewards of answers, and the teacher going on from them (sections 8, 13) ----------------------------
+
+def test_auroc_by_hand_counts_a_tie_half():
+    """Right .9 and .4 against wrong .4 and .1: three pairs and half of the fourth."""
+    assert opd.auroc([.9, .4, .4, .1], [True, False, True, False]) == 3.5 / 4
+    assert opd.auroc([.1, .9], [True, False]) == 0 and opd.auroc([-.5] * 3, [True, False, True]) == .5
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_auroc_is_nan_where_all_answers_are_right_or_all_are_wrong(right):
+    assert math.isnan(opd.auroc([.1, .2, .3], [right] * 3))
+
+
+@FAMILIES
+def test_the_log_probs_of_what_was_sampled_are_those_of_a_plain_forward_of_each_row(family):
+    model, lengths = family(1), (2, 5, 3, 4) * 20             # several chunks, rows of different lengths
+    torch.manual_seed(0)
+    out = roll(STUDENT, lengths=lengths, eos_ids={2, 3}, temperature=1.0, vocab_size=20)
+    found = opd.sampled_log_probs(model, out, 20)
+    assert out["response_mask"].sum() > 2 * 192 and len({len(row) for row in found}) > 3
+    for row, (ids, prompt) in enumerate(rows_of(out, lengths)):
+        log_p = model(ids).logits[0, prompt - 1:-1, :20].log_softmax(-1)
+        close(found[row], log_p.gather(-1, ids[0, prompt:, None]).squeeze(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def probed(world, tmp_path_factory):
+    """Judged by says_a, evaluated in between and probed -> (its folder, steps, evaluations)."""
+    out = tmp_path_factory.mktemp("probed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "is_correct", says_a)
+        return out, *train(world, out, max_steps=4, eval_every=2, eval_samples=4, probe_depths=[0, 50])[1:]
+
+
+def test_an_evaluation_of_the_student_reports_the_auroc_and_the_mean_of_its_answers_rewards(probed):
+    with open(probed[0] / "samples.jsonl") as file:
+        samples = [json.loads(line) for line in file]
+    for line in probed[2]:
+        rows = [item for item in samples if (item["step"], item["model"]) == (line["step"], line["model"])]
+        result, rewards = line["eval"]["eval"], [item["reward"] for item in rows]
+        if line["model"] == "teacher":
+            assert result["auroc"] is result["mean_reward"] is None and set(rewards) == {None}
+            continue
+        right, wrong = ([item["reward"] for item in rows if item["correct"] == kind] for kind in (True, False))
+        higher = sum((a > b) + .5 * (a == b) for a in right for b in wrong) / len(right) / len(wrong)
+        assert result["auroc"] == pytest.approx(higher) and 0 <= higher <= 1
+        assert result["mean_reward"] == pytest.approx(sum(rewards) / 12) and -20 < result["mean_reward"] < 0
+
+
+def test_the_reward_of_an_answer_is_the_mean_of_log_q_minus_log_p_over_its_tokens():
+    settings = dict(num_samples=3, seed=5, rows_per_batch=4, decoding=dict(
+        SAMPLING, eos_ids={2, 3}, max_length=8, temperature=1.0, top_p=1.0))
+    problems = [{"problem": "1", "answer": "2", "prompt_ids": ids} for ids in ([2, 7, 3], [2, 7, 8, 3])]
+    plain, answers = opd.evaluate(STUDENT, opd.tiny_tokenizer(WORDS), problems, **settings)
+    judged, same = opd.evaluate(STUDENT, opd.tiny_tokenizer(WORDS), problems, teacher=TEACHER, **settings)
+    assert [answer["response"] for answer in answers] == [answer["response"] for answer in same]
+    assert {name: plain[name] for name in plain if name not in ("auroc", "mean_reward")} == {
+        name: judged[name] for name in judged if name not in ("auroc", "mean_reward")}
+    for answer in same:
+        ids, prompt = torch.tensor([answer["prompt_ids"] + answer["response_ids"]]), len(answer["prompt_ids"])
+        log_p, log_q = (model(ids).logits[0, prompt - 1:-1, :V].log_softmax(-1) for model in (STUDENT, TEACHER))
+        reward = (log_q - log_p).gather(-1, ids[0, prompt:, None]).mean().item()
+        assert answer["reward"] == pytest.approx(reward, rel=1e-3, abs=1e-4)
+
+
+def test_neither_probing_nor_evaluating_more_often_changes_a_step_or_another_result(
+        world, tmp_path, probed, monkeypatch):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    _, steps, evaluations = train(world, tmp_path, max_steps=4, eval_samples=4)
+    assert repeatable(probed[1]) == repeatable(steps)
+    graded = {(line["step"], line["model"]): line["eval"]["eval"] for line in probed[2]}
+    assert len(graded) == 4 and len(evaluations) == 3
+    for line in evaluations:
+        result = graded[line["step"], line["model"]]
+        assert line["eval"]["eval"] == {name: result[name] for name in result if "advantage" not in name}
+
+
+def test_grading_alone_and_grading_the_teacher_ask_no_teacher(world, tmp_path, monkeypatch, probed):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    flags = dict(eval_only=True, train_file=None, probe_depths=[0], eval_samples=4)
+    results = [opd.main(command(world, tmp_path, **flags))["eval"], probed[2][0]["eval"]["eval"]]
+    assert probed[2][0]["model"] == "teacher" and not any("advantage" in name for result in results for name in result)
+    assert math.isnan(results[0]["auroc"])
+
+
+def test_a_teacher_that_is_the_student_has_no_advantage_at_any_depth(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    _, _, evaluations = train(world, tmp_path, teacher=world / "student", eval_temperature=0, max_steps=1,
+                              eval_file=world / "train.jsonl", probe_depths=[0, 50])
+    before = next(line["eval"]["train"] for line in evaluations if line["model"] == "student")
+    assert 0 < before["avg_at_n"] < 1
+    assert [before[f"advantage_from_{depth}"] for depth in (0, 50)] == [0, 0]
+
+
+@pytest.mark.parametrize("stops", [END, [END, *range(6, 16)]], ids=["the student's stop ids", "stop ids of its own"])
+def test_at_depth_0_the_advantage_is_the_teachers_accuracy_minus_the_students(stops, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    transformers.GenerationConfig(eos_token_id=stops, pad_token_id=PAD).save_pretrained(tmp_path / "teacher")
+    _, _, evaluations = train(world, tmp_path, teacher=tmp_path / "teacher", eval_temperature=0, max_steps=1,
+                              eval_file=world / "train.jsonl", probe_depths=[0])
+    teacher, student = (line["eval"]["train"] for line in evaluations if line["step"] == 0)
+    assert (teacher["mean_length"] < 9) == (stops != END) and teacher["avg_at_n"] != student["avg_at_n"]
+    assert student["advantage_from_0"] == pytest.approx(teacher["avg_at_n"] - student["avg_at_n"])
+
+
+def test_the_teacher_goes_on_from_the_stated_share_of_each_answer_and_both_parts_are_graded(
+        world, tmp_path, monkeypatch):
+    """The box is in what the student wrote, before the teacher takes over."""
+    problems = [{"problem": "1", "answer": "5", "prompt_ids": [2, 7, 3], "begun": begun} for begun in ([4, 11, 5], [])]
+    metrics, answers = opd.evaluate(
+        STUDENT, opd.tiny_tokenizer(WORDS), problems, num_samples=1, seed=5, rows_per_batch=4,
+        decoding=dict(SAMPLING, max_length=6, temperature=0, top_p=1.0))
+    assert [answer["correct"] for answer in answers] == [True, False] and metrics["avg_at_n"] == .5
+    prompt = torch.tensor([[2, 7, 3, 4, 11, 5]])                    # it goes on from there, not from the problem
+    new = plain_generate(STUDENT, prompt, torch.ones_like(prompt), {END}, 6)[0].tolist()
+    assert answers[0]["response"] == opd.tiny_tokenizer(WORDS).decode([4, 11, 5, *new], skip_special_tokens=True)
+    evaluate, calls = opd.evaluate, []
+
+    def watched(*models_and_problems, **settings):
+        calls.append((models_and_problems[2], result := evaluate(*models_and_problems, **settings))[0])
+        return result
+    monkeypatch.setattr(opd, "evaluate", watched)
+    train(world, tmp_path, max_steps=1, probe_depths=[0, 50, 75])
+    for depth, begun in zip((0, 50, 75), calls[2:5]):               # behind teacher and student
+        assert [len(item["begun"]) for item in begun] == [item["length"] * depth // 100 for item in begun]
+        assert all(item["begun"] == item["response_ids"][:len(item["begun"])] for item in begun)
 
 
 # ---- 13. The benchmark: python test_opd.py bench -----------------------------------------------------------
