@@ -976,7 +976,7 @@ def opd_step(run, args, step):
     prompts = [problem["prompt_ids"] for problem in draw_prompts(run, args, args.cold_start_steps + step)]
     B, G, state, drift = len(prompts), args.num_generations, run.state, (args.drift_threshold, args.w_drop)
     grown = horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens)
-    row = {                        # what the methods differ in; the rest are the two ifs below, and the cap of prune
+    row = {                        # what the methods differ in; the rest: loss mask, token weight, and the cap of prune
         "opd": dict(max_length=args.max_new_tokens),
         "prefix": dict(max_length=min(args.prefix_length, args.max_new_tokens)),
         "progressive": dict(max_length=grown),
