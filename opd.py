@@ -1101,11 +1101,11 @@ def grade(run, args, who):
     run.graded = run.step if who == "student" else run.graded
     return results
 
-def read_run(folder, name):
+def read_run(root, name):
     """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "steps", "evals", "scores":
     {who: (accuracy, its error)}, "final": {file: results}, "curve": {step: (tokens, seconds, accuracy)}}."""
     paid, spent = {0: (0, 0)}, np.zeros(2)
-    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+    with open(os.path.join(root, name, "metrics.jsonl"), encoding="utf-8") as file:
         records = [json.loads(line) for line in file if line.endswith("\n")]     # else killed while it wrote the line
     steps = [record for record in records if "overlap_by_position" in record]
     for step in steps:                                        # sums since the start, as its tokens and FLOPs are
@@ -1220,9 +1220,8 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         if args.report:
-            paths = sorted(glob.glob(os.path.join(glob.escape(args.report), "**/metrics.jsonl"), recursive=True))
-            folders = [os.path.dirname(path) for path in paths if "checkpoint-" not in path[len(args.report):]]
-            runs = [read_run(folder, os.path.relpath(folder, args.report)) for folder in folders]
+            paths = sorted(glob.glob("**/metrics.jsonl", root_dir=args.report, recursive=True))
+            runs = [read_run(args.report, os.path.dirname(path)) for path in paths if "checkpoint-" not in path]
             runs = [run for run in runs if run["steps"]]
             if not runs:
                 raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
@@ -1284,7 +1283,7 @@ def main(argv=None):
         raise SystemExit(status) from None
     if RANK:
         return run.state
-    ended, checkpoint = read_run(args.output_dir, args.output_dir), list_checkpoints(args.output_dir)[-1]
+    ended, checkpoint = read_run("", args.output_dir), list_checkpoints(args.output_dir)[-1]
     print(*report_table([ended]), f"{'wall-clock s':<32}{time.perf_counter() - started:>20.1f}",
           f"checkpoint in {checkpoint}", sep="\n")
     return dict(run.state, scores=ended["scores"], after=ended["final"], checkpoint=checkpoint,
