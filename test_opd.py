@@ -1638,7 +1638,7 @@ def graded(step, model, accuracy, se=.02, **more):
     """The record of an evaluation; accuracy: of a file named eval, or {file: accuracy}."""
     files = accuracy if isinstance(accuracy, dict) else {"eval": accuracy}
     return {"step": step, "model": model, "eval": {file: {"avg_at_n": value, "se": se, "n": 4}
-                                                   for file, value in files.items()}, **more}
+                                                   for file, value in files.items()}, "generated_tokens": 0, **more}
 
 
 def made_run(path, after=.6, teacher=.9, before=.1, scale=1, steps=2, text=""):
@@ -1649,7 +1649,7 @@ def made_run(path, after=.6, teacher=.9, before=.1, scale=1, steps=2, text=""):
         lines.append({"step": step, "overlap_ratio": .5 + .1 * step, "entropy_student": .4, "entropy_teacher": .3,
                       "overlap_by_position": [.5 + .1 * step, None], "time_rollout": 2 * scale, "time_teacher": scale,
                       "time_update": scale, **{key: value * step * scale for key, value in spent.items()}})
-    lines += [graded(steps, "student", after, time_eval=3)] if after is not None else []
+    lines += [graded(steps, "student", after, time_eval=3, generated_tokens=1000 * steps * scale)] if after else []
     return write(path / "metrics.jsonl", text="".join(json.dumps(line) + "\n" for line in lines) + text)
 
 
@@ -1716,7 +1716,7 @@ def test_costs_are_means_over_seeds_with_their_ratio_to_the_baseline(tmp_path):
 def test_seconds_in_all_count_whatever_a_step_timed(tmp_path):
     made_run(tmp_path / "opd", steps=1, text='{"step": 2, "overlap_by_position": null, "generated_tokens": 1,'
              '"time_rollout": 1, "time_validation": 30}\n')
-    assert opd.read_run(tmp_path, "opd")["steps"][-1]["seconds"] == 4 + 31
+    assert opd.read_run(tmp_path, "opd")["last"]["seconds"] == 4 + 31
 
 
 def test_a_run_that_was_broken_off_counts_up_to_its_last_whole_line(tmp_path):
