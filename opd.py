@@ -1145,8 +1145,7 @@ def report_table(runs):
             row[label] = percent(scores) if scores else "-"
         pairs = [(run["scores"]["after"][0] - base[run["pair"]], math.nan) for run in group if run["pair"] in base]
         row[f"minus {names[0]}"] = percent(pairs, "+") if pairs and name != names[0] else ""
-        known = [[run["scores"][who][0] for who in ("teacher", "before", "after")] for run in group
-                 if {"teacher", "after"} <= {*run["scores"]}]
+        known = [[run["scores"][who][0] for who in ("teacher", "before", "after")] for run in group if run["final"]]
         gaps = [(after - before) / (teacher - before) for teacher, before, after in known if teacher > before]
         row["gap"] = "-" if not known else "no gap" if len(gaps) < len(known) else f"{np.mean(gaps):.0%}"
         row["overlap"] = f"{mean(group, 'overlap_ratio', 'first'):.2f}->{mean(group, 'overlap_ratio'):.2f}"
