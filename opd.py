@@ -1282,8 +1282,7 @@ def main(argv=None):
     ended, checkpoint = read_run("", args.output_dir), list_checkpoints(args.output_dir)[-1]
     print(*report_table([ended]), f"{'wall-clock s':<32}{time.perf_counter() - started:>20.1f}",
           f"checkpoint in {checkpoint}", sep="\n")
-    return dict(run.state, scores=ended["scores"], after=ended["final"], checkpoint=checkpoint,
-                overlap_before=ended["first"]["overlap_ratio"], overlap_after=ended["last"]["overlap_ratio"])
+    return dict(run.state, checkpoint=checkpoint, **ended)
 
 if __name__ == "__main__":
     main()
