@@ -1621,7 +1621,10 @@ def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(wo
     lines = len((tmp_path / "metrics.jsonl").read_text().splitlines())
     opd.main(command(world, tmp_path, eval_only=True, teacher=None, train_file=None))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == lines + 1
-    assert len(opd.read_run(tmp_path, "")["evals"]) == 3                     # which are no points of its curve
+    run = opd.read_run(tmp_path, "")
+    assert len(run["evals"]) == 3                                               # which are no points of its curve
+    assert [run["curve"][step][:2] for step in (0, 2)] == [
+        (0, 0), (run["last"]["generated_tokens"], run["last"]["seconds"])]
 
 
 def test_the_overlap_of_a_step_is_over_all_that_was_sampled_trained_on_or_not(world, tmp_path):
@@ -1649,7 +1652,8 @@ def made_run(path, after=.6, teacher=.9, before=.1, scale=1, steps=2, text=""):
         lines.append({"step": step, "overlap_ratio": .5 + .1 * step, "entropy_student": .4, "entropy_teacher": .3,
                       "overlap_by_position": [.5 + .1 * step, None], "time_rollout": 2 * scale, "time_teacher": scale,
                       "time_update": scale, **{key: value * step * scale for key, value in spent.items()}})
-    lines += [graded(steps, "student", after, time_eval=3, generated_tokens=1000 * steps * scale)] if after else []
+    if after is not None:
+        lines.append(graded(steps, "student", after, time_eval=3, generated_tokens=1000 * steps * scale))
     return write(path / "metrics.jsonl", text="".join(json.dumps(line) + "\n" for line in lines) + text)
 
 
