@@ -1060,8 +1060,7 @@ def open_run(args):
     run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
     if folder:
         run.optimizer.load_state_dict(saved.pop("optimizer"))
-        vars(run).update(saved, flags=flags)                  # step, state, anchor, graded: as save_checkpoint lists them
-        run.anchor = {name: value.to(run.device) for name, value in run.anchor.items()}
+        vars(run).update(saved, flags=flags)                  # step, state, anchor, graded, as saved
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
         later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step]
@@ -1095,21 +1094,18 @@ def grade(run, args, who):
         run.record(run.files[1], {key: answer[key] for key in answer if not key.endswith("_ids")})
     run.record(run.files[0], {
         "model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
-        "prompt_template": args.prompt_template, "eval_tokens": sum(answer["length"] for answer in given)})
+        "prompt_template": args.prompt_template, "eval_tokens": sum(answer["length"] for answer in given), **run.state})
     run.graded = run.step                                     # others than the student are graded at step 0 only
     return results
 
-def read_run(folder, name):
-    """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "steps", "evals", "scores":
-    {who: (accuracy, its error)}, "final": {file: results}, "curve": {step: (tokens, seconds, accuracy)}}."""
-    paid, spent = {0: (0, 0)}, np.zeros(2)
-    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+def read_run(root, name):
+    """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "first", "last", "evals",
+    "scores": {who: (accuracy, its error)}, "final": {file: results}, "curve": {step: (tokens, seconds, accuracy)}}."""
+    with open(os.path.join(root, name, "metrics.jsonl"), encoding="utf-8") as file:
         records = [json.loads(line) for line in file if line.endswith("\n")]     # else killed while it wrote the line
     steps = [record for record in records if "overlap_by_position" in record]
-    for step in steps:                                        # sums since the start, as its tokens and FLOPs are
-        spent = spent + (step["time_rollout"], sum(step[key] for key in step if key.startswith("time_")))
-        step["rollout_seconds"], step["seconds"] = spent
-        paid[step["step"]] = step["generated_tokens"], spent[1]
+    seconds = np.cumsum([0, *(sum(step[key] for key in step if key.startswith("time_")) for step in steps)])   # by step
+    last = dict(*steps[-1:], rollout_seconds=sum(step["time_rollout"] for step in steps), seconds=seconds[-1])
     evals = [record for record in records if record.get("eval") and record["model"] != "eval_only"]
     for record in evals:
         values, errors = np.array([(result["avg_at_n"], result["se"]) for result in record["eval"].values()], float).T
@@ -1119,10 +1115,10 @@ def read_run(folder, name):
     scores = {who: part[0]["mean"] for who, part in parts.items() if part}
     final = student[-1]["eval"] if "after" in scores else {}
     scores |= {f"after {file}": (final[file]["avg_at_n"], final[file]["se"]) for file in final if len(final) > 1}
-    curve = {item["step"]: (*paid[item["step"]], item["mean"][0]) for item in student if item["step"] in paid}
+    curve = {item["step"]: (item["generated_tokens"], seconds[item["step"]], item["mean"][0]) for item in student}
     group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", name).groups()
-    return dict(name=name, group=group or ".", pair=(seed, *sorted(final)), steps=steps, evals=evals, scores=scores,
-                final=final, curve=curve)
+    return dict(name=name, group=group or ".", pair=(seed, *sorted(final)), first=dict(*steps[:1]), last=last,
+                evals=evals, scores=scores, final=final, curve=curve)
 
 def report_table(runs):
     """Runs, as read_run gives them -> lines: a row per group of runs; of a single group a line per fact."""
@@ -1130,8 +1126,8 @@ def report_table(runs):
         values, errors = np.array(scores, float).T
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else errors[0]
         return f"{100 * values.mean():{sign}.1f}" + (f"±{100 * error:.1f}" if np.isfinite(error) else "")
-    def mean(group, key, step=-1):
-        return np.array([run["steps"][step].get(key) for run in group], float).mean()
+    def mean(group, key, step="last"):
+        return np.array([run[step].get(key) for run in group], float).mean()
     def amount(number):                                       # 142935 -> 142.9k
         power = int(math.log10(max(1, number)) // 3)
         return f"{number / 1000 ** power:.4g}{' kMGTPEZY'[power].strip()}"
@@ -1146,11 +1142,10 @@ def report_table(runs):
             row[label] = percent(scores) if scores else "-"
         pairs = [(run["scores"]["after"][0] - base[run["pair"]], math.nan) for run in group if run["pair"] in base]
         row[f"minus {names[0]}"] = percent(pairs, "+") if pairs and name != names[0] else ""
-        known = [[run["scores"][who][0] for who in ("teacher", "before", "after")] for run in group
-                 if {"teacher", "after"} <= {*run["scores"]}]
+        known = [[run["scores"][who][0] for who in ("teacher", "before", "after")] for run in group if run["final"]]
         gaps = [(after - before) / (teacher - before) for teacher, before, after in known if teacher > before]
         row["gap"] = "-" if not known else "no gap" if len(gaps) < len(known) else f"{np.mean(gaps):.0%}"
-        row["overlap"] = f"{mean(group, 'overlap_ratio', 0):.2f}->{mean(group, 'overlap_ratio'):.2f}"
+        row["overlap"] = f"{mean(group, 'overlap_ratio', 'first'):.2f}->{mean(group, 'overlap_ratio'):.2f}"
         row["entropies"] = f"{mean(group, 'entropy_student'):.2f} {mean(group, 'entropy_teacher'):.2f}"
         for label, key in {"generated": "generated_tokens", "scored": "teacher_tokens", "trained": "trained_tokens",
                            "FLOPs": "flops", "rollout s": "rollout_seconds", "all s": "seconds"}.items():
@@ -1177,9 +1172,9 @@ def draw_report(runs):
     by_position.set(xlabel="start to end of the longest response", ylabel="overlap (dotted: first step)", ylim=(0, 1))
     for index, name in enumerate(sorted({run["group"] for run in runs})):
         group, color = [run for run in runs if run["group"] == name], f"C{index % 10}"
-        for step, style in ((0, ":"), (-1, "-")):
-            overlap = np.array([run["steps"][step]["overlap_by_position"] for run in group], float)
-            by_position.plot(np.ma.masked_invalid(overlap).mean(0), color + style, label=name if step else None)
+        for step, style, label in (("first", ":", None), ("last", "-", name)):
+            overlap = np.array([run[step]["overlap_by_position"] for run in group], float)
+            by_position.plot(np.ma.masked_invalid(overlap).mean(0), color + style, label=label)
         curves = [run["curve"] for run in group if run["curve"]]
         common = sorted(set(*curves[:1]).intersection(*curves))                    # where all seeds were graded
         for axes, cost in ((by_tokens, 0), (by_seconds, 1)) if any(common) else ():
@@ -1213,8 +1208,8 @@ def main(argv=None):
         args = parse_args(argv)
         if args.report:
             paths = sorted(glob.glob("**/metrics.jsonl", root_dir=args.report, recursive=True))
-            names = [os.path.dirname(path) or "." for path in paths if "checkpoint-" not in path]
-            runs = [run for run in (read_run(os.path.join(args.report, name), name) for name in names) if run["steps"]]
+            runs = [read_run(args.report, os.path.dirname(path)) for path in paths if "checkpoint-" not in path]
+            runs = [run for run in runs if run["first"]]
             if not runs:
                 raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
             print("\n".join(report_table(runs)))
@@ -1276,11 +1271,10 @@ def main(argv=None):
         raise SystemExit(status) from None
     if RANK:
         return run.state
-    ended, checkpoint = read_run(args.output_dir, args.output_dir), list_checkpoints(args.output_dir)[-1]
+    ended, checkpoint = read_run("", args.output_dir), list_checkpoints(args.output_dir)[-1]
     print(*report_table([ended]), f"{'wall-clock s':<32}{time.perf_counter() - started:>20.1f}",
           f"checkpoint in {checkpoint}", sep="\n")
-    return dict(run.state, scores=ended["scores"], after=ended["final"], checkpoint=checkpoint,
-                overlap_before=ended["steps"][0]["overlap_ratio"], overlap_after=ended["steps"][-1]["overlap_ratio"])
+    return dict(run.state, checkpoint=checkpoint, **ended)
 
 if __name__ == "__main__":
     main()

@@ -1619,7 +1619,10 @@ def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(wo
     lines = len((tmp_path / "metrics.jsonl").read_text().splitlines())
     opd.main(command(world, tmp_path, eval_only=True, teacher=None, train_file=None))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == lines + 1
-    assert len(opd.read_run(tmp_path, "run")["evals"]) == 3                     # which are no points of its curve
+    run = opd.read_run(tmp_path, "")
+    assert len(run["evals"]) == 3                                               # which are no points of its curve
+    assert [run["curve"][step][:2] for step in (0, 2)] == [
+        (0, 0), (run["last"]["generated_tokens"], run["last"]["seconds"])]
 
 
 def test_the_overlap_of_a_step_is_over_all_that_was_sampled_trained_on_or_not(world, tmp_path):
@@ -1636,7 +1639,7 @@ def graded(step, model, accuracy, se=.02, **more):
     """The record of an evaluation; accuracy: of a file named eval, or {file: accuracy}."""
     files = accuracy if isinstance(accuracy, dict) else {"eval": accuracy}
     return {"step": step, "model": model, "eval": {file: {"avg_at_n": value, "se": se, "n": 4}
-                                                   for file, value in files.items()}, **more}
+                                                   for file, value in files.items()}, "generated_tokens": 0, **more}
 
 
 def made_run(path, after=.6, teacher=.9, before=.1, scale=1, steps=2, text=""):
@@ -1647,14 +1650,15 @@ def made_run(path, after=.6, teacher=.9, before=.1, scale=1, steps=2, text=""):
         lines.append({"step": step, "overlap_ratio": .5 + .1 * step, "entropy_student": .4, "entropy_teacher": .3,
                       "overlap_by_position": [.5 + .1 * step, None], "time_rollout": 2 * scale, "time_teacher": scale,
                       "time_update": scale, **{key: value * step * scale for key, value in spent.items()}})
-    lines += [graded(steps, "student", after, time_eval=3)] if after is not None else []
+    if after is not None:
+        lines.append(graded(steps, "student", after, time_eval=3, generated_tokens=1000 * steps * scale))
     return write(path / "metrics.jsonl", text="".join(json.dumps(line) + "\n" for line in lines) + text)
 
 
 def report(folder):
     """The table of the runs below folder -> ({group: {column: text}}, its lines). Columns end where their heads end."""
-    folders = sorted(path.parent for path in folder.rglob("metrics.jsonl"))
-    lines = opd.report_table([opd.read_run(path, str(path.relative_to(folder))) for path in folders])
+    names = sorted(path.parent.relative_to(folder) for path in folder.rglob("metrics.jsonl"))
+    lines = opd.report_table([opd.read_run(folder, str(name)) for name in names])
     heads, rows = list(re.finditer(r"\S+(?: \S+)*", lines[0])), {}
     for line in lines[1:[line.startswith("accuracy in %") for line in lines].index(True)]:
         name = line.split()[0]
@@ -1714,7 +1718,7 @@ def test_costs_are_means_over_seeds_with_their_ratio_to_the_baseline(tmp_path):
 def test_seconds_in_all_count_whatever_a_step_timed(tmp_path):
     made_run(tmp_path / "opd", steps=1, text='{"step": 2, "overlap_by_position": null, "generated_tokens": 1,'
              '"time_rollout": 1, "time_validation": 30}\n')
-    assert opd.read_run(tmp_path / "opd", "opd")["steps"][-1]["seconds"] == 4 + 31
+    assert opd.read_run(tmp_path, "opd")["last"]["seconds"] == 4 + 31
 
 
 def test_a_run_that_was_broken_off_counts_up_to_its_last_whole_line(tmp_path):
@@ -1731,8 +1735,8 @@ def test_runs_without_evaluations_are_listed_and_leave_no_curve(tmp_path):
     made_run(tmp_path / "x", before=None, after=None)
     rows, _ = report(tmp_path)
     assert [rows["x"][key] for key in ("teacher", "before", "after", "gap", "eval s")] == ["-", "-", "-", "-", "0"]
-    curves = [len(axes.collections) for axes in opd.draw_report(
-        [opd.read_run(tmp_path / name, name) for name in ("opd", "x", "y")]).axes]
+    figure = opd.draw_report([opd.read_run(tmp_path, name) for name in ("opd", "x", "y")])
+    curves = [len(axes.collections) for axes in figure.axes]
     assert curves == [1, 0, 1]                                                       # bands
 
 
@@ -1756,7 +1760,7 @@ def test_one_problem_has_no_standard_error_and_the_table_invents_none(tmp_path):
 def test_later_grading_and_a_cold_start_are_no_points_of_a_run(tmp_path):
     more = (json.dumps(graded(5, who, .99, time_eval=90)) + "\n" for who in ("eval_only", "cold_start"))
     made_run(tmp_path, text="".join(more))
-    run = opd.read_run(tmp_path, "x")
+    run = opd.read_run(tmp_path, "")
     assert sum(record["time_eval"] for record in run["evals"] if "time_eval" in record) == 7 + 3 + 90
     assert run["scores"]["after"][0] == run["final"]["eval"]["avg_at_n"] == .6 and list(run["curve"]) == [0, 2]
 
@@ -1776,7 +1780,7 @@ def test_the_picture_has_three_panels_whose_curves_are_means_over_seeds(tmp_path
     made_run(tmp_path / "opd/seed-1", .7, scale=3, text=json.dumps(graded(1, "student", .8)) + "\n")
     assert set(opd.main(["--report", str(tmp_path)])) == {"opd/seed-0", "opd/seed-1"}
     assert (tmp_path / "report.png").stat().st_size > 1000
-    figure = opd.draw_report([opd.read_run(tmp_path / name, name) for name in ("opd/seed-0", "opd/seed-1")])
+    figure = opd.draw_report([opd.read_run(tmp_path, name) for name in ("opd/seed-0", "opd/seed-1")])
     tokens, positions, seconds = ([line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes)
     close(torch.tensor(tokens[-1]), torch.tensor([[0, .1], [4000, .6]]))
     close(torch.tensor(seconds[-1]), torch.tensor([[0, .1], [16, .6]]))
