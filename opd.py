@@ -43,6 +43,7 @@ FLAGS = {
         ("mix", [float], "the training files' shares of every step, such as 0.8 0.2; without it all are one pool"),
         ("eval_file", [str], "problems with answers to evaluate on; one result per file"),
         ("output_dir", "out", "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
+        ("report_to", ("none", "tensorboard", "wandb"), "where the numbers of metrics.jsonl go, too"),
         ("report", "", "compare the runs below this folder: print a table, draw report.png in it, and stop"),
         ("prompt_template", r"{problem} Please reason step by step, and put your final answer within \boxed{}.",
          "the user's message [Rethinking-OPD]"),
@@ -827,6 +828,17 @@ def explain(error, run):
         return named + (f"; pip install {error.name.split('.')[0]}" if getattr(error, "name", None) else ""), 2
     return "another process has ended" if dist.is_initialized() and re.search("peer|NCCL", text) else "", 1
 
+def open_tracker(kind, folder, flags):
+    """TensorBoard or Weights & Biases, imported only here -> log(dict of numbers, step); of "none" it does nothing."""
+    if kind == "wandb":
+        import wandb
+        return wandb.init(project="opd.py", dir=folder, config=flags).log
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(folder)     # flushed every time: at exit its thread loses what still waits
+        return lambda numbers, step: ([board.add_scalar(name, numbers[name], step) for name in numbers], board.flush())
+    return lambda numbers, step: None
+
 def list_checkpoints(folder):
     """The paths of the checkpoints in a folder, which need not exist, in the order of their steps."""
     paths = [path for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")) if re.search(r"-\d+$", path)]
@@ -1037,7 +1049,7 @@ def open_run(args):
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
         free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device micro_batch_size "
-                "print_samples eval_batch_size").split()      # the last changes what is drawn, others at most rounding
+                "report_to print_samples eval_batch_size").split()    # at most rounding, but the last: other draws
         changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
                    if name not in free and saved["flags"].get(name) != value]
         if changed:
@@ -1054,7 +1066,15 @@ def open_run(args):
             f"{world}/student", f"{world}/teacher", [f"{world}/train.jsonl"], [f"{world}/eval.jsonl"])
     run = read_inputs(args, folder)
     run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, 0, "set-up", False, None
-    run.record = lambda path, values: RANK or append_json(path, {"step": run.step, **values})
+    track = open_tracker("none" if RANK else args.report_to, args.output_dir, flags)
+    def record(path, values):
+        RANK or append_json(path, {"step": run.step, **values})
+        if path == run.files[0]:          # only metrics, and of these what is a number
+            results = {f"{values['model']}/{file}/{name}": value for file, result in values.get("eval", {}).items()
+                       for name, value in result.items()}
+            track({name: value for name, value in {**values, **results}.items() if type(value) in (int, float)},
+                  run.step)
+    run.record = record
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
                      validation_tokens=0, cold_start_tokens=0, flops=0.0)
     run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 
 import pytest
@@ -2794,6 +2795,84 @@ def test_the_teacher_goes_on_from_the_stated_share_of_each_answer_and_both_parts
     for depth, begun in zip((0, 50, 75), calls[2:5]):               # behind teacher and student
         assert [len(item["begun"]) for item in begun] == [item["length"] * depth // 100 for item in begun]
         assert all(item["begun"] == item["response_ids"][:len(item["begun"])] for item in begun)
+
+
+# ---- 12c. Trackers (section 12) -----------------------------------------------------------------------------
+
+@pytest.fixture
+def logged(monkeypatch):
+    """What fake modules of tensorboard and wandb are told -> list of (where it goes, name, value, step)."""
+    told = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder, self.waiting = folder, []
+
+        def add_scalar(self, name, value, step):                     # the real one loses at exit what waits for a flush
+            self.waiting.append((self.folder, name, value, step))
+
+        def flush(self):
+            told.extend(self.waiting)
+            self.waiting.clear()
+        close = flush
+
+    def init(project, dir=None, config=None):
+        return types.SimpleNamespace(log=lambda values, step=None: told.extend(
+            (dir, name, value, step) for name, value in values.items()))
+    for name, content in (("torch.utils.tensorboard", {"SummaryWriter": SummaryWriter}), ("wandb", {"init": init})):
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return told
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names(kind, world, tmp_path, logged):
+    _, steps, evaluations = train(world, tmp_path, report_to=kind, eval_every=1, probe_depths=[50])
+    expected = {(name, value, line["step"]) for line in steps for name, value in line.items()
+                if type(value) in (int, float)}
+    expected |= {(f"{line['model']}/eval/{name}", value, line["step"]) for line in evaluations
+                 for name, value in line["eval"]["eval"].items() if value is not None}
+    assert {where for where, *_ in logged} == {str(tmp_path)} and len(steps) == 2 and len(evaluations) == 4
+    told = {(name, value, step) for _, name, value, step in logged}
+    assert expected <= told and ("loss", steps[0]["loss"], 1) in told
+    assert any(name == "student/eval/advantage_from_50" and step == 2 for name, _, step in told)
+    known = {name for line in steps + evaluations for name in line}
+    assert {name for name, *_ in told if "/" not in name} <= known
+    assert all(type(value) in (int, float) for _, value, _ in told)
+
+
+def no_trackers(monkeypatch):
+    """Importing tensorboard or wandb now fails as it does where they are not installed."""
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    for name in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_without_the_flag_no_tracker_is_imported_or_told_anything(world, tmp_path, logged, monkeypatch):
+    train(world, tmp_path / "told", max_steps=1, eval_file=None)
+    assert logged == []
+    no_trackers(monkeypatch)
+    train(world, tmp_path / "missing", max_steps=1, eval_file=None)
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_renamed_or_written(
+        kind, world, tmp_path, capfd, monkeypatch):
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    transformers.utils.logging.disable_progress_bar()
+    train(world, tmp_path / "earlier", max_steps=1)
+    no_trackers(monkeypatch)
+    before = files()
+    for out in ("earlier", "fresh"):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            opd.main(command(world, tmp_path / out, report_to=kind))
+        told = capfd.readouterr()
+        assert stop.value.code == 2 and told.out == "" and told.err.count("\n") == 1
+        assert re.match(rf"opd\.py: .*pip install .*\b{kind}\b", told.err)         # a requirements file has neither
+        assert files() == before and os.listdir(tmp_path) == ["earlier"]
 
 
 # ---- 13. The benchmark: python test_opd.py bench -----------------------------------------------------------
