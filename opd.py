@@ -832,6 +832,7 @@ def open_tracker(kind, folder, flags):
     """TensorBoard or Weights & Biases, imported only here -> log(dict of numbers, step); of "none" it does nothing."""
     if kind == "wandb":
         import wandb
+        os.makedirs(folder, exist_ok=True)                    # else it goes to a temporary one
         return wandb.init(project="opd.py", dir=folder, config=flags).log
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -1072,8 +1073,7 @@ def open_run(args):
         if path == run.files[0]:          # only metrics, and of these what is a number
             results = {f"{values['model']}/{file}/{name}": value for file, result in values.get("eval", {}).items()
                        for name, value in result.items()}
-            track({name: value for name, value in {**values, **results}.items() if type(value) in (int, float)},
-                  run.step)
+            track({k: v for k, v in {**values, **results}.items() if type(v) in (int, float)}, run.step)
     run.record = record
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
                      validation_tokens=0, cold_start_tokens=0, flops=0.0)
@@ -1098,8 +1098,8 @@ def grade(run, args, who):
     law = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
                max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, tokenizer))
     for name, problems in run.eval.items():
-        judge, how = None if who in ("teacher", "eval_only") else run.teacher, dict(
-            seed=args.seed, rows_per_batch=args.eval_batch_size, title=f"evaluate {who} on {name}")
+        judge = None if who in ("teacher", "eval_only") else run.teacher
+        how = dict(seed=args.seed, rows_per_batch=args.eval_batch_size, title=f"evaluate {who} on {name}")
         result, answers = evaluate(
             model, run.tokenizer, problems, num_samples=args.eval_samples, decoding=law, teacher=judge, **how)
         for depth in args.probe_depths if judge else ():      # how much more often the teacher ends right from there
