@@ -93,14 +93,11 @@ FLAGS = {
         ("save_every keep_checkpoints", (0, 2), "steps between (0: only at the end); how many stay"),
         ("resume", None, "go on from the last checkpoint in --output_dir, or from the one named here")],
     "evaluation": [
-        ("eval_only", False, "grade --student on --eval_file and stop"),
-        ("eval_every", 20, "steps between evaluations; 0: before and after only [Prune-OPD]"),
-        ("eval_samples", 16, "answers per problem [Rethinking-OPD, PG-OPD, Prune-OPD]"),
-        ("print_samples", False, "show the first answer of every evaluation"),
+        ("eval_only print_samples", (False, False), "grade --student on --eval_file and stop; show first answers"),
+        ("eval_every eval_samples", (20, 16), "steps between or 0 [Prune-OPD]; answers per problem [Rethinking-OPD]"),
         ("probe_depths", [int], "percentages: how the teacher goes on from answers cut there [Rethinking-OPD]"),
         ("eval_temperature eval_top_p", (0.7, 0.95), "0 is greedy; nucleus, 1 is all [Rethinking-OPD]"),
-        ("eval_max_new_tokens", 31744, "full length, whatever the training cap [Rethinking-OPD, Prune-OPD]"),
-        ("eval_batch_size", 32, "rows at once; answers may be longer than training responses (our choice)")]}
+        ("eval_max_new_tokens eval_batch_size", (31744, 32), "full length [Rethinking-OPD]; rows at once, our choice")]}
 TINY = dict(prompt_template="{problem}", loss="reverse_kl", overlap_k=4, cold_start_learning_rate=2e-3, batch_size=16,
             max_prompt_length=64, max_new_tokens=96, segment_length=16, prefix_length=24, probe_window=16,
             eval_every=10, horizon_start=16, horizon_growth=8, horizon_every=4, w_drop=0.05, cap_init=48, cap_min=24,
@@ -504,8 +501,10 @@ def repetition(ids):
 def sampled_log_probs(model, out, vocab_size):
     """The log-probs that a model gives the tokens of a rollout, out of rollout -> B tensors (length,)."""
     ids, mask = (torch.cat([out[f"prompt_{part}"], out[f"response_{part}"]], dim=1) for part in ("ids", "mask"))
-    valid = out["response_mask"]
-    hidden, tokens = hidden_states(model, ids, mask, valid.shape[1])[valid], out["response_ids"][valid][:, None]
+    valid, rows = out["response_mask"], max(1, 2 ** 15 // ids.shape[1])          # so many tokens at a time
+    hidden = torch.cat([hidden_states(model, *part, valid.shape[1])[own] for own, *part in zip(
+        *(column.split(rows) for column in (valid, ids, mask)))])
+    tokens = out["response_ids"][valid][:, None]
     return torch.cat([head_logits(model, states, vocab_size).log_softmax(-1).gather(-1, chosen)[:, 0] for states, chosen
                       in zip(hidden.split(192), tokens.split(192))]).split(valid.sum(-1).tolist())    # never (B, T, V)
 
@@ -513,7 +512,7 @@ def auroc(scores, correct):
     """The chance that a right answer scores higher than a wrong one: lists -> in [0, 1], NaN unless both kinds exist.
     A tie counts half; .5: the score tells nothing. Example: .9 and .4 right, .4 and .1 wrong -> 3.5 / 4."""
     right, wrong = ([score for score, known in zip(scores, correct) if known == kind] for kind in (True, False))
-    return float(np.mean(np.sign(np.subtract.outer(right, wrong)) / 2 + .5)) if right and wrong else math.nan
+    return float(np.mean([np.sign(s - np.array(wrong)).mean() / 2 + .5 for s in right])) if right and wrong else np.nan
 
 def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, decoding, title="", teacher=None):
     """Sample, in a random stream of their own, and grade num_samples answers to every problem: a dict with answer and
@@ -828,7 +827,7 @@ def explain(error, run):
         return named + (f"; pip install {error.name.split('.')[0]}" if getattr(error, "name", None) else ""), 2
     return "another process has ended" if dist.is_initialized() and re.search("peer|NCCL", text) else "", 1
 
-def open_tracker(kind, folder, flags):
+def open_tracker(kind, folder, flags, step):
     """TensorBoard or Weights & Biases, imported only here -> log(dict of numbers, step); of "none" it does nothing."""
     if kind == "wandb":
         import wandb
@@ -836,7 +835,7 @@ def open_tracker(kind, folder, flags):
         return wandb.init(project="opd.py", dir=folder, config=flags).log
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(folder)     # flushed every time: at exit its thread loses what still waits
+        board = SummaryWriter(folder, purge_step=step)        # flushed every time: at exit its thread loses the rest
         return lambda numbers, step: ([board.add_scalar(name, numbers[name], step) for name in numbers], board.flush())
     return lambda numbers, step: None
 
@@ -1067,7 +1066,7 @@ def open_run(args):
             f"{world}/student", f"{world}/teacher", [f"{world}/train.jsonl"], [f"{world}/eval.jsonl"])
     run = read_inputs(args, folder)
     run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, 0, "set-up", False, None
-    track = open_tracker("none" if RANK else args.report_to, args.output_dir, flags)
+    track = open_tracker("none" if RANK else args.report_to, args.output_dir, flags, saved["step"] + 1 if folder else 0)
     def record(path, values):
         RANK or append_json(path, {"step": run.step, **values})
         if path == run.files[0]:          # only metrics, and of these what is a number
@@ -1083,7 +1082,8 @@ def open_run(args):
         vars(run).update(saved, flags=flags)                  # step, state, anchor, graded, as saved
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
-        later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step]
+        later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step
+                 or not os.path.samefile(os.path.join(folder, ".."), args.output_dir)]               # or of another run
         for path in filter(os.path.exists, later + run.files):
             shutil.rmtree(f"{path}.old", ignore_errors=True)
             os.replace(path, f"{path}.old")
@@ -1099,13 +1099,14 @@ def grade(run, args, who):
                max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, tokenizer))
     for name, problems in run.eval.items():
         judge = None if who in ("teacher", "eval_only") else run.teacher
-        how = dict(seed=args.seed, rows_per_batch=args.eval_batch_size, title=f"evaluate {who} on {name}")
+        how = dict(tokenizer=run.tokenizer, seed=args.seed, rows_per_batch=args.eval_batch_size, title=f"{who}, {name}")
         result, answers = evaluate(
-            model, run.tokenizer, problems, num_samples=args.eval_samples, decoding=law, teacher=judge, **how)
+            model, problems=problems, num_samples=args.eval_samples, decoding=law, teacher=judge, **how)
         for depth in args.probe_depths if judge else ():      # how much more often the teacher ends right from there
             begun = [dict(answer, begun=answer["response_ids"][:answer["length"] * depth // 100]) for answer in answers]
-            stops = law["eos_ids"] | stop_ids(judge, run.teacher_tokenizer)
-            ended, _ = evaluate(judge, run.tokenizer, begun, num_samples=1, decoding=dict(law, eos_ids=stops), **how)
+            onward = dict(law, eos_ids=law["eos_ids"] | stop_ids(judge, run.teacher_tokenizer),
+                          max_length=law["max_length"] - law["max_length"] * depth // 100)      # not more in all
+            ended, _ = evaluate(judge, problems=begun, num_samples=1, decoding=onward, **how)
             result[f"advantage_from_{depth}"] = ended["avg_at_n"] - result["avg_at_n"]
         tqdm.write(f"{who} on {name}, step {run.step}: " + ", ".join(f"{k} {round(v, 3)}" for k, v in result.items()))
         args.print_samples and tqdm.write(answers[0]["response"])
@@ -1119,10 +1120,10 @@ def grade(run, args, who):
     return results
 
 def read_run(root, name):
-    """A run's metrics.jsonl -> {"name", "group": without its seed, "pair": (seed, *files), "first", "last", "evals",
+    """Whole lines of metrics.jsonl -> {"name", "group": without seed, "pair": (seed, *files), "first", "last", "evals",
     "scores": {who: (accuracy, its error)}, "final": {file: results}, "curve": {step: (tokens, seconds, accuracy)}}."""
     with open(os.path.join(root, name, "metrics.jsonl"), encoding="utf-8") as file:
-        records = [json.loads(line) for line in file if line.endswith("\n")]     # else killed while it wrote the line
+        records = [json.loads(line) for line in file if line.endswith("\n") and line.rfind('{"step"') == 0]
     steps = [record for record in records if "overlap_by_position" in record]
     seconds = np.cumsum([0, *(sum(step[key] for key in step if key.startswith("time_")) for step in steps)])   # by step
     last = dict(*steps[-1:], rollout_seconds=sum(step["time_rollout"] for step in steps), seconds=seconds[-1])
@@ -1135,7 +1136,7 @@ def read_run(root, name):
     scores = {who: part[0]["mean"] for who, part in parts.items() if part}
     final = student[-1]["eval"] if "after" in scores else {}
     scores |= {f"after {file}": (final[file]["avg_at_n"], final[file]["se"]) for file in final if len(final) > 1}
-    curve = {item["step"]: (item["generated_tokens"], seconds[item["step"]], item["mean"][0]) for item in student}
+    curve = {one["step"]: (one.get("generated_tokens", 0), seconds[one["step"]], one["mean"][0]) for one in student}
     group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", name).groups()
     return dict(name=name, group=group or ".", pair=(seed, *sorted(final)), first=dict(*steps[:1]), last=last,
                 evals=evals, scores=scores, final=final, curve=curve)
@@ -1229,8 +1230,7 @@ def main(argv=None):
         if args.report:
             paths = sorted(glob.glob("**/metrics.jsonl", root_dir=args.report, recursive=True))
             runs = [read_run(args.report, os.path.dirname(path)) for path in paths if "checkpoint-" not in path]
-            runs = [run for run in runs if run["first"]]
-            if not runs:
+            if not (runs := [run for run in runs if run["first"]]):
                 raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
             print("\n".join(report_table(runs)))
             draw_report(runs).savefig(os.path.join(args.report, "report.png"), dpi=110)
@@ -1291,7 +1291,7 @@ def main(argv=None):
         raise SystemExit(status) from None
     if RANK:
         return run.state
-    ended, checkpoint = read_run("", args.output_dir), list_checkpoints(args.output_dir)[-1]
+    ended, checkpoint = read_run("", args.output_dir), (list_checkpoints(args.output_dir) or ["none"])[-1]
     print(*report_table([ended]), f"{'wall-clock s':<32}{time.perf_counter() - started:>20.1f}",
           f"checkpoint in {checkpoint}", sep="\n")
     return dict(run.state, checkpoint=checkpoint, **ended)

@@ -1730,6 +1730,13 @@ def test_a_run_that_was_broken_off_counts_up_to_its_last_whole_line(tmp_path):
         "-", "", "-", "3k 1.50x"]
 
 
+def test_half_a_line_is_left_out_wherever_it_is(tmp_path):
+    """A run is killed while it writes, then --eval_only adds a line to the same file."""
+    made_run(tmp_path / "opd")
+    made_run(tmp_path / "x", after=None, text='{"step": 3, "lo' + json.dumps(graded(0, "eval_only", .5)) + "\n")
+    assert report(tmp_path)[0]["x"]["generated"] == "2k 1.00x"
+
+
 def test_runs_without_evaluations_are_listed_and_leave_no_curve(tmp_path):
     made_run(tmp_path / "opd")
     made_run(tmp_path / "y", after=None)                                             # broken off: no second point
@@ -2107,9 +2114,13 @@ def test_resume_where_there_is_no_checkpoint_starts_at_the_beginning_with_a_note
 
 
 def test_resume_into_a_folder_of_another_run_puts_that_one_aside(world, tmp_path, further, every_step, first_run):
+    """Whatever the step of its checkpoints: else they would pass for the run's own, and be removed as such."""
     out, flags = tmp_path / "out", {**LONG, "save_every": 0, "keep_checkpoints": 9}
     shutil.copytree(first_run[0], out)
+    for step in (2, 3):
+        shutil.copytree(out / "checkpoint-4", out / f"checkpoint-{step}")
     train(world, out, **flags, resume=every_step / "checkpoint-3")
+    assert all((out / f"checkpoint-{step}.old").exists() for step in (2, 3))
     assert outcome(out) == outcome(every_step) and checkpoints(out) == ["checkpoint-5"]
     assert same_weights(out / "checkpoint-4.old", first_run[0] / "checkpoint-4")
     assert (out / "metrics.jsonl.old").read_text() == (first_run[0] / "metrics.jsonl").read_text()
@@ -2693,6 +2704,16 @@ def test_the_log_probs_of_what_was_sampled_are_those_of_a_plain_forward_of_each_
         close(found[row], log_p.gather(-1, ids[0, prompt:, None]).squeeze(-1), rtol=1e-4, atol=1e-5)
 
 
+def test_only_so_many_tokens_are_scored_at_once():
+    """Padded rows need a mask of all their pairs of columns: of a whole evaluation it would not fit."""
+    out, (shapes, stop) = roll(STUDENT, lengths=[3] * 900, eos_ids={V}, max_length=40), forward_shapes(STUDENT)
+    whole = torch.stack(opd.sampled_log_probs(STUDENT, out, V))
+    stop()
+    assert len(shapes) == 2 and all(rows * columns <= 2 ** 15 for rows, columns in shapes)
+    close(whole[-1], opd.sampled_log_probs(STUDENT, {name: out[name][-1:] for name in (
+        "prompt_ids", "prompt_mask", "response_ids", "response_mask")}, V)[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def probed(world, tmp_path_factory):
     """Judged by says_a, evaluated in between and probed -> (its folder, steps, evaluations)."""
@@ -2787,12 +2808,14 @@ def test_the_teacher_goes_on_from_the_stated_share_of_each_answer_and_both_parts
     assert answers[0]["response"] == opd.tiny_tokenizer(WORDS).decode([4, 11, 5, *new], skip_special_tokens=True)
     evaluate, calls = opd.evaluate, []
 
-    def watched(*models_and_problems, **settings):
-        calls.append((models_and_problems[2], result := evaluate(*models_and_problems, **settings))[0])
-        return result
+    def watched(model, **settings):
+        calls.append((settings["problems"], settings["decoding"]["max_length"]))
+        return evaluate(model, **settings)
     monkeypatch.setattr(opd, "evaluate", watched)
     train(world, tmp_path, max_steps=1, probe_depths=[0, 50, 75])
-    for depth, begun in zip((0, 50, 75), calls[2:5]):               # behind teacher and student
+    cap = calls[0][1]
+    for depth, (begun, left) in zip((0, 50, 75), calls[2:5]):       # behind teacher and student
+        assert left == cap - cap * depth // 100 and all(len(item["begun"]) + left <= cap for item in begun)
         assert [len(item["begun"]) for item in begun] == [item["length"] * depth // 100 for item in begun]
         assert all(item["begun"] == item["response_ids"][:len(item["begun"])] for item in begun)
 
@@ -2805,8 +2828,9 @@ def logged(monkeypatch):
     told = []
 
     class SummaryWriter:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             self.folder, self.waiting = folder, []
+            told.append((folder, "purged from", purge_step, None))
 
         def add_scalar(self, name, value, step):                     # the real one loses at exit what waits for a flush
             self.waiting.append((self.folder, name, value, step))
@@ -2834,6 +2858,8 @@ def test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names(kind, 
     expected |= {(f"{line['model']}/eval/{name}", value, line["step"]) for line in evaluations
                  for name, value in line["eval"]["eval"].items() if value is not None}
     assert {where for where, *_ in logged} == {str(tmp_path)} and len(steps) == 2 and len(evaluations) == 4
+    if kind == "tensorboard":
+        assert logged.pop(0)[1:3] == ("purged from", 0)              # what an earlier run left there
     told = {(name, value, step) for _, name, value, step in logged}
     assert expected <= told and ("loss", steps[0]["loss"], 1) in told
     assert any(name == "student/eval/advantage_from_50" and step == 2 for name, _, step in told)
