@@ -2714,6 +2714,13 @@ def test_only_so_many_tokens_are_scored_at_once():
         "prompt_ids", "prompt_mask", "response_ids", "response_mask")}, V)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_an_anchor_that_was_loaded_elsewhere_is_brought_to_the_weights():
+    """A resumed run has its weights on a GPU and the anchor of the checkpoint in memory; here the dtype differs."""
+    weights, anchor = {"w": torch.ones(2)}, {"w": torch.zeros(2, dtype=torch.float64)}
+    accepted, k, _ = opd.extrapolate(weights, anchor, lambda tried: tried["w"].sum().item(), max_tries=2)
+    assert k == 2 and accepted["w"].dtype == torch.float32 and accepted["w"].tolist() == [5, 5]
+
+
 @pytest.fixture(scope="module")
 def probed(world, tmp_path_factory):
     """Judged by says_a, evaluated in between and probed -> (its folder, steps, evaluations)."""
