@@ -68,6 +68,7 @@ FLAGS = {
         ("max_new_tokens/max_completion_length", 7168, "cap of a training response [Rethinking-OPD]"),
         ("temperature", 1.0, "divides the logits of both models, in sampling and in the loss [all: 1]"),
         ("segment_length", 512, "tokens between two looks at who goes on (our choice)"),
+        ("rollout_batch_size", 0, "rows sampled at once, in whole prompts; 0: all, on a GPU what fits (our choice)"),
         ("static_cache", False, "sample on caches of fixed size: on a GPU decoding is compiled; none has run it yet"),
         ("prefix_length", 1024, "tokens of the prefix, in prefix and prefix-guided (our choice)"),
         ("probe_window", 128, "prefix-guided: its first tokens, whose mean overlap is the score [PG-OPD]"),
@@ -135,7 +136,7 @@ def parse_args(argv=None):
 def check_args(args):
     """Raises ValueError for flags that cannot work, alone or together, before anything is loaded or written."""
     may_be_zero = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold seed "
-                   "w_drop w_base cap_hit_ratio cold_start_steps max_generated_tokens").split()
+                   "rollout_batch_size w_drop w_base cap_hit_ratio cold_start_steps max_generated_tokens").split()
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < 2 ** 40 or value == 0 and name in may_be_zero):
             raise ValueError(f"--{name} {value} must be {'at least' if name in may_be_zero else 'above'} 0, and finite")
@@ -287,11 +288,13 @@ def mask_through_eos(ids, eos_ids):
 def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_size, eos_ids, pad_id,
              temperature=1.0, top_p=1.0, record_k=0):
     """Sample up to max_new_tokens further tokens of each row of input_ids, attention_mask (B, L), left-padded, on the
-    cache that the last call left, of L - 1 columns, or an empty one -> new ids (B, n), and if record_k the likeliest
-    tokens at each, best first, (B, n, K). Rows that ended go on as pad_id; when all have, n is less."""
-    topk = []
-    def within_vocabulary(_, scores):                         # (B, rows of the head), float32
-        scores = scores[:, :vocab_size]                       # the other rows are no tokens
+    cache that the last call left, of L - 1 columns, or an empty one -> new ids (B, n); if record_k the likeliest
+    tokens at each, best first, (B, n, K); and log-probs of the last new ids (B,). Rows that ended go on as pad_id; when
+    all have, n is less."""
+    topk, scores = [], None
+    def within_vocabulary(_, all_scores):                     # (B, rows of the head), float32
+        nonlocal scores
+        scores = all_scores[:, :vocab_size]                   # the other rows are no tokens
         if record_k:
             topk.append(scores.topk(record_k).indices)
         return scores
@@ -306,7 +309,8 @@ def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_s
                              generation_config=config, logits_processor=[within_vocabulary])
     finally:
         model.generation_config = shipped
-    return ids[:, input_ids.shape[1]:], torch.stack(topk, dim=1) if record_k else None
+    log_probs = (scores / (temperature or 1)).log_softmax(-1).gather(-1, ids[:, -1:])[:, 0]
+    return ids[:, input_ids.shape[1]:], torch.stack(topk, dim=1) if record_k else None, log_probs
 
 def grow_cache(cache, config, rows, columns):
     """What a cache holds of these rows (n,), moved into a StaticCache with room for so many columns or a few more."""
@@ -554,19 +558,22 @@ def clock(device):
 
 @torch.no_grad()
 def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size, eos_ids, pad_id, temperature=1.0,
-            top_p=1.0, overlap_k=0, num_generations=1, select_at=0, select="overlap", probe_window=0, num_keep=0,
+            top_p=1.0, overlap_k=0, num_generations=1, select_at=0, select="overlap", probe_window=0, keep_ratio=1.0,
             drift=(), static_cache=False):
     """Sample responses to B prompts, lists of ids, segment by segment, on KV caches that nothing is computed for twice.
     The teacher (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
-    select_at, probe_window, num_keep: after so many tokens num_keep rows go on, by overlap in the window or at random
+    select_at, probe_window, keep_ratio: after so many tokens a share of the rows goes on, at least one per prompt, by
+        overlap in the window or at random
     drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
-    -> dict, T the longest response: prompt_ids, prompt_mask (B, S); response_ids, response_mask, overlap (B, T); ended
-       (has an EOS), kept (not stopped by selection or drift) (B,); teacher_hidden: B of (length, H); teacher_seconds"""
+    -> dict, T the longest response: prompt_ids, prompt_mask (B, S); response_ids, response_mask, overlap (B, T),
+       log_probs (B, T), as sampled, of the last token of each segment, else NaN; ended (has an EOS), kept (not stopped
+       by selection or drift) (B,); teacher_hidden: B of (length, H); teacher_seconds"""
     device, (prompt_ids, prompt_mask) = student.device, (part.to(student.device) for part in pad_left(prompts, pad_id))
     B, S = prompt_ids.shape
     ids = torch.cat([prompt_ids, prompt_ids.new_full((B, max_length), pad_id)], dim=1)           # (B, S + max_length)
     mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, max_length)], dim=1)
     overlap = torch.zeros(B, max_length, device=device)                              # 0 off the mask
+    log_probs = torch.full_like(overlap, torch.nan)
     ended, kept = torch.zeros(B, dtype=torch.bool, device=device), torch.ones(B, dtype=torch.bool, device=device)
     teacher_hidden, teacher_seconds = [[] for _ in range(B)], 0.0
     caches, start = [DynamicCache(config=model.config) for model in (student, teacher) if model], S  # the next column
@@ -574,12 +581,13 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
     for border in sorted({*range(segment_length, max_length, segment_length), max_length, select_at or max_length}):
         if static_cache:                  # the teacher's grows once per segment, anyway
             caches[0] = grow_cache(caches[0], student.config, stay, S + border)
-        new_ids, student_topk = generate(
+        new_ids, student_topk, last_log_probs = generate(
             student, ids[rows, :start], mask[rows, :start], caches[0], max_new_tokens=S + border - start,
             vocab_size=vocab_size, eos_ids=eos_ids, pad_id=pad_id, temperature=temperature, top_p=top_p,
             record_k=overlap_k)
         new_mask, end = mask_through_eos(new_ids, eos_ids), start + new_ids.shape[1]
         ids[rows, start:end], mask[rows, start:end] = new_ids.where(new_mask, pad_id), new_mask
+        log_probs[rows, end - S - 1] = last_log_probs
         ended[rows] = torch.isin(new_ids, torch.tensor(sorted(eos_ids), device=device)).any(-1)
         if teacher:
             before = clock(device)
@@ -598,8 +606,8 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
             # Rows that ended stay, and take a slot only if nobody wants it, or where all of a prompt ended: one more
             score = torch.where(ended, -1, torch.rand_like(score) if select == "random" else score)
             score = score.view(-1, num_generations)                              # (P, G)
-            slots = min(B, num_keep + int((score == -1).all(1).sum()))
-            kept &= select_prefixes(score, slots).flatten() | ended
+            slots = max(len(score), round(keep_ratio * B)) + int((score == -1).all(1).sum())
+            kept &= select_prefixes(score, min(B, slots)).flatten() | ended
         if drift:
             reliability = drift_weights(overlap[:, :end - S], mask[:, S:end], *drift)[rows, -1]
             kept[rows] &= (reliability > 1e-8) | ended[rows]
@@ -610,8 +618,28 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
         for cache in caches[static_cache:] if len(stay) < len(new_ids) else ():
             cache.batch_select_indices(stay)
     return dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, response_ids=ids[:, S:start], ended=ended, kept=kept,
-                response_mask=mask[:, S:start], overlap=overlap[:, :start - S], teacher_seconds=teacher_seconds,
-                teacher_hidden=[torch.cat(pieces) for pieces in teacher_hidden] if teacher else None)
+                response_mask=mask[:, S:start], overlap=overlap[:, :start - S], log_probs=log_probs[:, :start - S],
+                teacher_hidden=[torch.cat(pieces) if pieces else None for pieces in teacher_hidden],
+                teacher_seconds=teacher_seconds)
+
+def rollout_in_groups(student, teacher, prompts, rows_at_once, *, num_generations=1, **settings):
+    """rollout of more rows than memory holds: at most so many at once, or the candidates of one prompt -> its dict, the
+    rows in the order of the prompts. Prompts of like lengths sample together; what --select has to give, each group
+    has of its own."""
+    G, groups, order = num_generations, [], []
+    by_length = sorted(range(0, len(prompts), G), key=lambda row: len(prompts[row]))     # the first rows of prompts
+    for firsts in np.array_split(by_length, math.ceil(len(by_length) / max(1, rows_at_once // G))):
+        rows = [row + g for row in sorted(firsts) for g in range(G)]
+        groups.append(rollout(student, teacher, [prompts[row] for row in rows], num_generations=G, **settings))
+        order += rows
+    out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
+    for name in groups[0]:
+        values = [value for group in groups for value in group[name]]                    # of a row each
+        values = [values[place] for place in np.argsort(order)]
+        side = "left" if name.startswith("prompt") else "right"
+        out[name] = values if name == "teacher_hidden" else torch.nn.utils.rnn.pad_sequence(
+            values, batch_first=True, padding_side=side) if values[0].dim() else torch.stack(values)
+    return out
 
 def gather_from_ranks(items):
     """The lists of all processes that torchrun started, end to end, in the order of their ranks."""
@@ -622,13 +650,14 @@ def gather_from_ranks(items):
     return sum(lists, [])
 
 # ---- 10. One update ------------------------------------------------------------------------------------------
-def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, student_head, teacher_head, token_loss,
-                       measure=lambda *_: {}, chunk_tokens=192):
-    """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight (N,)
-    -> gradient wrt hidden (N, H), sum of weighted losses, measures by chunk. The head's gradient adds up in place."""
+def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, log_probs, *, student_head, teacher_head,
+                       token_loss, measure=lambda *_: {}, chunk_tokens=192):
+    """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight,
+    log_probs (N,) -> gradient wrt hidden (N, H), sum of weighted losses, measures by chunk. The head's gradient adds
+    up in place."""
     grads, total, measures = [], 0.0, []
-    for states, teacher_states, ids, weight in zip(*(
-            column.split(chunk_tokens) for column in (hidden.detach(), teacher_hidden, response_ids, token_weight))):
+    for states, teacher_states, ids, weight, sampled in zip(*(column.split(chunk_tokens) for column in (
+            hidden.detach(), teacher_hidden, response_ids, token_weight, log_probs))):
         states.requires_grad_()
         teacher_logits = teacher_head(teacher_states).detach()                   # (chunk, V)
         student_logits = student_head(states)
@@ -637,14 +666,15 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, *, st
         loss.backward()
         grads.append(states.grad)                                                    # (chunk, H)
         total += loss.item()
-        measures.append(measure(student_logits.detach(), teacher_logits))
+        measures.append(measure(student_logits.detach(), teacher_logits, ids, sampled))
     return torch.cat(grads), total, measures
 
 def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, max_grad_norm,
                autocast=contextlib.nullcontext(), **chunk):
     """One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures; {}
-    without a token to train on. batch: prompt_ids, prompt_mask (B, S); response_ids, loss_mask, token_weight (B, T);
-    teacher_hidden (B tensors); chunk: for backward_in_chunks. Not finite: FloatingPointError, no weight changes."""
+    without a token to train on. batch: prompt_ids, prompt_mask (B, S); response_ids, loss_mask, token_weight, log_probs
+    (B, T); teacher_hidden (B tensors); chunk: for backward_in_chunks. FloatingPointError, no weight changed, if not
+    finite."""
     lengths = batch["loss_mask"].sum(-1)                                         # (B,)
     # Of the whole step: a mean per micro-batch or rank would give the tokens beside short rows a larger weight
     num_tokens = sum(gather_from_ranks([int(lengths.sum())]))                        # N of the whole step
@@ -668,8 +698,9 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
             hidden = hidden_states(student, ids[rows, :width], mask[rows, :width], width - 1)[learned[rows, 1:width]]
             teacher_hidden = torch.cat([batch["teacher_hidden"][row][:lengths[row]] for row in rows.tolist()])
             grad, value, measured = backward_in_chunks(
-                hidden, teacher_hidden, ids[rows][learned[rows]],                # (N, H), (N, H'), (N,), (N,)
-                batch["token_weight"][rows][batch["loss_mask"][rows]] / num_tokens, **chunk)
+                hidden, teacher_hidden, ids[rows][learned[rows]],                # (N, H), (N, H'), (N,), (N,), (N,)
+                batch["token_weight"][rows][batch["loss_mask"][rows]] / num_tokens,
+                batch["log_probs"][rows][batch["loss_mask"][rows]], **chunk)
         hidden.backward(grad)
         loss += value
         measures += measured
@@ -818,8 +849,8 @@ def explain(error, run):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 128 + (run and run.stopped or signal.SIGINT)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-        flag = "--micro_batch_size" if "update" in phase else "--eval_batch_size" if phase[0] == "e" else "--batch_size"
-        return f"out of memory in {phase}" + f"; halve {flag}" * (phase != "set-up"), 2
+        flag = "micro" if "update" in phase else "eval" if phase[0] == "e" else "rollout"
+        return f"out of memory in {phase}" + f"; halve --{flag}_batch_size" * (phase != "set-up"), 2
     if isinstance(error, FloatingPointError) or "probability tensor" in text:    # what torch says of drawing from NaN
         return f"{phase} is not finite: {text}", 2
     if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:
@@ -905,17 +936,21 @@ def read_inputs(args, checkpoint=None):
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         static_cache=args.static_cache, pad_id=0)         # any id would do: the masks tell padding
     ids, run.sizes = torch.tensor([(run.train or [*run.eval.values()][0])[0]["prompt_ids"][:16]], device=device), []
+    run.token_bytes = 0                                       # what the caches of all models keep of a token
     for model in models:
-        own, states = model(input_ids=ids).logits, getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
+        output, states = model(input_ids=ids), getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
         cache = StaticCache(model.config, max_cache_len=1) if args.static_cache else DynamicCache(config=model.config)
         known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
         known &= all(re.match("(Static|Dynamic(SlidingWindow)?)Layer", type(layer).__name__) for layer in cache.layers)
+        own = output.logits
         error = (own - head_logits(model, states, own.shape[-1])).abs().max() if known else math.inf
         if error > 5e-3 * own.abs().max() and not (known and args.eval_only):
             raise ValueError(f"{model.config.model_type} models are not supported: their logits are not head_logits of "
                              "the last hidden states, or their cache is not keys and values (--static_cache: of all)")
         config = model.config.get_text_config()
         run.sizes.append((model.num_parameters(), config.num_hidden_layers, config.hidden_size))
+        run.token_bytes += sum(part.nbytes for layer in output.past_key_values.layers
+                               for part in (layer.keys, layer.values)) // ids.numel()
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))         # to the end of the step
     run.optimizer.register_step_post_hook(lambda *_: run.sampler.load_state_dict(run.student.state_dict()))
@@ -926,6 +961,16 @@ def read_inputs(args, checkpoint=None):
         max_grad_norm=args.max_grad_norm, autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature)
     return run
+
+def rows_that_fit(run, args):
+    """How many rows the caches of both models have room for, to the full length, in half of what a GPU has free when
+    the optimizer has its share (our choice: the other half is for all else); without a GPU all rows of a step."""
+    rows = args.batch_size * args.num_generations
+    if run.device.type != "cuda":
+        return rows
+    free = torch.cuda.mem_get_info(run.device)[0] - 12 * run.sizes[0][0]         # gradient, and Adam's two moments
+    columns = args.max_prompt_length + max(args.max_new_tokens, (args.method == "prune") * args.cap_max)
+    return max(1, min(rows, int(free / 2 / (run.token_bytes * columns))))
 
 def preflight(run, args):
     """What to look at before a run is paid for, and what ruins runs in silence -> list of lines."""
@@ -966,8 +1011,9 @@ def cold_start_step(run, args, step):
     """A supervised step before OPD, on the teacher's own solutions that are right -> their share.  [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
     problems = draw_prompts(run, args, step)
-    out = rollout(run.teacher, None, [problem["prompt_ids"] for problem in problems],
-                  max_length=args.max_new_tokens, temperature=args.temperature, **run.sampling)
+    out = rollout_in_groups(
+        run.teacher, None, [problem["prompt_ids"] for problem in problems], run.state["rollout_batch_size"],
+        max_length=args.max_new_tokens, temperature=args.temperature, **run.sampling)
     mask, right = out["response_mask"], out["ended"].clone()
     for row, gold in enumerate(problem["answer"] for problem in problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
@@ -986,18 +1032,19 @@ def cold_start_step(run, args, step):
 def opd_step(run, args, step):
     """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
     prompts = [problem["prompt_ids"] for problem in draw_prompts(run, args, args.cold_start_steps + step)]
-    B, G, state, drift = len(prompts), args.num_generations, run.state, (args.drift_threshold, args.w_drop)
+    state, drift = run.state, (args.drift_threshold, args.w_drop)
     grown = horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens)
     row = {                        # what the methods differ in; the rest: loss mask, token weight, and the cap of prune
         "opd": dict(max_length=args.max_new_tokens),
         "prefix": dict(max_length=min(args.prefix_length, args.max_new_tokens)),
         "progressive": dict(max_length=grown),
         "prefix-guided": dict(max_length=args.max_new_tokens, select_at=args.prefix_length, select=args.select,
-                              probe_window=args.probe_window, num_keep=max(B // G, round(args.keep_ratio * B))),
+                              probe_window=args.probe_window, keep_ratio=args.keep_ratio),
         "prune": dict(max_length=state["cap"], drift=() if args.no_prune_in_flight else drift)}[args.method]
     run.phase, begin = f"the rollout of step {step}", clock(run.device)
-    out = rollout(run.sampler, run.teacher, prompts, overlap_k=args.overlap_k, num_generations=G,
-                  temperature=args.temperature, **run.sampling, **row)
+    out = rollout_in_groups(
+        run.sampler, run.teacher, prompts, state["rollout_batch_size"], num_generations=args.num_generations,
+        overlap_k=args.overlap_k, temperature=args.temperature, **run.sampling, **row)
     run.phase, sampled = f"the update of step {step}", clock(run.device)
     mask, overlap = out["response_mask"], out["overlap"]
     loss_mask, reliability = mask, drift_weights(overlap, mask, *drift)
@@ -1007,7 +1054,8 @@ def opd_step(run, args, step):
     learning_rate = args.learning_rate * min(1, step / max(1, args.warmup_steps))
     update = run.train_step(
         dict(out, loss_mask=loss_mask, token_weight=token_weight), learning_rate=learning_rate,
-        measure=lambda p, q: alignment(p, q, None, args.overlap_k),
+        measure=lambda p, q, ids, sampled: dict(alignment(p, q, None, args.overlap_k), sampling_mismatch=(
+            p.log_softmax(-1).gather(-1, ids[:, None])[:, 0] - sampled).abs()),
         teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature,
         token_loss={"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
                     "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
@@ -1049,7 +1097,7 @@ def open_run(args):
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
         free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device micro_batch_size "
-                "report_to print_samples eval_batch_size").split()    # at most rounding, but the last: other draws
+                "report_to print_samples eval_batch_size rollout_batch_size").split()         # the last two draw otherwise
         changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
                    if name not in free and saved["flags"].get(name) != value]
         if changed:
@@ -1075,11 +1123,13 @@ def open_run(args):
             track({k: v for k, v in {**values, **results}.items() if type(v) in (int, float)}, run.step)
     run.record = record
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
-                     validation_tokens=0, cold_start_tokens=0, flops=0.0)
+                     validation_tokens=0, cold_start_tokens=0, flops=0.0, rollout_batch_size=rows_that_fit(run, args))
     run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
     if folder:
         run.optimizer.load_state_dict(saved.pop("optimizer"))
         vars(run).update(saved, flags=flags)                  # step, state, anchor, graded, as saved
+    if args.rollout_batch_size:
+        run.state["rollout_batch_size"] = args.rollout_batch_size
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
         later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step

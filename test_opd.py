@@ -617,10 +617,34 @@ ENDS = staggered_ends(STUDENT, *prompts(2, 5, 3, 4))
 def test_the_topk_recorded_while_sampling_is_that_of_a_full_forward():
     ids, mask = prompts(4, 4)
     cache = transformers.DynamicCache(config=STUDENT.config)
-    new_ids, topk = opd.generate(
+    new_ids, topk, _ = opd.generate(
         STUDENT, ids, mask, cache, max_new_tokens=6, vocab_size=V, eos_ids={V}, pad_id=PAD, record_k=5)
     full = STUDENT(torch.cat([ids, new_ids], 1)).logits[:, 3:-1]
     assert topk.tolist() == full.topk(5).indices.tolist()
+
+
+@pytest.mark.parametrize("temperature", [.5, 1.0, 2.0])
+def test_the_log_prob_recorded_while_sampling_is_that_of_the_last_new_token_in_the_law_it_was_drawn_from(temperature):
+    ids, mask = prompts(4, 4, 4)
+    torch.manual_seed(0)
+    new_ids, _, log_probs = opd.generate(
+        STUDENT, ids, mask, transformers.DynamicCache(config=STUDENT.config), max_new_tokens=5, vocab_size=V,
+        eos_ids={V}, pad_id=PAD, temperature=temperature)
+    law = (STUDENT(torch.cat([ids, new_ids], 1)).logits[:, -2] / temperature).log_softmax(-1)
+    close(log_probs, law.gather(-1, new_ids[:, -1:])[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_rollout_has_log_probs_at_the_last_token_of_each_segment_of_rows_that_run_and_nowhere_else():
+    torch.manual_seed(0)
+    out = roll(STUDENT, TEACHER, lengths := (2, 5, 3, 4), eos_ids={2, 3}, temperature=1.0, segment_length=3)
+    seen, mask = ~out["log_probs"].isnan() & out["response_mask"], out["response_mask"]
+    borders = {*range(2, 12, 3), mask.shape[1] - 1}
+    for row, valid in enumerate(mask):
+        assert set(seen[row].nonzero().flatten().tolist()) == {column for column in borders if valid[column]}
+    for row, log_probs in enumerate(opd.sampled_log_probs(STUDENT, out, V)):
+        valid = seen[row]
+        close(out["log_probs"][row][valid], log_probs[valid[mask[row]]], rtol=1e-4, atol=1e-5)
+    assert seen.sum() >= 6 and rows_of(out, lengths)
 
 
 def test_hidden_states_predict_the_column_they_are_asked_for():
@@ -679,7 +703,7 @@ def test_rows_that_ended_leave_the_caches_of_both_models_at_the_next_border(who)
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(segment_length=5), dict(eos_ids={V}, num_generations=2, select_at=6, probe_window=5, num_keep=5),
+    dict(), dict(segment_length=5), dict(eos_ids={V}, num_generations=2, select_at=6, probe_window=5, keep_ratio=5 / 8),
     dict(segment_length=3, drift=(.5, .4))], ids=["ends", "other segments", "selection", "drift"])
 def test_a_rollout_on_a_static_cache_is_that_on_a_growing_one(changes):
     lengths = (2, 5, 3, 4, 6, 4, 3, 5, 2, 6)
@@ -747,7 +771,7 @@ def test_decoding_on_a_static_cache_is_compiled_and_not_again_for_every_size(mon
 
 def guided(lengths=(3, 3, 3, 3, 3, 3), student=STUDENT, **changes):
     return roll(student, TEACHER, lengths, **{**dict(
-        eos_ids={V}, temperature=1.0, num_generations=2, select_at=6, probe_window=5, num_keep=4), **changes})
+        eos_ids={V}, temperature=1.0, num_generations=2, select_at=6, probe_window=5, keep_ratio=2 / 3), **changes})
 
 
 def test_prefix_guided_goes_on_with_the_best_of_each_prompt_and_then_the_best_of_the_others():
@@ -817,6 +841,52 @@ def test_models_with_a_softcap_or_a_scale_behind_their_head_are_refused_by_name(
     opd.read_inputs(opd.parse_args(command(world, tmp_path, **flags, eval_only=True)))     # it asks for no logits of ours
 
 
+@pytest.mark.parametrize("rows_at_once, groups", [(1, 4), (3, 4), (4, 2), (6, 2), (7, 2), (8, 1), (100, 1)])
+def test_groups_of_prompts_give_the_rollout_of_all_rows_in_its_order(rows_at_once, groups):
+    """Two candidates of each of 4 prompts stay together; prompts of like lengths do, too: 9 and 7, 3 and 2."""
+    lengths = [length for length in (3, 9, 2, 7) for _ in range(2)]
+    eos_ids = staggered_ends(STUDENT, *prompts(*lengths))
+    whole = roll(STUDENT, TEACHER, lengths, eos_ids=eos_ids)
+    shapes, stop = forward_shapes(STUDENT)
+    out = opd.rollout_in_groups(
+        STUDENT, TEACHER, without_padding(*prompts(*lengths)), rows_at_once, num_generations=2,
+        **{**SAMPLING, "eos_ids": eos_ids}, max_length=12, temperature=0, overlap_k=4)
+    stop()
+    first = [shape for shape in shapes if shape[1] > 1]       # the prompts of each group
+    assert len(first) == groups and sum(rows for rows, _ in first) == 8 and out.keys() == whole.keys()
+    assert max(rows for rows, _ in first) <= max(2, rows_at_once)
+    assert sorted(width for _, width in first) == {4: [2, 3, 7, 9], 2: [3, 9], 1: [9]}[groups]
+    for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "overlap", "ended", "kept"):
+        assert out[name].tolist() == whole[name].tolist(), name
+        assert out[name].dtype == whole[name].dtype, name
+    for states, others in zip(out["teacher_hidden"], whole["teacher_hidden"], strict=True):
+        close(states, others, rtol=1e-3, atol=1e-4)
+
+
+def test_one_group_of_all_rows_draws_what_a_rollout_draws():
+    outs, settings = [], dict(SAMPLING, max_length=12, num_generations=2, overlap_k=4)
+    for function, rows in ((opd.rollout, ()), (opd.rollout_in_groups, (6,))):
+        torch.manual_seed(0)
+        outs.append(function(STUDENT, TEACHER, without_padding(*prompts(3, 3, 2, 2, 5, 5)), *rows, **settings))
+    for name in outs[0].keys() - {"teacher_seconds", "teacher_hidden"}:
+        assert torch.equal(outs[0][name].nan_to_num(), outs[1][name].nan_to_num()), name
+    assert all(map(torch.equal, outs[0]["teacher_hidden"], outs[1]["teacher_hidden"]))
+
+
+def test_groups_without_a_teacher_have_no_hidden_states_of_it():
+    out = opd.rollout_in_groups(STUDENT, None, without_padding(*prompts(3, 2, 5)), 1, max_length=4, **SAMPLING)
+    assert out["teacher_hidden"] == [None] * 3 and out["prompt_mask"].sum(-1).tolist() == [3, 2, 5]
+    assert out["teacher_seconds"] == 0
+
+
+def test_the_seconds_of_the_teacher_are_those_of_all_groups(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(opd, "clock", lambda device: next(ticks))
+    rows = without_padding(*prompts(3, 2))
+    out = opd.rollout_in_groups(STUDENT, TEACHER, rows, 1, max_length=4, overlap_k=4, **SAMPLING)
+    assert out["teacher_seconds"] == 2                        # a segment each
+
+
 def test_heads_of_two_widths_are_cut_to_the_vocabulary_they_share():
     wide = tiny_llama(0, vocab_size=V + 8)
     ids, _ = prompts(6)
@@ -852,7 +922,7 @@ def update(student, teacher, batch, loss="reverse_kl", lr=0.0, **changes):
     settings = dict(
         learning_rate=lr,
         micro_batch_size=2, max_grad_norm=1e9, token_loss=LOSSES.get(loss, loss),
-        measure=lambda p, q: opd.alignment(p, q, None, 4),
+        measure=lambda p, q, *_: opd.alignment(p, q, None, 4),
         student_head=lambda hidden: opd.head_logits(student, hidden, V),
         teacher_head=lambda hidden: opd.head_logits(teacher, hidden, V))
     optimizer = torch.optim.SGD(student.parameters(), lr=lr)
@@ -1552,6 +1622,46 @@ def test_training_in_bfloat16_updates_float32_weights_and_samples_with_their_cop
     assert all(math.isfinite(line["loss"]) for line in steps) and steps[0]["loss"] != steps[1]["loss"]
 
 
+@pytest.mark.parametrize("loss", ["reverse_kl", "topk", "sampled"])
+def test_what_was_sampled_is_scored_alike_but_for_bfloat16(loss, world, tmp_path):
+    """sampling_mismatch: |log p scored - log p sampled|, 1e-6 where both are float32. A bfloat16 copy of the weights is
+    another model, and its samples are off-policy by that much."""
+    for dtype, low, high in (("float32", 0, 1e-5), ("bfloat16", 1e-4, .1)):
+        _, steps, _ = train(world, tmp_path / dtype, dtype=dtype, loss=loss, temperature=2.0, batch_size=8)
+        assert all(low <= line["sampling_mismatch"] < high for line in steps)
+
+
+def test_the_rows_sampled_at_once_are_those_of_the_flag_in_the_cold_start_too(world, tmp_path, monkeypatch):
+    """The candidates of a prompt stay together, but in a cold start, where nobody compares them."""
+    seen, rollout = [], opd.rollout
+    monkeypatch.setattr(opd, "rollout", lambda *args, **rest: (seen.append(len(args[2])), rollout(*args, **rest))[1])
+    for rows, cold, warm in ((None, [8], [8]), (4, [4, 4], [4, 4]), (3, [3, 3, 2], [2, 2, 2, 2])):
+        _, (step,), _ = train(world, tmp_path / f"{rows}", rollout_batch_size=rows, batch_size=4, eval_file=None,
+                              cold_start_steps=1, max_steps=1)
+        assert seen[1:] == cold + warm and step["rollout_batch_size"] == (rows or 8)         # first the preflight
+        seen.clear()
+
+
+def test_the_caches_keep_of_a_token_the_keys_and_values_of_all_layers_of_both_models(world, tmp_path):
+    run = opd.read_inputs(opd.parse_args(command(world, tmp_path)))
+    assert run.token_bytes == sum(
+        2 * 4 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
+        for model in (run.student, run.teacher))
+
+
+@pytest.mark.parametrize("gigabytes, method, rows", [
+    (1000, "opd", 256), (44, "opd", 100), (44, "prune", 50), (25, "opd", 5), (24, "opd", 1), (5, "opd", 1)])
+def test_by_default_a_gpu_samples_as_many_rows_as_half_of_its_free_memory_holds(gigabytes, method, rows, monkeypatch):
+    """The gradient and Adam's moments of 2 billion parameters take 24 GB first; a row of 1,000 tokens takes .1 GB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 10 ** 9, None))
+    args = opd.parse_args(["--batch_size", "64", "--max_prompt_length", "200", "--max_new_tokens", "800",
+                           "--cap_max", "1800", "--method", method])
+    run = types.SimpleNamespace(device=torch.device("cuda"), sizes=[(2 * 10 ** 9, 1, 1)], token_bytes=100_000)
+    assert opd.rows_that_fit(run, args) == rows
+    run.device = torch.device("cpu")
+    assert opd.rows_that_fit(run, args) == 256
+
+
 def test_thinking_is_off_unless_asked_for():
     """Qwen3's template thinks unless it is told enable_thinking=False, so saying nothing would switch it on."""
     tokenizer = opd.tiny_tokenizer(WORDS)
@@ -2172,6 +2282,15 @@ def test_how_many_rows_are_computed_at_once_may_change_on_the_way(world, tmp_pat
     assert [line["step"] for line in evaluations] == [0, 0, 4, 5]
 
 
+def test_a_resumed_run_samples_as_many_rows_at_once_as_before_unless_told_otherwise(world, tmp_path):
+    """Else another GPU, or another program on it, would make another run of it."""
+    flags = dict(eval_file=None, save_every=1)
+    for steps, rows, expected in ((1, 2, 2), (2, None, 2), (3, 3, 3)):
+        _, metrics, _ = train(world, tmp_path, **flags, max_steps=steps, rollout_batch_size=rows,
+                              resume=True if steps > 1 else None)
+        assert metrics[-1]["rollout_batch_size"] == expected
+
+
 SIGNALS = {"the preflight": (signal.SIGTERM, None), "a rollout": (signal.SIGINT, 3), "a backward pass": (signal.SIGTERM, 3),
            "an update": (signal.SIGTERM, 4), "an evaluation": (signal.SIGINT, 4),
            "the writing of a state": (signal.SIGINT, 4), "the removal of an old one": (signal.SIGTERM, 4)}
@@ -2267,9 +2386,9 @@ def test_a_disk_full_in_the_middle_of_a_line_costs_that_step_only(world, tmp_pat
 
 
 MEMORY = {"the preflight": ("out of memory in set-up", ""),
-          "a rollout": ("rollout of step 4; halve --batch_size", "checkpoint-3"),
+          "a rollout": ("rollout of step 4; halve --rollout_batch_size", "checkpoint-3"),
           "a backward pass": ("update of step 4; halve --micro_batch_size", "checkpoint-3"),
-          "a cold start": ("cold start, step 2; halve --batch_size", ""),
+          "a cold start": ("cold start, step 2; halve --rollout_batch_size", ""),
           "an evaluation": ("halve --eval_batch_size", "checkpoint-4"),
           "an extrapolation": ("extrapolation; halve --eval_batch_size", "checkpoint-2")}
 
@@ -3033,7 +3152,7 @@ def full_logits_step(student, optimizer, batch, *, learning_rate, micro_batch_si
     loss = (token_loss(student_logits, teacher_logits, batch["response_ids"][mask]) * weight[mask]).sum() / mask.sum()
     loss.backward()
     with torch.no_grad():
-        means = {name: value.nanmean().item() for name, value in measure(student_logits, teacher_logits).items()}
+        means = {name: value.nanmean().item() for name, value in measure(student_logits, teacher_logits, None, None).items()}
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
     optimizer.param_groups[0]["lr"] = learning_rate
     optimizer.step()
@@ -3050,10 +3169,10 @@ def update_jobs(vocabulary, width, device="cpu", rows=8, tokens=256):
     with torch.no_grad():
         states = opd.hidden_states(teacher, torch.cat([ids, response], 1), torch.cat([mask, valid], 1), tokens)
     batch = dict(prompt_ids=ids, prompt_mask=mask, response_ids=response, loss_mask=valid, teacher_hidden=[*states],
-                 token_weight=torch.ones(valid.shape, device=device))
+                 token_weight=torch.ones(valid.shape, device=device), log_probs=torch.zeros(valid.shape, device=device))
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     settings = dict(
-        learning_rate=0.0, micro_batch_size=rows, max_grad_norm=1.0, measure=lambda p, q: opd.alignment(p, q, None, 16),
+        learning_rate=0.0, micro_batch_size=rows, max_grad_norm=1.0, measure=lambda p, q, *_: opd.alignment(p, q, None, 16),
         token_loss=lambda p, q, ids: opd.reverse_kl(p, q),
         student_head=lambda hidden: opd.head_logits(student, hidden, vocabulary),
         teacher_head=lambda hidden: opd.head_logits(teacher, hidden, vocabulary))
@@ -3125,7 +3244,7 @@ def bench_steps(sampler, teacher, sizes, sampling, prompt, lengths, rates):
     student = copy.deepcopy(sampler).float() if device == "cuda" else sampler                # float32 master weights
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, weight_decay=0.0)
     settings = dict(
-        learning_rate=0.0, micro_batch_size=4, max_grad_norm=1.0, measure=lambda p, q: opd.alignment(p, q, None, 16),
+        learning_rate=0.0, micro_batch_size=4, max_grad_norm=1.0, measure=lambda p, q, *_: opd.alignment(p, q, None, 16),
         autocast=torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
         token_loss=lambda p, q, ids: opd.reverse_kl_topk(p, q, 16),
         student_head=lambda hidden: opd.head_logits(student, hidden, sizes["vocabulary"]),
@@ -3198,7 +3317,7 @@ def bench(device, sizes):
     drawn = {name: bench_prompts(row, V, sizes["prompt_length"], True, device) for name, row in lengths.items()}
     floor = {name: floors(sampler, drawn[name][1].sum(-1).cpu(), row, *rates) for name, row in lengths.items()}
     # Four segments, as 512 of 2,048: with more of few tokens, the calls of generate themselves would be seen
-    guided = dict(select_at=T // 4, probe_window=T // 16, num_keep=B // 2, segment_length=T // 4)
+    guided = dict(select_at=T // 4, probe_window=T // 16, keep_ratio=.5, segment_length=T // 4)
     seen = in_turns({                     # what is compared runs close together
         "prune": ours(drawn["equal"], teacher, drift=(1 / 32, 8 / T), segment_length=T // 4),
         "generate equal": generate(drawn["equal"]), "equal": ours(drawn["equal"]),
@@ -3280,7 +3399,7 @@ def test_in_the_benchmark_the_rows_of_the_upper_half_drift_and_no_others():
     student, teacher = (countdown(seed, 64, seed == 2, **TINY_BENCH["student"]) for seed in (1, 2))
     settings = dict(segment_length=4, vocab_size=64, eos_ids={0, 32}, pad_id=PAD, max_length=24, num_generations=4)
     upper = [False, True] * 4
-    for method in (dict(drift=(1, .25)), dict(select_at=8, probe_window=4, num_keep=4)):
+    for method in (dict(drift=(1, .25)), dict(select_at=8, probe_window=4, keep_ratio=.5)):
         out = opd.rollout(student, teacher, without_padding(*bench_prompts([24] * 8, 64, 6, True)), overlap_k=1,
                           **settings, **method)
         assert out["kept"].tolist() == [not row for row in upper]
@@ -3299,7 +3418,7 @@ def test_the_baseline_on_full_logits_has_the_gradient_of_train_step(loss):
     expected, grads = update(student, TEACHER, batch, loss)
     settings = dict(
         learning_rate=0.0, micro_batch_size=4, max_grad_norm=1e9, token_loss=LOSSES[loss],
-        measure=lambda p, q: opd.alignment(p, q, None, 4),
+        measure=lambda p, q, *_: opd.alignment(p, q, None, 4),
         student_head=lambda hidden: opd.head_logits(student, hidden, V),
         teacher_head=lambda hidden: opd.head_logits(TEACHER, hidden, V))
     metrics = full_logits_step(student, torch.optim.SGD(student.parameters(), lr=0.0), batch, **settings)
