@@ -665,7 +665,7 @@ def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, log_p
         # Backward now, while these logits exist: kept to the end, they would fill (B, T, V) several times over
         loss.backward()
         grads.append(states.grad)                                                    # (chunk, H)
-        total += loss.item()
+        total += loss.detach()                                # read once per step, or the GPU would wait at each chunk
         measures.append(measure(student_logits.detach(), teacher_logits, ids, sampled))
     return torch.cat(grads), total, measures
 
@@ -709,7 +709,7 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         dist.all_reduce(parameter.grad)                       # summed over the ranks
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
-    loss = sum(gather_from_ranks([loss]))
+    loss = sum(gather_from_ranks([float(loss)]))
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}, longest response {int(lengths.max())}")
     optimizer.param_groups[0]["lr"] = learning_rate
@@ -1097,7 +1097,7 @@ def open_run(args):
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
         free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device micro_batch_size "
-                "report_to print_samples eval_batch_size rollout_batch_size").split()         # the last two draw otherwise
+                "report_to print_samples eval_batch_size rollout_batch_size").split()        # the last two draw anew
         changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
                    if name not in free and saved["flags"].get(name) != value]
         if changed:
