@@ -1067,13 +1067,10 @@ def open_run(args):
     run = read_inputs(args, folder)
     run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, 0, "set-up", False, None
     track = open_tracker("none" if RANK else args.report_to, args.output_dir, flags, saved["step"] + 1 if folder else 0)
-    def record(path, values):
-        RANK or append_json(path, {"step": run.step, **values})
-        if path == run.files[0]:          # only metrics, and of these what is a number
-            results = {f"{values['model']}/{file}/{name}": value for file, result in values.get("eval", {}).items()
-                       for name, value in result.items()}
-            track({k: v for k, v in {**values, **results}.items() if type(v) in (int, float)}, run.step)
-    run.record = record
+    def record(metrics):
+        RANK or append_json(run.files[0], {"step": run.step, **metrics})
+        track({name: value for name, value in metrics.items() if type(value) in (int, float)}, run.step)
+    run.record, run.track = record, track
     run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
                      validation_tokens=0, cold_start_tokens=0, flops=0.0)
     run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
@@ -1110,10 +1107,12 @@ def grade(run, args, who):
             result[f"advantage_from_{depth}"] = ended["avg_at_n"] - result["avg_at_n"]
         tqdm.write(f"{who} on {name}, step {run.step}: " + ", ".join(f"{k} {round(v, 3)}" for k, v in result.items()))
         args.print_samples and tqdm.write(answers[0]["response"])
-        results[name], given = result, given + [{"model": who, "eval": name, **answer} for answer in answers]
+        run.track({f"{who}/{name}/{key}": value for key, value in result.items()}, run.step)
+        results[name] = result
+        given += [{"step": run.step, "model": who, "eval": name, **answer} for answer in answers]
     for answer in given:                                      # at the end: what is broken off is done again on resume
-        run.record(run.files[1], {key: answer[key] for key in answer if not key.endswith("_ids")})
-    run.record(run.files[0], {
+        RANK or append_json(run.files[1], {key: answer[key] for key in answer if not key.endswith("_ids")})
+    run.record({
         "model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
         "prompt_template": args.prompt_template, "eval_tokens": sum(answer["length"] for answer in given), **run.state})
     run.graded = run.step                                     # others than the student are graded at step 0 only
@@ -1272,7 +1271,7 @@ def main(argv=None):
                 metrics.update(run.state, extrapolation_k=tried, validation_scores=scores,
                                time_validation=clock(run.device) - begin)
             run.step = step + 1
-            run.record(run.files[0], metrics)
+            run.record(metrics)
             tqdm.write("step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | kept "
                        "{kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | norm "
                        "{grad_norm:6.2f} | {generated_tokens:11,} tokens".format(**metrics))
