@@ -23,7 +23,7 @@ Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of promp
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
 import argparse, contextlib, copy, datetime, functools, glob, json, math, os
-import pickle, random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
+import random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
 import torch
@@ -1044,10 +1044,7 @@ def open_run(args):
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
         folder or warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
     if folder:
-        try:
-            saved = torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
+        saved = torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
         free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device micro_batch_size "
                 "report_to print_samples eval_batch_size").split()    # at most rounding, but the last: other draws
         changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
