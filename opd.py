@@ -1040,9 +1040,12 @@ def open_run(args):
     """What the flags name, and the files in --output_dir -> run: new, what an earlier run left renamed to .old; or
     with --resume as a checkpoint left it, metrics.jsonl and samples.jsonl included."""
     flags, folder = dict(vars(args), processes=NUM_RANKS), args.resume
+    counts = dict(generated_tokens=0, teacher_tokens=0, trained_tokens=0, validation_tokens=0, cold_start_tokens=0)
+    saved = dict(step=0, graded=0, anchor={}, state=dict(cap=args.cap_init, misses=0, **counts, flops=0.0))
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
-        folder or warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
+        if not folder:
+            warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
     if folder:
         saved = torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
         free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device micro_batch_size "
@@ -1056,24 +1059,19 @@ def open_run(args):
         transformers.utils.logging.disable_progress_bar()
         world = os.path.join(args.output_dir, "world")
         if RANK == 0 and not os.path.exists(world):
-            os.makedirs(args.output_dir, exist_ok=True)
             make_world(world, args.seed)
         gather_from_ranks([])                                 # the other processes wait for it
         args.student, args.teacher, args.train_file, args.eval_file = (
             f"{world}/student", f"{world}/teacher", [f"{world}/train.jsonl"], [f"{world}/eval.jsonl"])
     run = read_inputs(args, folder)
-    run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, 0, "set-up", False, None
     track = open_tracker("none" if RANK else args.report_to, args.output_dir, flags, saved["step"] + 1 if folder else 0)
     def record(metrics):
         RANK or append_json(run.files[0], {"step": run.step, **metrics})
         track({name: value for name, value in metrics.items() if type(value) in (int, float)}, run.step)
-    run.record, run.track = record, track
-    run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
-                     validation_tokens=0, cold_start_tokens=0, flops=0.0)
-    run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
     if folder:
         run.optimizer.load_state_dict(saved.pop("optimizer"))
-        vars(run).update(saved, flags=flags)                  # step, state, anchor, graded, as saved
+    vars(run).update(saved, flags=flags, phase="set-up", halfway=False, stopped=None, record=record, track=track)
+    run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
         later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step
@@ -1250,7 +1248,8 @@ def main(argv=None):
                 tqdm.write(f"cold start: {cold_start_step(run, args, step + 1):.0%} of the solutions are right")
                 stop()
             args.cold_start_steps and grade(run, args, "cold_start")
-            run.anchor = movable_weights(run.student) if args.extrapolate else {}            # OPD's update begins here
+            if args.extrapolate:
+                run.anchor = movable_weights(run.student)     # OPD's update begins here
         for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=RANK > 0):
             done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
             if step > run.graded and (done or step % (args.eval_every or args.max_steps) == 0):
