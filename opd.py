@@ -1274,10 +1274,10 @@ def main(argv=None):
             stop()
     except (Exception, KeyboardInterrupt) as error:
         told, status = explain(error, run)
-        if run and run.step and not args.eval_only:
-            whole, run.halfway = not run.halfway, True        # a second signal does not break off the saving
-            with contextlib.suppress(OSError):
-                if whole:
+        if run and run.step:
+            if not run.halfway:
+                run.halfway = True                            # a second signal does not break off the saving
+                with contextlib.suppress(OSError):
                     save_checkpoint(run, args)
             told += told and f"; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}"
         if not told:
