@@ -1036,6 +1036,25 @@ def opd_step(run, args, step):
         time_validation=0.0, peak_memory_gb=torch.cuda.max_memory_allocated(run.device) / 2 ** 30
         if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
 
+def extrapolation_step(run, args):
+    """Move the student on along its update since the last time, if that helps -> what it adds to the step's metrics."""
+    run.phase, begin = "extrapolation", clock(run.device)
+    law = dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens)
+    problems = random.Random(args.seed).sample(run.answered, args.validation_size)   # the same every time
+    def validate(weights):
+        run.sampler.load_state_dict(weights, strict=False)
+        score, answers = evaluate(run.sampler, run.tokenizer, problems, num_samples=1, seed=args.seed,
+                                  rows_per_batch=args.eval_batch_size, decoding=law)
+        lengths = torch.tensor([[len(answer["prompt_ids"]), answer["length"]] for answer in answers])
+        for name in ("validation_tokens", "generated_tokens"):                   # its samples are part of the price
+            run.state[name] += int(lengths[:, 1].sum())
+        run.state["flops"] += forward_flops(run.sizes[0], lengths.sum(-1))
+        return score["avg_at_n"]
+    run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
+    for model in (run.student, run.sampler):                  # what was accepted: the next anchor
+        model.load_state_dict(run.anchor, strict=False)
+    return dict(run.state, extrapolation_k=tried, validation_scores=scores, time_validation=clock(run.device) - begin)
+
 def open_run(args):
     """What the flags name, and the files in --output_dir -> run: new, what an earlier run left renamed to .old; or
     with --resume as a checkpoint left it, metrics.jsonl and samples.jsonl included."""
@@ -1208,17 +1227,6 @@ def main(argv=None):
         run.stopped, run.halfway = number or run.stopped, run.halfway if number else False
         if run.stopped and not run.halfway:
             raise KeyboardInterrupt
-    def validate(weights):                # EffOPD's judge: right answers to always the same problems and random stream
-        run.sampler.load_state_dict(weights, strict=False)
-        score, answers = evaluate(
-            run.sampler, run.tokenizer, random.Random(args.seed).sample(run.answered, args.validation_size),
-            num_samples=1, seed=args.seed, rows_per_batch=args.eval_batch_size,
-            decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
-        for name in ("validation_tokens", "generated_tokens"):                   # its samples are part of the price
-            run.state[name] += sum(answer["length"] for answer in answers)
-        run.state["flops"] += forward_flops(run.sizes[0], torch.tensor(
-            [len(answer["prompt_ids"]) + answer["length"] for answer in answers]))
-        return score["avg_at_n"]
     try:
         args = parse_args(argv)
         if args.report:
@@ -1260,12 +1268,7 @@ def main(argv=None):
                 break
             metrics = opd_step(run, args, step + 1)
             if args.extrapolate and (step + 1) & step == 0:
-                run.phase, begin = "extrapolation", clock(run.device)
-                run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
-                for model in (run.student, run.sampler):      # what was accepted: the next anchor
-                    model.load_state_dict(run.anchor, strict=False)
-                metrics.update(run.state, extrapolation_k=tried, validation_scores=scores,
-                               time_validation=clock(run.device) - begin)
+                metrics.update(extrapolation_step(run, args))
             run.step = step + 1
             run.record(metrics)
             tqdm.write("step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | kept "
