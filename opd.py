@@ -1145,8 +1145,8 @@ def read_run(root, name):
         values, errors = np.array([(result["avg_at_n"], result["se"]) for result in record["eval"].values()], float).T
         record["mean"] = values.mean(), np.linalg.norm(errors) / len(errors)       # over the files
     teacher, student = ([record for record in evals if record["model"] == who] for who in ("teacher", "student"))
-    parts = {"teacher": teacher[-1:], "before": student[:1], "after": student[1:][-1:]}
-    scores = {who: part[0]["mean"] for who, part in parts.items() if part}
+    parts = {"teacher": teacher, "before": student[:1], "after": student[1:]}
+    scores = {label: record["mean"] for label, part in parts.items() for record in part}         # the last of each
     final = student[-1]["eval"] if "after" in scores else {}
     scores |= {f"after {file}": (final[file]["avg_at_n"], final[file]["se"]) for file in final if len(final) > 1}
     curve = {one["step"]: (one.get("generated_tokens", 0), seconds[one["step"]], one["mean"][0]) for one in student}
