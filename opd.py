@@ -23,7 +23,7 @@ Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of promp
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
 import argparse, contextlib, copy, datetime, functools, glob, json, math, os
-import pickle, random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
+import random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
 import torch
@@ -1084,17 +1084,39 @@ def opd_step(run, args, step):
         time_validation=0.0, peak_memory_gb=torch.cuda.max_memory_allocated(run.device) / 2 ** 30
         if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
 
+def extrapolation_step(run, args):
+    """Move the student on along its update since the last time, if that helps -> what it adds to the step's metrics."""
+    run.phase, begin = "extrapolation", clock(run.device)
+    law = dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens)
+    problems = random.Random(args.seed).sample(run.answered, args.validation_size)   # the same every time
+    def validate(weights):
+        run.sampler.load_state_dict(weights, strict=False)
+        score, answers = evaluate(run.sampler, run.tokenizer, problems, num_samples=1, seed=args.seed,
+                                  rows_per_batch=args.eval_batch_size, decoding=law)
+        lengths = torch.tensor([[len(answer["prompt_ids"]), answer["length"]] for answer in answers])
+        for name in ("validation_tokens", "generated_tokens"):                   # its samples are part of the price
+            run.state[name] += int(lengths[:, 1].sum())
+        run.state["flops"] += forward_flops(run.sizes[0], lengths.sum(-1))
+        return score["avg_at_n"]
+    run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
+    for model in (run.student, run.sampler):                  # what was accepted: the next anchor
+        model.load_state_dict(run.anchor, strict=False)
+    return dict(run.state, extrapolation_k=tried, validation_scores=scores, time_validation=clock(run.device) - begin)
+
 def open_run(args):
     """What the flags name, and the files in --output_dir -> run: new, what an earlier run left renamed to .old; or
     with --resume as a checkpoint left it, metrics.jsonl and samples.jsonl included."""
     flags, folder = dict(vars(args), processes=NUM_RANKS), args.resume
+    counts = dict(generated_tokens=0, teacher_tokens=0, trained_tokens=0, validation_tokens=0, cold_start_tokens=0)
+    saved = dict(step=0, graded=0, anchor={}, state=dict(cap=args.cap_init, misses=0, **counts, flops=0.0))
     if folder == "latest":
         folder = (list_checkpoints(args.output_dir) or [None])[-1]
-        folder or warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
+        if not folder:
+            warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
     if folder:
         try:
             saved = torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        except Exception as error:        # of a torn file, or another one: errors of torch, pickle and zip
             raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
         free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device micro_batch_size "
                 "report_to print_samples eval_batch_size rollout_batch_size").split()        # the last two draw anew
@@ -1107,29 +1129,22 @@ def open_run(args):
         transformers.utils.logging.disable_progress_bar()
         world = os.path.join(args.output_dir, "world")
         if RANK == 0 and not os.path.exists(world):
-            os.makedirs(args.output_dir, exist_ok=True)
+            os.makedirs(args.output_dir, exist_ok=True)       # if it cannot be, better now than after a minute
             make_world(world, args.seed)
         gather_from_ranks([])                                 # the other processes wait for it
         args.student, args.teacher, args.train_file, args.eval_file = (
             f"{world}/student", f"{world}/teacher", [f"{world}/train.jsonl"], [f"{world}/eval.jsonl"])
     run = read_inputs(args, folder)
-    run.flags, run.step, run.graded, run.phase, run.halfway, run.stopped = flags, 0, 0, "set-up", False, None
     track = open_tracker("none" if RANK else args.report_to, args.output_dir, flags, saved["step"] + 1 if folder else 0)
-    def record(path, values):
-        RANK or append_json(path, {"step": run.step, **values})
-        if path == run.files[0]:          # only metrics, and of these what is a number
-            results = {f"{values['model']}/{file}/{name}": value for file, result in values.get("eval", {}).items()
-                       for name, value in result.items()}
-            track({k: v for k, v in {**values, **results}.items() if type(v) in (int, float)}, run.step)
-    run.record = record
-    run.state = dict(cap=args.cap_init, misses=0, generated_tokens=0, teacher_tokens=0, trained_tokens=0,
-                     validation_tokens=0, cold_start_tokens=0, flops=0.0, rollout_batch_size=rows_that_fit(run, args))
-    run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
+    def record(metrics):
+        RANK or append_json(run.files[0], {"step": run.step, **metrics})
+        track({name: value for name, value in metrics.items() if type(value) in (int, float)}, run.step)
     if folder:
         run.optimizer.load_state_dict(saved.pop("optimizer"))
-        vars(run).update(saved, flags=flags)                  # step, state, anchor, graded, as saved
-    if args.rollout_batch_size:
-        run.state["rollout_batch_size"] = args.rollout_batch_size
+    vars(run).update(saved, flags=flags, phase="set-up", halfway=False, stopped=None, record=record, track=track)
+    run.state["rollout_batch_size"] = (
+        args.rollout_batch_size or run.state.get("rollout_batch_size") or rows_that_fit(run, args))
+    run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
         later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step
@@ -1160,10 +1175,12 @@ def grade(run, args, who):
             result[f"advantage_from_{depth}"] = ended["avg_at_n"] - result["avg_at_n"]
         tqdm.write(f"{who} on {name}, step {run.step}: " + ", ".join(f"{k} {round(v, 3)}" for k, v in result.items()))
         args.print_samples and tqdm.write(answers[0]["response"])
-        results[name], given = result, given + [{"model": who, "eval": name, **answer} for answer in answers]
+        run.track({f"{who}/{name}/{key}": value for key, value in result.items()}, run.step)
+        results[name] = result
+        given += [{"step": run.step, "model": who, "eval": name, **answer} for answer in answers]
     for answer in given:                                      # at the end: what is broken off is done again on resume
-        run.record(run.files[1], {key: answer[key] for key in answer if not key.endswith("_ids")})
-    run.record(run.files[0], {
+        RANK or append_json(run.files[1], {key: answer[key] for key in answer if not key.endswith("_ids")})
+    run.record({
         "model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
         "prompt_template": args.prompt_template, "eval_tokens": sum(answer["length"] for answer in given), **run.state})
     run.graded = run.step                                     # others than the student are graded at step 0 only
@@ -1182,8 +1199,8 @@ def read_run(root, name):
         values, errors = np.array([(result["avg_at_n"], result["se"]) for result in record["eval"].values()], float).T
         record["mean"] = values.mean(), np.linalg.norm(errors) / len(errors)       # over the files
     teacher, student = ([record for record in evals if record["model"] == who] for who in ("teacher", "student"))
-    parts = {"teacher": teacher[-1:], "before": student[:1], "after": student[1:][-1:]}
-    scores = {who: part[0]["mean"] for who, part in parts.items() if part}
+    parts = {"teacher": teacher, "before": student[:1], "after": student[1:]}
+    scores = {label: record["mean"] for label, part in parts.items() for record in part}         # the last of each
     final = student[-1]["eval"] if "after" in scores else {}
     scores |= {f"after {file}": (final[file]["avg_at_n"], final[file]["se"]) for file in final if len(final) > 1}
     curve = {one["step"]: (one.get("generated_tokens", 0), seconds[one["step"]], one["mean"][0]) for one in student}
@@ -1264,17 +1281,6 @@ def main(argv=None):
         run.stopped, run.halfway = number or run.stopped, run.halfway if number else False
         if run.stopped and not run.halfway:
             raise KeyboardInterrupt
-    def validate(weights):                # EffOPD's judge: right answers to always the same problems and random stream
-        run.sampler.load_state_dict(weights, strict=False)
-        score, answers = evaluate(
-            run.sampler, run.tokenizer, random.Random(args.seed).sample(run.answered, args.validation_size),
-            num_samples=1, seed=args.seed, rows_per_batch=args.eval_batch_size,
-            decoding=dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens))
-        for name in ("validation_tokens", "generated_tokens"):                   # its samples are part of the price
-            run.state[name] += sum(answer["length"] for answer in answers)
-        run.state["flops"] += forward_flops(run.sizes[0], torch.tensor(
-            [len(answer["prompt_ids"]) + answer["length"] for answer in answers]))
-        return score["avg_at_n"]
     try:
         args = parse_args(argv)
         if args.report:
@@ -1304,7 +1310,8 @@ def main(argv=None):
                 tqdm.write(f"cold start: {cold_start_step(run, args, step + 1):.0%} of the solutions are right")
                 stop()
             args.cold_start_steps and grade(run, args, "cold_start")
-            run.anchor = movable_weights(run.student) if args.extrapolate else {}            # OPD's update begins here
+            if args.extrapolate:
+                run.anchor = movable_weights(run.student)     # OPD's update begins here
         for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=RANK > 0):
             done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
             if step > run.graded and (done or step % (args.eval_every or args.max_steps) == 0):
@@ -1315,24 +1322,19 @@ def main(argv=None):
                 break
             metrics = opd_step(run, args, step + 1)
             if args.extrapolate and (step + 1) & step == 0:
-                run.phase, begin = "extrapolation", clock(run.device)
-                run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
-                for model in (run.student, run.sampler):      # what was accepted: the next anchor
-                    model.load_state_dict(run.anchor, strict=False)
-                metrics.update(run.state, extrapolation_k=tried, validation_scores=scores,
-                               time_validation=clock(run.device) - begin)
+                metrics.update(extrapolation_step(run, args))
             run.step = step + 1
-            run.record(run.files[0], metrics)
+            run.record(metrics)
             tqdm.write("step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | kept "
                        "{kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | norm "
                        "{grad_norm:6.2f} | {generated_tokens:11,} tokens".format(**metrics))
             stop()
     except (Exception, KeyboardInterrupt) as error:
         told, status = explain(error, run)
-        if run and run.step and not args.eval_only:
-            whole, run.halfway = not run.halfway, True        # a second signal does not break off the saving
-            with contextlib.suppress(OSError):
-                if whole:
+        if run and run.step:
+            if not run.halfway:
+                run.halfway = True                            # a second signal does not break off the saving
+                with contextlib.suppress(OSError):
                     save_checkpoint(run, args)
             told += told and f"; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}"
         if not told:

@@ -1326,6 +1326,7 @@ MISTAKES = {
     "fewer answers once long prompts are left out":
         (dict(extrapolate=True, validation_size=9, max_prompt_length=5), "9"),
     "an output folder that cannot be made": (dict(output_dir="{world}/bad.jsonl/out"), "bad.jsonl"),
+    "a checkpoint that is nowhere": (dict(resume="{world}/nowhere"), "nowhere/trainer_state.pt: No such file"),
     "two evaluation files of one name":
         (dict(eval_file=["{world}/eval.jsonl", "{world}/again/eval.jsonl"]), "eval"),
 }
