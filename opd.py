@@ -163,21 +163,20 @@ def check_args(args):
 
 # ---- 2. Data and grading -------------------------------------------------------------------------------------
 def read_records(path):
-    """A jsonl, json or parquet file -> list of (line number, object). Raises OSError, or ValueError naming the line."""
+    """The objects in a jsonl, json or parquet file, as a list. Raises OSError, or ValueError naming the line."""
     with open(path, "rb") as file:
         if path.endswith(".parquet"):
             import pyarrow.parquet        # only here; without it an ImportError says so
-            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
+            return pyarrow.parquet.read_table(file).to_pylist()
         text = file.read().removeprefix("\ufeff".encode())
-    # Many a .json file holds JSON lines. Not splitlines(): U+2028 may stand inside a string
-    whole, records = path.endswith(".json") and text.lstrip().startswith(b"["), []
-    for number, line in enumerate([text] if whole else text.split(b"\n"), start=1):
+    is_list, records = text.lstrip().startswith(b"["), []     # else JSON lines, which many a .json file holds, too
+    for number, line in enumerate([text] if is_list else text.splitlines(), start=1):
         try:
-            records += [(number, json.loads(line.decode()))] if line.strip() else []
+            records += [json.loads(line)] if line.strip() else []
         except ValueError as error:
             number += getattr(error, "lineno", 1) - 1
             raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
-    return list(enumerate(records[0][1], start=1)) if whole else records
+    return records[0] if is_list else records
 
 def last_boxed(text):
     r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is none: a solution
@@ -194,7 +193,7 @@ def load_problems(path):
     """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, without duplicates; or
     OSError, ValueError, ImportError. Knows usual field names, chats, golds in a box, in dollars or behind "####"."""
     records, problems = read_records(path), {}
-    for number, record in records:
+    for number, record in enumerate(records, start=1):
         record = record if isinstance(record, dict) else {}
         nested = record.get("reward_model")
         fields = {**nested, **record} if isinstance(nested, dict) else record
@@ -205,7 +204,7 @@ def load_problems(path):
             turns = {turn.get("role"): turn.get("content") for turn in problem if isinstance(turn, dict)}
             problem, answer = turns.get("user"), (turns.get("assistant") or "") if answer == "" else answer
         if not isinstance(problem, str) or not problem.strip():
-            raise ValueError(f"{path}, line {number}: needs a text in problem, question, prompt or messages; "
+            raise ValueError(f"{path}, record {number}: needs a text in problem, question, prompt or messages; "
                              f"it has the fields {', '.join(record) or 'none'}")
         answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
         answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()

@@ -1054,9 +1054,9 @@ def test_a_line_separator_inside_a_string_does_not_end_a_line(tmp_path):
 
 @pytest.mark.parametrize("text, says", [
     ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3"), ('{"text": "a", "id": 1}\n', "text, id"),
-    ('"just a string"\n', "line 1"),
-    ("", "empty"), ("\n\n", "empty"), ('{"problem": null}\n', "problem"), ('{"problem": 5}\n', "line 1"),
-    ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "line 1")])
+    ('"just a string"\n', "record 1"),
+    ("", "empty"), ("\n\n", "empty"), ('{"problem": null}\n', "problem"), ('{"problem": 5}\n', "record 1"),
+    ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "record 1")])
 def test_a_file_that_cannot_be_read_is_a_value_error_that_says_where(tmp_path, text, says):
     path = write(tmp_path / "a.jsonl", text=text)
     with pytest.raises(ValueError) as error:
