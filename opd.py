@@ -195,14 +195,13 @@ def load_problems(path):
     records, problems = read_records(path), {}
     for number, record in enumerate(records, start=1):
         record = record if isinstance(record, dict) else {}
-        nested = record.get("reward_model")
-        fields = {**nested, **record} if isinstance(nested, dict) else record
+        chat = record.get("prompt") or record.get("messages")
+        turns = [turn for turn in chat if isinstance(turn, dict)] if isinstance(chat, list) else []
+        fields = {turn.get("role"): turn.get("content") for turn in turns}                 # of each role the last turn
+        fields |= {**(record.get("reward_model") or {}), **record}
         problem, answer = (
             next((fields[name] for name in names.split() if fields.get(name) is not None), "")
-            for names in ("problem question prompt messages", "answer final_answer ground_truth solution"))
-        if isinstance(problem, list):                         # a chat: the last turn of each role
-            turns = {turn.get("role"): turn.get("content") for turn in problem if isinstance(turn, dict)}
-            problem, answer = turns.get("user"), (turns.get("assistant") or "") if answer == "" else answer
+            for names in ("problem question user prompt", "answer final_answer ground_truth solution assistant"))
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(f"{path}, record {number}: needs a text in problem, question, prompt or messages; "
                              f"it has the fields {', '.join(record) or 'none'}")
