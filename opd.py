@@ -70,8 +70,8 @@ FLAGS = {
         ("segment_length", 512, "tokens between two looks at who goes on (our choice)"),
         ("static_cache", False, "sample on caches of fixed size: on a GPU decoding is compiled; none has run it yet"),
         ("prefix_length", 1024, "tokens of the prefix, in prefix and prefix-guided (our choice)"),
-        ("probe_window", 128, "prefix-guided: its first tokens, whose mean overlap is the score [PG-OPD]"),
-        ("keep_ratio", 0.5, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
+        ("probe_window", 128, "prefix-guided: first tokens of the prefix, whose mean overlap is the score [PG-OPD]"),
+        ("keep_ratio", 0.5, "prefix-guided: share of candidates to go on, at least one a prompt [PG-OPD: .25 to .75]"),
         ("select", ("overlap", "random"), "prefix-guided: what ranks the candidates; random is a control"),
         ("train_pruned_prefix", False, "prefix-guided: train on the prefixes of the others too"),
         ("horizon_start horizon_growth horizon_every", (512, 256, 10), "first horizon; growth; every n steps"),
@@ -139,7 +139,6 @@ def check_args(args):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < 2 ** 40 or value == 0 and name in may_be_zero):
             raise ValueError(f"--{name} {value} must be {'at least' if name in may_be_zero else 'above'} 0, and finite")
-    guided, kept = args.method == "prefix-guided", round(args.keep_ratio * args.batch_size * args.num_generations)
     needed = [args.student, args.eval_file] if args.eval_only else [args.student, args.teacher, args.train_file]
     mistakes = {
         "--probe_depths are percentages from 0 to 99": not {*args.probe_depths} <= {*range(100)},
@@ -149,9 +148,8 @@ def check_args(args):
         "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
         "--eval_only has nothing to --resume; leave one of them out": args.eval_only and args.resume is not None,
         "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
-        f"--keep_ratio {args.keep_ratio} must be at least 1 / --num_generations": guided and kept < args.batch_size,
-        "--probe_window must be at most --prefix_length, and that below --max_new_tokens": guided and not (
-            args.probe_window <= args.prefix_length < args.max_new_tokens),
+        "--prefix_length must be below --max_new_tokens in prefix-guided":
+        args.method == "prefix-guided" and args.prefix_length >= args.max_new_tokens,
         "--mix needs a share for each --train_file, worth a prompt of every step or more, and 1 in all":
         args.mix and (len(args.mix) != len(args.train_file) or min(args.mix) * args.batch_size < 1
                       or round(sum(args.mix), 3) != 1),

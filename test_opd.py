@@ -765,6 +765,21 @@ def test_the_probe_window_is_all_that_counts_for_the_score():
     assert out["kept"].tolist() == opd.select_prefixes(out["overlap"][:, 0].view(3, 2), 4).flatten().tolist()
 
 
+def test_a_probe_window_over_the_prefix_is_the_whole_prefix():
+    for window in (6, 99):
+        torch.manual_seed(0)
+        out = guided(probe_window=window)
+        score = out["overlap"][:, :6].mean(-1)
+        assert out["kept"].tolist() == opd.select_prefixes(score.view(3, 2), 4).flatten().tolist()
+
+
+def test_a_keep_ratio_below_one_per_prompt_keeps_one_per_prompt(world, tmp_path, monkeypatch):
+    asked, rollout = [], opd.rollout
+    monkeypatch.setattr(opd, "rollout", lambda *args, **how: asked.append(how.get("num_keep")) or rollout(*args, **how))
+    train(world, tmp_path, method="prefix-guided", keep_ratio=.1, max_steps=1)
+    assert [number for number in asked if number is not None] == [2]             # of two prompts
+
+
 def test_rows_that_ended_in_the_prefix_stay_and_take_no_slot_from_others():
     for seed in range(99):                                    # until just one row ends in its prefix
         torch.manual_seed(seed)
@@ -1241,8 +1256,7 @@ MISTAKES = {
     "shares for more files than there are": (dict(mix=[.5, .5]), "--mix"),
     "shares that are not 1 in all": (dict(mix=[.9]), "--mix"),
     "a share of less than a prompt": (dict(mix=[.1, .9], batch_size=4, train_file=["{world}/train.jsonl"] * 2), "--mix"),
-    "a keep ratio below one per prompt": (dict(method="prefix-guided", keep_ratio=.3), "--keep_ratio 0.3"),
-    "a probe window over the prefix": (dict(method="prefix-guided", probe_window=7), "--probe_window must be at most"),
+    "a prefix of all tokens": (dict(method="prefix-guided", prefix_length=12), "--prefix_length must be below"),
     "a size of zero": (dict(batch_size=0), "--batch_size 0"),
     "a negative size": (dict(max_new_tokens=-1), "--max_new_tokens -1"),
     "a size that is no number": (dict(batch_size="many"), "many"),
