@@ -146,7 +146,6 @@ def check_args(args):
         f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
         and not (args.device.startswith("cuda") and int(args.device[5:] or 0) < torch.cuda.device_count()),
         "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
-        "--eval_only has nothing to --resume; leave one of them out": args.eval_only and args.resume is not None,
         "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
         "--prefix_length must be below --max_new_tokens in prefix-guided":
         args.method == "prefix-guided" and args.prefix_length >= args.max_new_tokens,
