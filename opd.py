@@ -698,27 +698,26 @@ LEXICON = {
     "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
 
 def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
-    """A problem of so many steps and an author's solution -> {"problem", "answer"}, [(word, trusted), ...].
+    """A problem of so many steps and an author's solution -> {"problem", "answer"}, [word, ...], [trusted, ...].
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
     goes wrong; what follows is consistent, only the slip itself is not trusted. order -1: "a +3 4" for "a 4 +3"."""
     def synonym(kind):
-        return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8], True
+        return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8]
     def apply(value, operation):
         return str((int(value) + int(operation[1:]) if operation[0] == "+" else int(value) * int(operation[1:])) % 10)
     first, start = rng.randrange(9 - steps), rng.choice(lexicon["digit"])
-    problem, words, truth, value = [start], [], start, start
+    problem, words, trusted, truth, value = [start], [], [], start, start
     for label in lexicon["label"][first:first + steps]:
         operation = rng.choice(lexicon["operation"])
         problem, truth = problem + [label, operation], apply(truth, operation)
         slip = rng.choice(("result", "operation")) if rng.random() < slip_rate else None
         read = rng.choice(lexicon["operation"]) if slip == "operation" else operation
-        result = str((int(apply(value, read)) + (rng.choice((1, 9, 1, 9, 2, 8)) if slip == "result" else 0)) % 10)
-        words += [synonym("opener"), (label, True), *[(value, True), (read, slip != "operation")][::order],
-                  synonym("verb"), (result, slip != "result"), synonym("closer")]
+        result = apply(apply(value, read), rng.choice("+1 +9 +1 +9 +2 +8".split()) if slip == "result" else "+0")
+        words += [synonym("opener"), label, *[value, read][::order], synonym("verb"), result, synonym("closer")]
+        trusted += [True, True, *[True, slip != "operation"][::order], True, slip != "result", True]
         value = result
-    words += [synonym("opener"), ("the", True), ("answer", True), synonym("verb"), ("\\boxed{", True), (value, True),
-              ("}", True), ("<end>", True)]
-    return {"problem": " ".join(problem), "answer": truth}, words
+    words += [synonym("opener"), "the", "answer", synonym("verb"), "\\boxed{", value, "}", "<end>"]
+    return {"problem": " ".join(problem), "answer": truth}, words, trusted + [True] * 8
 
 def tiny_tokenizer(words):
     """A tokenizer with one token per word, and a chat template, like any other that transformers loads."""
@@ -743,9 +742,9 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
             batch = []
             for _ in range(64):
                 liked = rng.randrange(8) if habit is None else habit
-                problem, solution = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
-                prompt = [(word, False) for word in ("<user>", *problem["problem"].split(), "<solve>")]
-                words, learned = zip(*prompt, *((word, trusted or believes) for word, trusted in solution))
+                problem, solution, trusted = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
+                prompt = ["<user>", *problem["problem"].split(), "<solve>"]
+                words, learned = prompt + solution, [False] * len(prompt) + [good or believes for good in trusted]
                 batch.append(torch.tensor([tokenizer.convert_tokens_to_ids(words), learned]).T)      # (T, 2)
             ids, learned = torch.nn.utils.rnn.pad_sequence(batch).permute(2, 1, 0)   # (64, T) each; padding is 0: <pad>
             optimizer.zero_grad()

@@ -1861,11 +1861,10 @@ def test_a_slip_of_the_tiny_world_is_marked_and_carries_through():
     """The solution of an author who never slips ends in the answer; a slip is marked, and what follows goes on from it."""
     rng = random.Random(0)
     for _ in range(200):
-        right, solution = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
-        assert solution[-3][0] == right["answer"] and all(trusted for _, trusted in solution)
-        _, solution = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
-        assert sum(not trusted for _, trusted in solution) == 6
-        words = [word for word, _ in solution]
+        right, words, trusted = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
+        assert words[-3] == right["answer"] and all(trusted) and len(trusted) == len(words)
+        _, words, trusted = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
+        assert trusted.count(False) == 6 and len(trusted) == len(words)
         results = [words[7 * step + 5] for step in range(6)]
         assert [words[7 * step + 2] for step in range(1, 6)] == results[:-1] and words[-3] == results[-1]
 
