@@ -178,12 +178,12 @@ def read_records(path):
 def last_boxed(text):
     r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is none: a solution
     that was cut off in its answer has no answer. Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+    for rest in reversed(re.split(r"\\boxed\s*\{", text)[1:]):
         depth = 1
-        for brace in re.compile(r"(?<!\\)[{}]").finditer(text, start):  # \{ is a brace of a set, not of the box
+        for brace in re.finditer(r"(?<!\\)[{}]", rest):        # \{ is a brace of a set, not of the box
             depth += 1 if brace[0] == "{" else -1
             if depth == 0:
-                return text[start:brace.start()]
+                return rest[:brace.start()]
     return None
 
 def load_problems(path):
