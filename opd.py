@@ -750,8 +750,8 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids.where(learned > 0, -100)).loss.backward()    # padded right: needs no mask
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for group in optimizer.param_groups:              # up over 20 steps, then down a cosine to a twentieth
-                group["lr"] = 4e-3 * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
+            warm_up, cosine = min(1, (step + 1) / 20), .525 + .475 * math.cos(math.pi * step / steps)
+            optimizer.param_groups[0]["lr"] = 4e-3 * warm_up * cosine            # down to a twentieth
             optimizer.step()
     learn(student, "base model, short problems", 250, (1, 3), None, .1)
     learn(student, "base model, full problems", 130, (4, 8), None, .1)
