@@ -23,7 +23,7 @@ Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of promp
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
 import argparse, contextlib, copy, datetime, functools, glob, json, math, os
-import pickle, random, re, resource, select, shutil, signal, subprocess, sys, time, warnings
+import pickle, random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
 import torch
@@ -216,10 +216,10 @@ def load_problems(path):
         warnings.warn(f"{path}: left out {len(records) - len(problems)} duplicates, {len(problems)} problems stay")
     return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
 
-def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):
+def ask_math_verify(gold, answer, seconds=3.0, worker={"lock": threading.Lock(), "process": None}):
     """Whether math-verify takes answer for gold, both bare LaTeX; None as answer: whether it can read gold. False when
     it fails or takes longer. 2003^{2002^{2001}} keeps sympy busy for ever in one C call that only killing its process
-    ends. One process, started slowly, serves all answers; one thread may ask at a time."""
+    ends. One process, started slowly, serves all answers, from any thread."""
     code = r"""import json, sys
 from math_verify import parse, verify
 print("ready")
@@ -228,18 +228,19 @@ for line in sys.stdin:
     read = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line) if text is not None]
     # Gold first, because verify is not symmetric: 1<x<2 is taken for (1,2), but not the other way round
     print(verify(*read, timeout_seconds=None) if len(read) > 1 else len(read[0]) > 1)"""
-    process = worker["process"]
-    if process is None or process.poll() is not None:
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        worker["process"] = process = subprocess.Popen([sys.executable, "-u", "-c", code], process_group=0, **pipes)
-        if process.stdout.readline() != "ready\n":            # not counted towards the limit
-            raise ImportError("math-verify cannot be imported", name="math-verify")
-    print(json.dumps([gold, answer]), file=process.stdin, flush=True)
-    reply = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else ""
-    if not reply:
-        process.kill()
-        process.wait()                                        # poll() sees it, and the next call starts another
-    return reply == "True\n"
+    with worker["lock"]:
+        if worker["process"] is None or worker["process"].poll() is not None:
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            worker["process"] = subprocess.Popen([sys.executable, "-u", "-c", code], process_group=0, **pipes)
+            if worker["process"].stdout.readline() != "ready\n":                 # not counted towards the limit
+                raise ImportError("math-verify cannot be imported", name="math-verify")
+        process = worker["process"]
+        print(json.dumps([gold, answer]), file=process.stdin, flush=True)
+        reply = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else ""
+        if not reply:
+            process.kill()
+            process.wait()                                    # poll() sees it, and the next call starts another
+        return reply == "True\n"
 
 def is_correct(response_text, gold):
     r"""Whether the last balanced \boxed{...} after any </think> equals the gold answer. No box is wrong."""
