@@ -71,8 +71,8 @@ FLAGS = {
         ("rollout_batch_size", 0, "rows sampled at once, in whole prompts; 0: all, on a GPU what fits (our choice)"),
         ("static_cache", False, "sample on caches of fixed size: on a GPU decoding is compiled; none has run it yet"),
         ("prefix_length", 1024, "tokens of the prefix, in prefix and prefix-guided (our choice)"),
-        ("probe_window", 128, "prefix-guided: its first tokens, whose mean overlap is the score [PG-OPD]"),
-        ("keep_ratio", 0.5, "prefix-guided: share of the candidates that go on [PG-OPD: .25, .5, .75]"),
+        ("probe_window", 128, "prefix-guided: first tokens of the prefix, whose mean overlap is the score [PG-OPD]"),
+        ("keep_ratio", 0.5, "prefix-guided: share of candidates to go on, at least one a prompt [PG-OPD: .25 to .75]"),
         ("select", ("overlap", "random"), "prefix-guided: what ranks the candidates; random is a control"),
         ("train_pruned_prefix", False, "prefix-guided: train on the prefixes of the others too"),
         ("horizon_start horizon_growth horizon_every", (512, 256, 10), "first horizon; growth; every n steps"),
@@ -140,7 +140,6 @@ def check_args(args):
     for name, value in vars(args).items():
         if type(value) in (int, float) and not (0 < value < 2 ** 40 or value == 0 and name in may_be_zero):
             raise ValueError(f"--{name} {value} must be {'at least' if name in may_be_zero else 'above'} 0, and finite")
-    guided, kept = args.method == "prefix-guided", round(args.keep_ratio * args.batch_size * args.num_generations)
     needed = [args.student, args.eval_file] if args.eval_only else [args.student, args.teacher, args.train_file]
     mistakes = {
         "--probe_depths are percentages from 0 to 99": not {*args.probe_depths} <= {*range(100)},
@@ -148,11 +147,9 @@ def check_args(args):
         f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
         and not (args.device.startswith("cuda") and int(args.device[5:] or 0) < torch.cuda.device_count()),
         "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
-        "--eval_only has nothing to --resume; leave one of them out": args.eval_only and args.resume is not None,
         "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
-        f"--keep_ratio {args.keep_ratio} must be at least 1 / --num_generations": guided and kept < args.batch_size,
-        "--probe_window must be at most --prefix_length, and that below --max_new_tokens": guided and not (
-            args.probe_window <= args.prefix_length < args.max_new_tokens),
+        "--prefix_length must be below --max_new_tokens in prefix-guided":
+        args.method == "prefix-guided" and args.prefix_length >= args.max_new_tokens,
         "--mix needs a share for each --train_file, worth a prompt of every step or more, and 1 in all":
         args.mix and (len(args.mix) != len(args.train_file) or min(args.mix) * args.batch_size < 1
                       or round(sum(args.mix), 3) != 1),
@@ -164,49 +161,47 @@ def check_args(args):
 
 # ---- 2. Data and grading -------------------------------------------------------------------------------------
 def read_records(path):
-    """A jsonl, json or parquet file -> list of (line number, object). Raises OSError, or ValueError naming the line."""
+    """The objects in a jsonl, json or parquet file, as a list. Raises OSError, or ValueError naming the line."""
     with open(path, "rb") as file:
         if path.endswith(".parquet"):
             import pyarrow.parquet        # only here; without it an ImportError says so
-            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1))
+            return pyarrow.parquet.read_table(file).to_pylist()
         text = file.read().removeprefix("\ufeff".encode())
-    # Many a .json file holds JSON lines. Not splitlines(): U+2028 may stand inside a string
-    whole, records = path.endswith(".json") and text.lstrip().startswith(b"["), []
-    for number, line in enumerate([text] if whole else text.split(b"\n"), start=1):
+    is_list, records = text.lstrip().startswith(b"["), []     # else JSON lines, which many a .json file holds, too
+    for number, line in enumerate([text] if is_list else text.splitlines(), start=1):
         try:
-            records += [(number, json.loads(line.decode()))] if line.strip() else []
+            records += [json.loads(line)] if line.strip() else []
         except ValueError as error:
             number += getattr(error, "lineno", 1) - 1
             raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
-    return list(enumerate(records[0][1], start=1)) if whole else records
+    return records[0] if is_list else records
 
 def last_boxed(text):
     r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is none: a solution
     that was cut off in its answer has no answer. Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+    for rest in reversed(re.split(r"\\boxed\s*\{", text)[1:]):
         depth = 1
-        for brace in re.compile(r"(?<!\\)[{}]").finditer(text, start):  # \{ is a brace of a set, not of the box
+        for brace in re.finditer(r"(?<!\\)[{}]", rest):        # \{ is a brace of a set, not of the box
             depth += 1 if brace[0] == "{" else -1
             if depth == 0:
-                return text[start:brace.start()]
+                return rest[:brace.start()]
     return None
 
 def load_problems(path):
     """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, without duplicates; or
     OSError, ValueError, ImportError. Knows usual field names, chats, golds in a box, in dollars or behind "####"."""
     records, problems = read_records(path), {}
-    for number, record in records:
+    for number, record in enumerate(records, start=1):
         record = record if isinstance(record, dict) else {}
-        nested = record.get("reward_model")
-        fields = {**nested, **record} if isinstance(nested, dict) else record
+        chat = record.get("prompt") or record.get("messages")
+        turns = [turn for turn in chat if isinstance(turn, dict)] if isinstance(chat, list) else []
+        fields = {turn.get("role"): turn.get("content") for turn in turns}                 # of each role the last turn
+        fields |= {**(record.get("reward_model") or {}), **record}
         problem, answer = (
             next((fields[name] for name in names.split() if fields.get(name) is not None), "")
-            for names in ("problem question prompt messages", "answer final_answer ground_truth solution"))
-        if isinstance(problem, list):                         # a chat: the last turn of each role
-            turns = {turn.get("role"): turn.get("content") for turn in problem if isinstance(turn, dict)}
-            problem, answer = turns.get("user"), (turns.get("assistant") or "") if answer == "" else answer
+            for names in ("problem question user prompt", "answer final_answer ground_truth solution assistant"))
         if not isinstance(problem, str) or not problem.strip():
-            raise ValueError(f"{path}, line {number}: needs a text in problem, question, prompt or messages; "
+            raise ValueError(f"{path}, record {number}: needs a text in problem, question, prompt or messages; "
                              f"it has the fields {', '.join(record) or 'none'}")
         answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
         answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()
@@ -735,27 +730,26 @@ LEXICON = {
     "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
 
 def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
-    """A problem of so many steps and an author's solution -> {"problem", "answer"}, [(word, trusted), ...].
+    """A problem of so many steps and an author's solution -> {"problem", "answer"}, [word, ...], [trusted, ...].
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
     goes wrong; what follows is consistent, only the slip itself is not trusted. order -1: "a +3 4" for "a 4 +3"."""
     def synonym(kind):
-        return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8], True
+        return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8]
     def apply(value, operation):
         return str((int(value) + int(operation[1:]) if operation[0] == "+" else int(value) * int(operation[1:])) % 10)
     first, start = rng.randrange(9 - steps), rng.choice(lexicon["digit"])
-    problem, words, truth, value = [start], [], start, start
+    problem, words, trusted, truth, value = [start], [], [], start, start
     for label in lexicon["label"][first:first + steps]:
         operation = rng.choice(lexicon["operation"])
         problem, truth = problem + [label, operation], apply(truth, operation)
         slip = rng.choice(("result", "operation")) if rng.random() < slip_rate else None
         read = rng.choice(lexicon["operation"]) if slip == "operation" else operation
-        result = str((int(apply(value, read)) + (rng.choice((1, 9, 1, 9, 2, 8)) if slip == "result" else 0)) % 10)
-        words += [synonym("opener"), (label, True), *[(value, True), (read, slip != "operation")][::order],
-                  synonym("verb"), (result, slip != "result"), synonym("closer")]
+        result = apply(apply(value, read), rng.choice("+1 +9 +1 +9 +2 +8".split()) if slip == "result" else "+0")
+        words += [synonym("opener"), label, *[value, read][::order], synonym("verb"), result, synonym("closer")]
+        trusted += [True, True, *[True, slip != "operation"][::order], True, slip != "result", True]
         value = result
-    words += [synonym("opener"), ("the", True), ("answer", True), synonym("verb"), ("\\boxed{", True), (value, True),
-              ("}", True), ("<end>", True)]
-    return {"problem": " ".join(problem), "answer": truth}, words
+    words += [synonym("opener"), "the", "answer", synonym("verb"), "\\boxed{", value, "}", "<end>"]
+    return {"problem": " ".join(problem), "answer": truth}, words, trusted + [True] * 8
 
 def tiny_tokenizer(words):
     """A tokenizer with one token per word, and a chat template, like any other that transformers loads."""
@@ -780,16 +774,16 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
             batch = []
             for _ in range(64):
                 liked = rng.randrange(8) if habit is None else habit
-                problem, solution = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
-                prompt = [(word, False) for word in ("<user>", *problem["problem"].split(), "<solve>")]
-                words, learned = zip(*prompt, *((word, trusted or believes) for word, trusted in solution))
+                problem, solution, trusted = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
+                prompt = ["<user>", *problem["problem"].split(), "<solve>"]
+                words, learned = prompt + solution, [False] * len(prompt) + [good or believes for good in trusted]
                 batch.append(torch.tensor([tokenizer.convert_tokens_to_ids(words), learned]).T)      # (T, 2)
             ids, learned = torch.nn.utils.rnn.pad_sequence(batch).permute(2, 1, 0)   # (64, T) each; padding is 0: <pad>
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids.where(learned > 0, -100)).loss.backward()    # padded right: needs no mask
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for group in optimizer.param_groups:              # up over 20 steps, then down a cosine to a twentieth
-                group["lr"] = 4e-3 * min(1, (step + 1) / 20) * (.525 + .475 * math.cos(math.pi * step / steps))
+            warm_up, cosine = min(1, (step + 1) / 20), .525 + .475 * math.cos(math.pi * step / steps)
+            optimizer.param_groups[0]["lr"] = 4e-3 * warm_up * cosine            # down to a twentieth
             optimizer.step()
     learn(student, "base model, short problems", 250, (1, 3), None, .1)
     learn(student, "base model, full problems", 130, (4, 8), None, .1)

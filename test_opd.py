@@ -789,6 +789,21 @@ def test_the_probe_window_is_all_that_counts_for_the_score():
     assert out["kept"].tolist() == opd.select_prefixes(out["overlap"][:, 0].view(3, 2), 4).flatten().tolist()
 
 
+def test_a_probe_window_over_the_prefix_is_the_whole_prefix():
+    for window in (6, 99):
+        torch.manual_seed(0)
+        out = guided(probe_window=window)
+        score = out["overlap"][:, :6].mean(-1)
+        assert out["kept"].tolist() == opd.select_prefixes(score.view(3, 2), 4).flatten().tolist()
+
+
+def test_a_keep_ratio_below_one_per_prompt_keeps_one_per_prompt(world, tmp_path, monkeypatch):
+    asked, rollout = [], opd.rollout
+    monkeypatch.setattr(opd, "rollout", lambda *args, **how: asked.append(how.get("num_keep")) or rollout(*args, **how))
+    train(world, tmp_path, method="prefix-guided", keep_ratio=.1, max_steps=1)
+    assert [number for number in asked if number is not None] == [2]             # of two prompts
+
+
 def test_rows_that_ended_in_the_prefix_stay_and_take_no_slot_from_others():
     for seed in range(99):                                    # until just one row ends in its prefix
         torch.manual_seed(seed)
@@ -1124,9 +1139,9 @@ def test_a_line_separator_inside_a_string_does_not_end_a_line(tmp_path):
 
 @pytest.mark.parametrize("text, says", [
     ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3"), ('{"text": "a", "id": 1}\n', "text, id"),
-    ('"just a string"\n', "line 1"),
-    ("", "empty"), ("\n\n", "empty"), ('{"problem": null}\n', "problem"), ('{"problem": 5}\n', "line 1"),
-    ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "line 1")])
+    ('"just a string"\n', "record 1"),
+    ("", "empty"), ("\n\n", "empty"), ('{"problem": null}\n', "problem"), ('{"problem": 5}\n', "record 1"),
+    ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "record 1")])
 def test_a_file_that_cannot_be_read_is_a_value_error_that_says_where(tmp_path, text, says):
     path = write(tmp_path / "a.jsonl", text=text)
     with pytest.raises(ValueError) as error:
@@ -1311,8 +1326,7 @@ MISTAKES = {
     "shares for more files than there are": (dict(mix=[.5, .5]), "--mix"),
     "shares that are not 1 in all": (dict(mix=[.9]), "--mix"),
     "a share of less than a prompt": (dict(mix=[.1, .9], batch_size=4, train_file=["{world}/train.jsonl"] * 2), "--mix"),
-    "a keep ratio below one per prompt": (dict(method="prefix-guided", keep_ratio=.3), "--keep_ratio 0.3"),
-    "a probe window over the prefix": (dict(method="prefix-guided", probe_window=7), "--probe_window must be at most"),
+    "a prefix of all tokens": (dict(method="prefix-guided", prefix_length=12), "--prefix_length must be below"),
     "a size of zero": (dict(batch_size=0), "--batch_size 0"),
     "a negative size": (dict(max_new_tokens=-1), "--max_new_tokens -1"),
     "a size that is no number": (dict(batch_size="many"), "many"),
@@ -1958,11 +1972,10 @@ def test_a_slip_of_the_tiny_world_is_marked_and_carries_through():
     """The solution of an author who never slips ends in the answer; a slip is marked, and what follows goes on from it."""
     rng = random.Random(0)
     for _ in range(200):
-        right, solution = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
-        assert solution[-3][0] == right["answer"] and all(trusted for _, trusted in solution)
-        _, solution = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
-        assert sum(not trusted for _, trusted in solution) == 6
-        words = [word for word, _ in solution]
+        right, words, trusted = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
+        assert words[-3] == right["answer"] and all(trusted) and len(trusted) == len(words)
+        _, words, trusted = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
+        assert trusted.count(False) == 6 and len(trusted) == len(words)
         results = [words[7 * step + 5] for step in range(6)]
         assert [words[7 * step + 2] for step in range(1, 6)] == results[:-1] and words[-3] == results[-1]
 
