@@ -520,19 +520,18 @@ def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, d
     decoding: for rollout. With a teacher an answer has a reward, the mean of log q - log p.         [Rethinking-OPD]"""
     answers = [{**problem, "index": index, "sample": sample} for index, problem in enumerate(problems)
                for sample in range(num_samples)][RANK::NUM_RANKS]
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed * NUM_RANKS + RANK)
-        for start in tqdm(range(0, len(answers), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
-            batch = answers[start:start + rows_per_batch]
-            out = rollout(model, None, [answer["prompt_ids"] + answer.get("begun", []) for answer in batch], **decoding)
-            log_probs = [sampled_log_probs(who, out, decoding["vocab_size"]) for who in (teacher, model) if teacher]
-            for row, answer in enumerate(batch):
-                response = answer.get("begun", []) + out["response_ids"][row][out["response_mask"][row]].tolist()
-                text = tokenizer.decode(response, skip_special_tokens=True)
-                answer.update(response=text, response_ids=response, correct=is_correct(text, answer["answer"]),
-                              reward=(log_probs[0][row] - log_probs[1][row]).mean().item() if teacher else math.nan,
-                              no_box=last_boxed(text.rsplit("</think>", 1)[-1]) is None, length=len(response),
-                              truncated=not out["ended"][row].item(), repetition=repetition(response))
+    torch.manual_seed(seed * NUM_RANKS + RANK)                # not restored: every step seeds for itself
+    for start in tqdm(range(0, len(answers), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
+        batch = answers[start:start + rows_per_batch]
+        out = rollout(model, None, [answer["prompt_ids"] + answer.get("begun", []) for answer in batch], **decoding)
+        log_probs = [sampled_log_probs(who, out, decoding["vocab_size"]) for who in (teacher, model) if teacher]
+        for row, answer in enumerate(batch):
+            response = answer.get("begun", []) + out["response_ids"][row][out["response_mask"][row]].tolist()
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            answer.update(response=text, response_ids=response, correct=is_correct(text, answer["answer"]),
+                          reward=(log_probs[0][row] - log_probs[1][row]).mean().item() if teacher else math.nan,
+                          no_box=last_boxed(text.rsplit("</think>", 1)[-1]) is None, length=len(response),
+                          truncated=not out["ended"][row].item(), repetition=repetition(response))
     answers = sorted(gather_from_ranks(answers), key=lambda answer: (answer["index"], answer["sample"]))
     means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
         "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",

@@ -1439,11 +1439,9 @@ def evaluate(*golds):
         rows_per_batch=4, decoding=dict(SAMPLING, max_length=8, temperature=1.0, top_p=1.0))
 
 
-def test_evaluation_draws_from_a_random_stream_of_its_own():
+def test_an_evaluation_does_not_depend_on_what_was_drawn_before():
     torch.manual_seed(0)
-    before = torch.get_rng_state()
     first = evaluate("1", "2")
-    assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     assert str(evaluate("1", "2")) == str(first)
 
