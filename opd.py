@@ -935,8 +935,7 @@ def preflight(run, args):
     log_q = torch.cat(sampled_log_probs(run.teacher, out, run.vocab_size))
     sides = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
     stops, templates = [sorted(stop_ids(*side[1:])) for side in sides], [side[2].chat_template for side in sides]
-    over = {"topk": f"{args.support} top {args.overlap_k}", "reverse_kl": "all tokens", "sampled": "the sampled token"}
-    lines = [f"method {args.method}; loss {args.loss}: KL(student || teacher) over {over[args.loss]}, mean over a step",
+    lines = [f"method {args.method}; loss {args.loss} of KL(student || teacher), mean over the tokens of a step",
              f"data: {len(run.train)} training prompts, those that are too long left out; {readable} of the first "
              f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.train[0]['prompt_ids'])!r}",
              f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, top-{args.overlap_k} "
