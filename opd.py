@@ -879,18 +879,19 @@ def read_inputs(args, checkpoint=None):
         except Exception as error:        # transformers, safetensors, json: each has errors of its own
             raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    student, bf16 = checkpoint or args.student, args.dtype == "bfloat16" or args.dtype + device.type == "autocuda"
-    run, low = read_data(args, load(AutoTokenizer, student)), torch.bfloat16 if bf16 else torch.float32
+    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    low, student = torch.bfloat16 if bf16 else torch.float32, checkpoint or args.student
+    run = read_data(args, load(AutoTokenizer, student))
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
-    run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(device).eval()
+    run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(device)
     if bf16 and not args.eval_only:
         # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-        run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(device).eval()
+        run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(device)
     run.device, models = run.sampler.device, [run.student]
-    if args.teacher and not args.eval_only:
+    if not args.eval_only:
         run.teacher_tokenizer = load(AutoTokenizer, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(device).eval()
+        run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(device)
         models.append(run.teacher)
     run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1,
                          *(model.get_output_embeddings().weight.shape[0] for model in models))
@@ -903,14 +904,14 @@ def read_inputs(args, checkpoint=None):
         run.student.generation_config.eos_token_id = sorted(eos_ids)
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         static_cache=args.static_cache, pad_id=0)         # any id would do: the masks tell padding
-    ids, run.sizes = torch.tensor([(run.train or [*run.eval.values()][0])[0]["prompt_ids"][:16]], device=device), []
+    ids, run.sizes = torch.arange(16, device=device)[None], []                   # a text, whatever it says
     for model in models:
-        own, states = model(input_ids=ids).logits, getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
+        own, states = model(input_ids=ids).logits, model.base_model(input_ids=ids).last_hidden_state
+        error = (own - head_logits(model, states, own.shape[-1])).abs().max()
         cache = StaticCache(model.config, max_cache_len=1) if args.static_cache else DynamicCache(config=model.config)
-        known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
-        known &= all(re.match("(Static|Dynamic(SlidingWindow)?)Layer", type(layer).__name__) for layer in cache.layers)
-        error = (own - head_logits(model, states, own.shape[-1])).abs().max() if known else math.inf
-        if error > 5e-3 * own.abs().max() and not (known and args.eval_only):
+        foreign = {type(layer).__name__ for layer in cache.layers} - {
+            "DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer"}
+        if foreign or error > 5e-3 * own.abs().max() and not args.eval_only:
             raise ValueError(f"{model.config.model_type} models are not supported: their logits are not head_logits of "
                              "the last hidden states, or their cache is not keys and values (--static_cache: of all)")
         config = model.config.get_text_config()
