@@ -856,11 +856,10 @@ def read_data(args, tokenizer):
             enable_thinking=args.enable_thinking)} for problem in load_problems(path)]
     data = argparse.Namespace(tokenizer=tokenizer, eval={}, pools=[])
     for path in args.eval_file:
-        data.eval[os.path.splitext(os.path.basename(path))[0]] = problems = read(path)
+        problems, name = read(path), os.path.splitext(os.path.basename(path))[0]
         if any(problem["answer"] is None for problem in problems):
             raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
-    if len(data.eval) < len(args.eval_file):
-        raise ValueError("--eval_file names two files alike; results go by the name, without its folder, so rename one")
+        data.eval[path if name in data.eval else name] = problems
     for path in args.train_file:
         data.pools.append([item for item in read(path) if len(item["prompt_ids"]) <= args.max_prompt_length])
         if not data.pools[-1]:

@@ -1256,8 +1256,6 @@ MISTAKES = {
     "fewer answers once long prompts are left out":
         (dict(extrapolate=True, validation_size=9, max_prompt_length=5), "9"),
     "an output folder that cannot be made": (dict(output_dir="{world}/bad.jsonl/out"), "bad.jsonl"),
-    "two evaluation files of one name":
-        (dict(eval_file=["{world}/eval.jsonl", "{world}/again/eval.jsonl"]), "eval"),
 }
 
 
@@ -1430,6 +1428,13 @@ def test_eval_only_grades_a_model_file_by_file(world, tmp_path):
                                eval_file=[world / "eval.jsonl", world / "train.jsonl"]))
     assert {name: row["num_problems"] for name, row in results.items()} == {"eval": 3, "train": 9}
     assert not [name for name in os.listdir(tmp_path) if name.startswith("checkpoint")]
+
+
+def test_of_two_evaluation_files_of_one_name_the_second_goes_by_its_path(world, tmp_path):
+    again = str(world / "again" / "eval.jsonl")
+    results = opd.main(command(world, tmp_path, eval_only=True, teacher=None, train_file=None,
+                               eval_file=[world / "eval.jsonl", again]))
+    assert {name: row["num_problems"] for name, row in results.items()} == {"eval": 3, again: 2}
 
 
 def evaluate(*golds):
