@@ -822,8 +822,8 @@ def explain(error, run):
     if isinstance(error, FloatingPointError) or "probability tensor" in text:    # what torch says of drawing from NaN
         return f"{phase} is not finite: {text}", 2
     if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:
-        named = f"{error.filename}: {error.strerror}; check the path" if getattr(error, "filename", None) else text
-        return named + (f"; pip install {error.name.split('.')[0]}" if getattr(error, "name", None) else ""), 2
+        missing = getattr(error, "name", None)                # a module
+        return f"{text}; pip install {missing.split('.')[0]}" if missing else text, 2
     return "another process has ended" if dist.is_initialized() and re.search("peer|NCCL", text) else "", 1
 
 def open_tracker(kind, folder, flags, step):
@@ -883,24 +883,23 @@ def read_inputs(args, checkpoint=None):
     run = read_data(args, load(AutoTokenizer, student))
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
     run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(device)
-    if bf16 and not args.eval_only:
-        # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-        run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(device)
-    run.device, models = run.sampler.device, [run.student]
+    run.device, models, eos_ids = run.sampler.device, [run.student], stop_ids(run.student, run.tokenizer)
     if not args.eval_only:
+        if bf16:
+            # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
+            run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(device)
         run.teacher_tokenizer = load(AutoTokenizer, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
         run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(device)
-        models.append(run.teacher)
+        models = [run.student, run.teacher]
+        if args.cold_start_steps:                             # it teaches the teacher's stop token, too
+            eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
+            run.student.generation_config.eos_token_id = sorted(eos_ids)
     run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1,
                          *(model.get_output_embeddings().weight.shape[0] for model in models))
     if args.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
-    eos_ids = stop_ids(run.student, run.tokenizer)
-    if args.cold_start_steps and not args.eval_only:          # it teaches the teacher's stop token, too
-        eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
-        run.student.generation_config.eos_token_id = sorted(eos_ids)
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         static_cache=args.static_cache, pad_id=0)         # any id would do: the masks tell padding
     ids, run.sizes = torch.arange(16, device=device)[None], []                   # a text, whatever it says
