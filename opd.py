@@ -494,7 +494,7 @@ def pass_at_k(num_samples, num_correct, k):
 
 def repetition(ids):
     """The share of the 4-grams of a list of ids that occurred earlier in it: 0 without repeats, near 1 in a loop."""
-    grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
+    grams = list(zip(ids, ids[1:], ids[2:], ids[3:]))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 @torch.no_grad()
