@@ -23,7 +23,7 @@ Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of promp
 length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
 """
 import argparse, contextlib, copy, datetime, functools, glob, json, math, os
-import random, re, resource, select, shutil, signal, subprocess, sys, threading, time, warnings
+import random, re, select, shutil, signal, subprocess, sys, threading, time, warnings
 
 import numpy as np
 import torch
@@ -433,15 +433,11 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     log_p, log_q = F.log_softmax(student_logits.float(), dim=-1), F.log_softmax(teacher_logits.float(), dim=-1)
     student_ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices       # (B, T, K)
     same = student_ids[..., :, None] == teacher_ids[..., None, :]                # (B, T, K, K)
-    everywhere = torch.ones_like(student_ids, dtype=torch.bool)
-    supports = {
-        "student": (student_ids, everywhere), "teacher": (teacher_ids, everywhere),
-        "intersection": (student_ids, same.any(-1)),
-        # Teacher tokens that the student has too must not count twice                         (B, T, 2K)
-        "union": (torch.cat([student_ids, teacher_ids], -1), torch.cat([everywhere, ~same.any(-2)], -1))}
-    if support not in supports:
-        raise ValueError(f"support must be one of {', '.join(supports)}, got {support!r}")
-    ids, inside = supports[support]                                                  # (B, T, K), or 2K for the union
+    both, new = same.any(-1), ~same.any(-2)                   # the teacher's new tokens: none may count twice
+    whole = torch.ones_like(both)
+    ids, inside = {                                           # (B, T, K), or 2K for the union
+        "student": (student_ids, whole), "teacher": (teacher_ids, whole), "intersection": (student_ids, both),
+        "union": (torch.cat([student_ids, teacher_ids], -1), torch.cat([whole, new], -1))}[support]
     log_p, log_q = log_p.gather(-1, ids), log_q.gather(-1, ids)
     p_bar = log_p.masked_fill(~inside, -torch.inf).softmax(-1).nan_to_num(0)     # NaN: an empty intersection
     constant = p_bar * (log_p - log_q)                                           # p_bar rho
@@ -493,7 +489,7 @@ def pass_at_k(num_samples, num_correct, k):
 
 def repetition(ids):
     """The share of the 4-grams of a list of ids that occurred earlier in it: 0 without repeats, near 1 in a loop."""
-    grams = [tuple(ids[i:i + 4]) for i in range(len(ids) - 3)]
+    grams = list(zip(ids, ids[1:], ids[2:], ids[3:]))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 @torch.no_grad()
@@ -519,19 +515,18 @@ def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, d
     decoding: for rollout. With a teacher an answer has a reward, the mean of log q - log p.         [Rethinking-OPD]"""
     answers = [{**problem, "index": index, "sample": sample} for index, problem in enumerate(problems)
                for sample in range(num_samples)][RANK::NUM_RANKS]
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed * NUM_RANKS + RANK)
-        for start in tqdm(range(0, len(answers), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
-            batch = answers[start:start + rows_per_batch]
-            out = rollout(model, None, [answer["prompt_ids"] + answer.get("begun", []) for answer in batch], **decoding)
-            log_probs = [sampled_log_probs(who, out, decoding["vocab_size"]) for who in (teacher, model) if teacher]
-            for row, answer in enumerate(batch):
-                response = answer.get("begun", []) + out["response_ids"][row][out["response_mask"][row]].tolist()
-                text = tokenizer.decode(response, skip_special_tokens=True)
-                answer.update(response=text, response_ids=response, correct=is_correct(text, answer["answer"]),
-                              reward=(log_probs[0][row] - log_probs[1][row]).mean().item() if teacher else math.nan,
-                              no_box=last_boxed(text.rsplit("</think>", 1)[-1]) is None, length=len(response),
-                              truncated=not out["ended"][row].item(), repetition=repetition(response))
+    torch.manual_seed(seed * NUM_RANKS + RANK)                # not restored: every step seeds for itself
+    for start in tqdm(range(0, len(answers), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
+        batch = answers[start:start + rows_per_batch]
+        out = rollout(model, None, [answer["prompt_ids"] + answer.get("begun", []) for answer in batch], **decoding)
+        log_probs = [sampled_log_probs(who, out, decoding["vocab_size"]) for who in (teacher, model) if teacher]
+        for row, answer in enumerate(batch):
+            response = answer.get("begun", []) + out["response_ids"][row][out["response_mask"][row]].tolist()
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            answer.update(response=text, response_ids=response, correct=is_correct(text, answer["answer"]),
+                          reward=(log_probs[0][row] - log_probs[1][row]).mean().item() if teacher else math.nan,
+                          no_box=last_boxed(text.rsplit("</think>", 1)[-1]) is None, length=len(response),
+                          truncated=not out["ended"][row].item(), repetition=repetition(response))
     answers = sorted(gather_from_ranks(answers), key=lambda answer: (answer["index"], answer["sample"]))
     means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
         "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",
@@ -618,22 +613,17 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
                 teacher_seconds=teacher_seconds)
 
 def rollout_in_groups(student, teacher, prompts, rows_at_once, *, num_generations=1, **settings):
-    """rollout of more rows than memory holds: at most so many at once, or the candidates of one prompt -> its dict, the
-    rows in the order of the prompts. Prompts of like lengths sample together; what --select has to give, each group
-    has of its own."""
-    G, groups, order = num_generations, [], []
-    by_length = sorted(range(0, len(prompts), G), key=lambda row: len(prompts[row]))     # the first rows of prompts
-    for firsts in np.array_split(by_length, math.ceil(len(by_length) / max(1, rows_at_once // G))):
-        rows = [row + g for row in sorted(firsts) for g in range(G)]
-        groups.append(rollout(student, teacher, [prompts[row] for row in rows], num_generations=G, **settings))
-        order += rows
+    """rollout, of at most so many rows at once, but of all candidates of a prompt -> its dict, of all rows. Best on
+    prompts sorted by length, since those of a group are padded to its longest. select_at chooses within each group."""
+    size = max(1, rows_at_once // num_generations) * num_generations
+    groups = [rollout(student, teacher, prompts[start:start + size], num_generations=num_generations, **settings)
+              for start in range(0, len(prompts), size)]
     out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
     for name in groups[0]:
-        values = [value for group in groups for value in group[name]]                    # of a row each
-        values = [values[place] for place in np.argsort(order)]
+        rows = [row for group in groups for row in group[name]]
         side = "left" if name.startswith("prompt") else "right"
-        out[name] = values if name == "teacher_hidden" else torch.nn.utils.rnn.pad_sequence(
-            values, batch_first=True, padding_side=side) if values[0].dim() else torch.stack(values)
+        out[name] = rows if name == "teacher_hidden" else torch.nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_side=side) if rows[0].dim() else torch.stack(rows)
     return out
 
 def gather_from_ranks(items):
@@ -648,8 +638,7 @@ def gather_from_ranks(items):
 def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, log_probs, *, student_head, teacher_head,
                        token_loss, measure=lambda *_: {}, chunk_tokens=192):
     """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight,
-    log_probs (N,) -> gradient wrt hidden (N, H), sum of weighted losses, measures by chunk. The head's gradient adds
-    up in place."""
+    log_probs (N,) -> gradient wrt hidden (N, H), sum of weighted losses, measures by chunk."""
     grads, total, measures = [], 0.0, []
     for states, teacher_states, ids, weight, sampled in zip(*(column.split(chunk_tokens) for column in (
             hidden.detach(), teacher_hidden, response_ids, token_weight, log_probs))):
@@ -668,8 +657,7 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
                autocast=contextlib.nullcontext(), **chunk):
     """One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures; {}
     without a token to train on. batch: prompt_ids, prompt_mask (B, S); response_ids, loss_mask, token_weight, log_probs
-    (B, T); teacher_hidden (B tensors); chunk: for backward_in_chunks. FloatingPointError, no weight changed, if not
-    finite."""
+    (B, T); teacher_hidden (B tensors); chunk: for backward_in_chunks. FloatingPointError, before any weight changes."""
     lengths = batch["loss_mask"].sum(-1)                                         # (B,)
     # Of the whole step: a mean per micro-batch or rank would give the tokens beside short rows a larger weight
     num_tokens = sum(gather_from_ranks([int(lengths.sum())]))                        # N of the whole step
@@ -714,10 +702,12 @@ def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, ma
     means = {name: torch.cat([part[name] for part in parts]).nanmean().item() for name in parts[0]}
     return {"loss": loss, "grad_norm": grad_norm, "num_tokens": num_tokens, **means}
 
-def forward_flops(size, lengths):
-    """Floating-point operations of one forward over rows of so many tokens (B,), by size (parameters N, n_layer,
-    d_model) -> float: the sum of 2 N L + 2 n_layer d_model L^2. Decoding costs a forward, an update three."""
-    return float((2 * size[0] * lengths.double() + 2 * size[1] * size[2] * lengths.double() ** 2).sum())
+def forward_flops(model, lengths):
+    """Floating-point operations of one forward over rows of so many tokens (B,) -> float: the sum of 2 N L + 2 n_layer
+    d_model L^2, N parameters. Decoding costs a forward, an update three."""
+    config, L = model.config.get_text_config(), lengths.double()
+    per_row = 2 * model.num_parameters() * L + 2 * config.num_hidden_layers * config.hidden_size * L ** 2
+    return float(per_row.sum())
 
 # ---- 11. The tiny world: a made-up language in which distillation can be watched -----------------------------
 #     A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step by step: "first
@@ -848,8 +838,8 @@ def explain(error, run):
     if isinstance(error, FloatingPointError) or "probability tensor" in text:    # what torch says of drawing from NaN
         return f"{phase} is not finite: {text}", 2
     if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:
-        named = f"{error.filename}: {error.strerror}; check the path" if getattr(error, "filename", None) else text
-        return named + (f"; pip install {error.name.split('.')[0]}" if getattr(error, "name", None) else ""), 2
+        module, path = getattr(error, "name", None), getattr(error, "filename", None)
+        return text + (f"; pip install {module.split('.')[0]}" if module else "; check the path" if path else ""), 2
     return "another process has ended" if dist.is_initialized() and re.search("peer|NCCL", text) else "", 1
 
 def open_tracker(kind, folder, flags, step):
@@ -882,11 +872,10 @@ def read_data(args, tokenizer):
             enable_thinking=args.enable_thinking)} for problem in load_problems(path)]
     data = argparse.Namespace(tokenizer=tokenizer, eval={}, pools=[])
     for path in args.eval_file:
-        data.eval[os.path.splitext(os.path.basename(path))[0]] = problems = read(path)
+        problems, name = read(path), os.path.splitext(os.path.basename(path))[0]
         if any(problem["answer"] is None for problem in problems):
             raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
-    if len(data.eval) < len(args.eval_file):
-        raise ValueError("--eval_file names two files alike; results go by the name, without its folder, so rename one")
+        data.eval[path if name in data.eval else name] = problems
     for path in args.train_file:
         data.pools.append([item for item in read(path) if len(item["prompt_ids"]) <= args.max_prompt_length])
         if not data.pools[-1]:
@@ -905,46 +894,42 @@ def read_inputs(args, checkpoint=None):
         except Exception as error:        # transformers, safetensors, json: each has errors of its own
             raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    student, bf16 = checkpoint or args.student, args.dtype == "bfloat16" or args.dtype + device.type == "autocuda"
-    run, low = read_data(args, load(AutoTokenizer, student)), torch.bfloat16 if bf16 else torch.float32
+    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    low, student = torch.bfloat16 if bf16 else torch.float32, checkpoint or args.student
+    run = read_data(args, load(AutoTokenizer, student))
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
-    run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(device).eval()
-    if bf16 and not args.eval_only:
-        # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-        run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(device).eval()
-    run.device, models = run.sampler.device, [run.student]
-    if args.teacher and not args.eval_only:
+    run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(device)
+    run.device, models, eos_ids = run.sampler.device, [run.student], stop_ids(run.student, run.tokenizer)
+    if not args.eval_only:
+        if bf16:
+            # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
+            run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(device)
         run.teacher_tokenizer = load(AutoTokenizer, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(device).eval()
-        models.append(run.teacher)
+        run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(device)
+        models = [run.student, run.teacher]
+        if args.cold_start_steps:                             # it teaches the teacher's stop token, too
+            eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
+            run.student.generation_config.eos_token_id = sorted(eos_ids)
     run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1,
                          *(model.get_output_embeddings().weight.shape[0] for model in models))
     if args.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
-    eos_ids = stop_ids(run.student, run.tokenizer)
-    if args.cold_start_steps and not args.eval_only:          # it teaches the teacher's stop token, too
-        eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
-        run.student.generation_config.eos_token_id = sorted(eos_ids)
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         static_cache=args.static_cache, pad_id=0)         # any id would do: the masks tell padding
-    ids, run.sizes = torch.tensor([(run.train or [*run.eval.values()][0])[0]["prompt_ids"][:16]], device=device), []
-    run.token_bytes = 0                                       # what the caches of all models keep of a token
+    ids, run.token_bytes = torch.arange(16, device=device)[None], 0                      # a text, whatever it says
+    known = {"DynamicLayer"} if args.static_cache else {"DynamicLayer", "DynamicSlidingWindowLayer"}
     for model in models:
-        output, states = model(input_ids=ids), getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
-        cache = StaticCache(model.config, max_cache_len=1) if args.static_cache else DynamicCache(config=model.config)
-        known = states is not None and not getattr(model, "_is_stateful", False)   # Mamba: no row can leave its cache
-        known &= all(re.match("(Static|Dynamic(SlidingWindow)?)Layer", type(layer).__name__) for layer in cache.layers)
+        output, states = model(input_ids=ids), model.base_model(input_ids=ids).last_hidden_state
         own = output.logits
-        error = (own - head_logits(model, states, own.shape[-1])).abs().max() if known else math.inf
-        if error > 5e-3 * own.abs().max() and not (known and args.eval_only):
+        error = (own - head_logits(model, states, own.shape[-1])).abs().max()
+        layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+        if layers - known or error > 5e-3 * own.abs().max() and not args.eval_only:
             raise ValueError(f"{model.config.model_type} models are not supported: their logits are not head_logits of "
                              "the last hidden states, or their cache is not keys and values (--static_cache: of all)")
-        config = model.config.get_text_config()
-        run.sizes.append((model.num_parameters(), config.num_hidden_layers, config.hidden_size))
         run.token_bytes += sum(part.nbytes for layer in output.past_key_values.layers
-                               for part in (layer.keys, layer.values)) // ids.numel()
+                               for part in (layer.keys, layer.values)) // ids.numel()    # of all models
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))         # to the end of the step
     run.optimizer.register_step_post_hook(lambda *_: run.sampler.load_state_dict(run.student.state_dict()))
@@ -957,14 +942,10 @@ def read_inputs(args, checkpoint=None):
     return run
 
 def rows_that_fit(run, args):
-    """How many rows the caches of both models have room for, to the full length, in half of what a GPU has free when
-    the optimizer has its share (our choice: the other half is for all else); without a GPU all rows of a step."""
-    rows = args.batch_size * args.num_generations
-    if run.device.type != "cuda":
-        return rows
-    free = torch.cuda.mem_get_info(run.device)[0] - 12 * run.sizes[0][0]         # gradient, and Adam's two moments
-    columns = args.max_prompt_length + max(args.max_new_tokens, (args.method == "prune") * args.cap_max)
-    return max(1, min(rows, int(free / 2 / (run.token_bytes * columns))))
+    """Rows to sample at once: all of a step; on a GPU those whose caches take a third of what is free (our choice)."""
+    columns = args.max_prompt_length + (args.cap_max if args.method == "prune" else args.max_new_tokens)
+    free = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else math.inf
+    return int(max(1, min(args.batch_size * args.num_generations, free / 3 / (run.token_bytes * columns))))
 
 def preflight(run, args):
     """What to look at before a run is paid for, and what ruins runs in silence -> list of lines."""
@@ -975,8 +956,7 @@ def preflight(run, args):
     log_q = torch.cat(sampled_log_probs(run.teacher, out, run.vocab_size))
     sides = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
     stops, templates = [sorted(stop_ids(*side[1:])) for side in sides], [side[2].chat_template for side in sides]
-    over = {"topk": f"{args.support} top {args.overlap_k}", "reverse_kl": "all tokens", "sampled": "the sampled token"}
-    lines = [f"method {args.method}; loss {args.loss}: KL(student || teacher) over {over[args.loss]}, mean over a step",
+    lines = [f"method {args.method}; loss {args.loss} of KL(student || teacher), mean over the tokens of a step",
              f"data: {len(run.train)} training prompts, those that are too long left out; {readable} of the first "
              f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.train[0]['prompt_ids'])!r}",
              f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, top-{args.overlap_k} "
@@ -993,13 +973,14 @@ def preflight(run, args):
 
 # ---- 13. Main. This, section 1, save_checkpoint, read_data, read_inputs and preflight see the flags: no others
 def draw_prompts(run, args, step):
-    """This rank's share of the problems of a step, each num_generations times: row p * G + g."""
+    """This rank's share of the problems of a step, short prompts first, each num_generations times: row p * G + g."""
     edges = np.rint(np.cumsum([0, *(args.mix or [1])]) * args.batch_size).astype(int).tolist()   # to the nearest prompt
     drawn = [pool[index] for pool, first, last in zip(run.pools if args.mix else [run.train], edges, edges[1:])
              for index in batch_indices(step, last - first, len(pool), args.seed)]
     # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
     torch.manual_seed((args.seed * 1_000_003 + step) * NUM_RANKS + RANK)
-    return [problem for problem in drawn[RANK::NUM_RANKS] for _ in range(args.num_generations)]
+    own = sorted(drawn[RANK::NUM_RANKS], key=lambda problem: len(problem["prompt_ids"]))
+    return [problem for problem in own for _ in range(args.num_generations)]
 
 def cold_start_step(run, args, step):
     """A supervised step before OPD, on the teacher's own solutions that are right -> their share.  [Rethinking-OPD]"""
@@ -1019,8 +1000,8 @@ def cold_start_step(run, args, step):
     rows = torch.stack([out["prompt_mask"].sum(-1), mask.sum(-1), right], dim=1)
     prompt, length, right = torch.cat(gather_from_ranks([rows.cpu()])).T
     run.state["cold_start_tokens"] += int(length.sum())
-    run.state["flops"] += forward_flops(run.sizes[1], prompt + length)
-    run.state["flops"] += 3 * forward_flops(run.sizes[0], (prompt + length)[right > 0])
+    run.state["flops"] += forward_flops(run.teacher, prompt + length)
+    run.state["flops"] += 3 * forward_flops(run.student, (prompt + length)[right > 0])
     return right.double().mean().item()
 
 def opd_step(run, args, step):
@@ -1066,8 +1047,8 @@ def opd_step(run, args, step):
             hit_ratio=args.cap_hit_ratio, patience=args.cap_patience, low=args.cap_min, high=args.cap_max)
     for name, count in (("generated", length), ("teacher", length), ("trained", trained)):
         state[f"{name}_tokens"] += int(count.sum())
-    forward = sum(forward_flops(size, prompt + length) for size in run.sizes)
-    state["flops"] += forward + 3 * forward_flops(run.sizes[0], (prompt + trained)[trained > 0])
+    state["flops"] += forward_flops(run.student, prompt + length) + forward_flops(run.teacher, prompt + length)
+    state["flops"] += 3 * forward_flops(run.student, (prompt + trained)[trained > 0])
     update["overlap_ratio"] = (agreed.sum() / length.sum()).item()    # of all that was sampled, not what is trained on
     return dict(
         step=step, **update, **state, max_length=row["max_length"], learning_rate=learning_rate,
@@ -1075,8 +1056,7 @@ def opd_step(run, args, step):
         reliable_length=reliable.mean().item(), truncated_fraction=1 - ended.mean().item(),
         kept_fraction=kept.mean().item(), repetition=repeated.mean().item(), time_update=updated - sampled,
         time_rollout=sampled - begin - out["teacher_seconds"], time_teacher=out["teacher_seconds"],
-        time_validation=0.0, peak_memory_gb=torch.cuda.max_memory_allocated(run.device) / 2 ** 30
-        if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+        time_validation=0.0, peak_memory_gb=torch.cuda.max_memory_allocated(run.device.index) / 2 ** 30)
 
 def extrapolation_step(run, args):
     """Move the student on along its update since the last time, if that helps -> what it adds to the step's metrics."""
@@ -1090,7 +1070,7 @@ def extrapolation_step(run, args):
         lengths = torch.tensor([[len(answer["prompt_ids"]), answer["length"]] for answer in answers])
         for name in ("validation_tokens", "generated_tokens"):                   # its samples are part of the price
             run.state[name] += int(lengths[:, 1].sum())
-        run.state["flops"] += forward_flops(run.sizes[0], lengths.sum(-1))
+        run.state["flops"] += forward_flops(run.student, lengths.sum(-1))
         return score["avg_at_n"]
     run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
     for model in (run.student, run.sampler):                  # what was accepted: the next anchor
@@ -1210,9 +1190,6 @@ def report_table(runs):
         return f"{100 * values.mean():{sign}.1f}" + (f"±{100 * error:.1f}" if np.isfinite(error) else "")
     def mean(group, key, step="last"):
         return np.array([run[step].get(key) for run in group], float).mean()
-    def amount(number):                                       # 142935 -> 142.9k
-        power = int(math.log10(max(1, number)) // 3)
-        return f"{number / 1000 ** power:.4g}{' kMGTPEZY'[power].strip()}"
     names = sorted({run["group"] for run in runs}, key=lambda name: (name.split("/")[-1] != "opd", name))
     groups = {name: [run for run in runs if run["group"] == name] for name in names}
     baseline, rows = groups[names[0]], []
@@ -1232,8 +1209,9 @@ def report_table(runs):
         for label, key in {"generated": "generated_tokens", "scored": "teacher_tokens", "trained": "trained_tokens",
                            "FLOPs": "flops", "rollout s": "rollout_seconds", "all s": "seconds"}.items():
             own, other = mean(group, key), mean(baseline, key)
-            row[label] = amount(own) + (f" {own / other:.2f}x" if other and len(groups) > 1 else "")
-        row["eval s"] = amount(np.mean([sum(item.get("time_eval", 0) for item in run["evals"]) for run in group]))
+            row[label] = tqdm.format_sizeof(own) + (f" {own / other:.2f}x" if other and len(groups) > 1 else "")
+        graded = [sum(item.get("time_eval", 0) for item in run["evals"]) for run in group]
+        row["eval s"] = tqdm.format_sizeof(np.mean(graded))
         rows.append(row)
     notes = ["accuracy in %, ±: standard error over seeds, of a single run over problems; entropies: student teacher"]
     if len(rows) == 1:

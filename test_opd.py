@@ -240,9 +240,9 @@ def test_an_empty_intersection_costs_nothing_and_pulls_nowhere():
     assert opd.reverse_kl_topk(z, -z, 3, "intersection").item() == 0 and grad.abs().max() == 0
 
 
-def test_an_unknown_support_is_a_value_error_that_names_the_four():
-    with pytest.raises(ValueError, match="student, teacher, intersection, union"):
-        opd.reverse_kl_topk(logits(1, 1), logits(1, 1), 3, "neither")
+def test_an_unknown_support_raises():
+    with pytest.raises(KeyError, match="both"):
+        opd.reverse_kl_topk(logits(1), logits(1), 2, "both")
 
 
 # ---- 2. Overlap and alignment (section 4) ------------------------------------------------------------------
@@ -480,9 +480,11 @@ def test_the_order_of_problems_depends_on_the_arguments_alone():
 
 
 def test_the_flops_of_a_forward_by_hand():
-    """10 parameters, one layer of width 1, rows of 5 and 2 tokens."""
-    assert opd.forward_flops((10, 1, 1), torch.tensor([5, 2])) == 2 * 10 * 5 + 2 * 25 + 2 * 10 * 2 + 2 * 4
-    assert opd.forward_flops((10, 1, 1), torch.tensor([])) == 0
+    """10 parameters, three layers of width 1, rows of 5 and 2 tokens."""
+    config = types.SimpleNamespace(num_hidden_layers=3, hidden_size=1)
+    model = types.SimpleNamespace(num_parameters=lambda: 10, config=types.SimpleNamespace(get_text_config=lambda: config))
+    assert opd.forward_flops(model, torch.tensor([5, 2])) == 2 * 10 * 5 + 6 * 25 + 2 * 10 * 2 + 6 * 4
+    assert opd.forward_flops(model, torch.tensor([])) == 0
 
 
 Z, T, OVERLAP, MASK = logits(2, 3, seed=1), logits(2, 3, seed=2), torch.rand(2, 3), torch.ones(2, 3).bool()
@@ -797,11 +799,8 @@ def test_a_probe_window_over_the_prefix_is_the_whole_prefix():
         assert out["kept"].tolist() == opd.select_prefixes(score.view(3, 2), 4).flatten().tolist()
 
 
-def test_a_keep_ratio_below_one_per_prompt_keeps_one_per_prompt(world, tmp_path, monkeypatch):
-    asked, rollout = [], opd.rollout
-    monkeypatch.setattr(opd, "rollout", lambda *args, **how: asked.append(how.get("num_keep")) or rollout(*args, **how))
-    train(world, tmp_path, method="prefix-guided", keep_ratio=.1, max_steps=1)
-    assert [number for number in asked if number is not None] == [2]             # of two prompts
+def test_a_keep_ratio_below_one_per_prompt_keeps_one_per_prompt():
+    assert guided(keep_ratio=.1)["kept"].view(3, 2).sum(1).tolist() == [1, 1, 1]
 
 
 def test_rows_that_ended_in_the_prefix_stay_and_take_no_slot_from_others():
@@ -856,10 +855,11 @@ def test_models_with_a_softcap_or_a_scale_behind_their_head_are_refused_by_name(
     opd.read_inputs(opd.parse_args(command(world, tmp_path, **flags, eval_only=True)))     # it asks for no logits of ours
 
 
-@pytest.mark.parametrize("rows_at_once, groups", [(1, 4), (3, 4), (4, 2), (6, 2), (7, 2), (8, 1), (100, 1)])
-def test_groups_of_prompts_give_the_rollout_of_all_rows_in_its_order(rows_at_once, groups):
-    """Two candidates of each of 4 prompts stay together; prompts of like lengths do, too: 9 and 7, 3 and 2."""
-    lengths = [length for length in (3, 9, 2, 7) for _ in range(2)]
+@pytest.mark.parametrize("rows_at_once, widths", [
+    (1, [2, 3, 7, 9]), (3, [2, 3, 7, 9]), (4, [3, 9]), (5, [3, 9]), (6, [7, 9]), (8, [9]), (100, [9])])
+def test_groups_of_prompts_give_the_rollout_of_all_rows(rows_at_once, widths):
+    """The two candidates of each prompt stay together; a group is as wide as its longest prompt."""
+    lengths = [length for length in (2, 3, 7, 9) for _ in range(2)]
     eos_ids = staggered_ends(STUDENT, *prompts(*lengths))
     whole = roll(STUDENT, TEACHER, lengths, eos_ids=eos_ids)
     shapes, stop = forward_shapes(STUDENT)
@@ -868,14 +868,23 @@ def test_groups_of_prompts_give_the_rollout_of_all_rows_in_its_order(rows_at_onc
         **{**SAMPLING, "eos_ids": eos_ids}, max_length=12, temperature=0, overlap_k=4)
     stop()
     first = [shape for shape in shapes if shape[1] > 1]       # the prompts of each group
-    assert len(first) == groups and sum(rows for rows, _ in first) == 8 and out.keys() == whole.keys()
-    assert max(rows for rows, _ in first) <= max(2, rows_at_once)
-    assert sorted(width for _, width in first) == {4: [2, 3, 7, 9], 2: [3, 9], 1: [9]}[groups]
+    assert [width for _, width in first] == widths and sum(rows for rows, _ in first) == 8
+    assert max(rows for rows, _ in first) <= max(2, rows_at_once) and out.keys() == whole.keys()
     for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "overlap", "ended", "kept"):
         assert out[name].tolist() == whole[name].tolist(), name
         assert out[name].dtype == whole[name].dtype, name
     for states, others in zip(out["teacher_hidden"], whole["teacher_hidden"], strict=True):
         close(states, others, rtol=1e-3, atol=1e-4)
+
+
+def test_the_prompts_of_a_step_come_short_ones_first_with_their_candidates_together():
+    problems = [dict(problem=f"{index}", prompt_ids=[2] * length) for index, length in enumerate((5, 2, 9, 2, 7, 3))]
+    args = opd.parse_args(["--batch_size", "4", "--num_generations", "3"])
+    drawn = opd.draw_prompts(types.SimpleNamespace(train=problems), args, step=1)
+    lengths = [len(problem["prompt_ids"]) for problem in drawn[::3]]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 1
+    assert [problem["problem"] for problem in drawn] == [problem["problem"] for problem in drawn[::3] for _ in range(3)]
+    assert {int(problem["problem"]) for problem in drawn} == set(opd.batch_indices(1, 4, 6, args.seed))
 
 
 def test_one_group_of_all_rows_draws_what_a_rollout_draws():
@@ -1340,9 +1349,7 @@ MISTAKES = {
     "fewer answers once long prompts are left out":
         (dict(extrapolate=True, validation_size=9, max_prompt_length=5), "9"),
     "an output folder that cannot be made": (dict(output_dir="{world}/bad.jsonl/out"), "bad.jsonl"),
-    "a checkpoint that is nowhere": (dict(resume="{world}/nowhere"), "nowhere/trainer_state.pt: No such file"),
-    "two evaluation files of one name":
-        (dict(eval_file=["{world}/eval.jsonl", "{world}/again/eval.jsonl"]), "eval"),
+    "a checkpoint that is nowhere": (dict(resume="{world}/nowhere"), "nowhere is no whole checkpoint"),
 }
 
 
@@ -1459,9 +1466,10 @@ def test_where_everything_sampled_is_trained_on_the_three_token_counts_are_one(f
 
 
 def test_distillation_moves_the_student_towards_the_teacher(world, tmp_path):
-    _, steps, _ = train(world, tmp_path, max_steps=60, batch_size=4, learning_rate=3e-3)
-    assert steps[-1]["reverse_kl"] < .8 * steps[0]["reverse_kl"]
-    assert steps[-1]["overlap_ratio"] > steps[0]["overlap_ratio"] + .1
+    _, steps, _ = train(world, tmp_path, max_steps=60, batch_size=4, learning_rate=3e-3, loss="reverse_kl")
+    before, after = ({name: median([line[name] for line in part]) for name in ("reverse_kl", "overlap_ratio")}
+                     for part in (steps[:10], steps[-10:]))   # of the 8 rows of one step, chance would decide
+    assert after["reverse_kl"] < .8 * before["reverse_kl"] and after["overlap_ratio"] > before["overlap_ratio"] + .1
 
 
 def test_a_growing_horizon_and_a_moving_cap_show_in_the_length_of_rollouts(world, tmp_path):
@@ -1517,6 +1525,13 @@ def test_eval_only_grades_a_model_file_by_file(world, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith("checkpoint")]
 
 
+def test_of_two_evaluation_files_of_one_name_the_second_goes_by_its_path(world, tmp_path):
+    again = str(world / "again" / "eval.jsonl")
+    results = opd.main(command(world, tmp_path, eval_only=True, teacher=None, train_file=None,
+                               eval_file=[world / "eval.jsonl", again]))
+    assert {name: row["num_problems"] for name, row in results.items()} == {"eval": 3, again: 2}
+
+
 def evaluate(*golds):
     problems = [{"problem": "1", "answer": gold, "prompt_ids": [2, 7, 3]} for gold in golds]
     return opd.evaluate(
@@ -1524,11 +1539,9 @@ def evaluate(*golds):
         rows_per_batch=4, decoding=dict(SAMPLING, max_length=8, temperature=1.0, top_p=1.0))
 
 
-def test_evaluation_draws_from_a_random_stream_of_its_own():
+def test_an_evaluation_does_not_depend_on_what_was_drawn_before():
     torch.manual_seed(0)
-    before = torch.get_rng_state()
     first = evaluate("1", "2")
-    assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     assert str(evaluate("1", "2")) == str(first)
 
@@ -1665,13 +1678,13 @@ def test_the_caches_keep_of_a_token_the_keys_and_values_of_all_layers_of_both_mo
 
 
 @pytest.mark.parametrize("gigabytes, method, rows", [
-    (1000, "opd", 256), (44, "opd", 100), (44, "prune", 50), (25, "opd", 5), (24, "opd", 1), (5, "opd", 1)])
-def test_by_default_a_gpu_samples_as_many_rows_as_half_of_its_free_memory_holds(gigabytes, method, rows, monkeypatch):
-    """The gradient and Adam's moments of 2 billion parameters take 24 GB first; a row of 1,000 tokens takes .1 GB."""
+    (1000, "opd", 256), (30, "opd", 100), (30, "prune", 50), (.3, "opd", 1), (.1, "opd", 1)])
+def test_by_default_a_gpu_samples_as_many_rows_as_a_third_of_its_free_memory_holds(gigabytes, method, rows, monkeypatch):
+    """A row of 1,000 tokens takes .1 GB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 10 ** 9, None))
     args = opd.parse_args(["--batch_size", "64", "--max_prompt_length", "200", "--max_new_tokens", "800",
                            "--cap_max", "1800", "--method", method])
-    run = types.SimpleNamespace(device=torch.device("cuda"), sizes=[(2 * 10 ** 9, 1, 1)], token_bytes=100_000)
+    run = types.SimpleNamespace(device=torch.device("cuda"), token_bytes=100_000)
     assert opd.rows_that_fit(run, args) == rows
     run.device = torch.device("cpu")
     assert opd.rows_that_fit(run, args) == 256
@@ -1835,10 +1848,10 @@ def test_costs_are_means_over_seeds_with_their_ratio_to_the_baseline(tmp_path):
     rows, _ = report(tmp_path)
     shown = ("generated", "scored", "trained", "FLOPs", "rollout s", "all s", "eval s", "overlap", "entropies")
     assert [rows["opd"][key] for key in shown] == [
-        "200k 1.00x", "160k 1.00x", "100k 1.00x", "200G 1.00x", "400 1.00x", "800 1.00x", "10",
+        "200k 1.00x", "160k 1.00x", "100k 1.00x", "200G 1.00x", "400 1.00x", "800 1.00x", "10.0",
         "0.60->0.70", "0.40 0.30"]
     assert [rows["prefix"][key] for key in shown[:7]] == [
-        "100k 0.50x", "80k 0.50x", "50k 0.50x", "100G 0.50x", "200 0.50x", "400 0.50x", "10"]
+        "100k 0.50x", "80k 0.50x", "50k 0.50x", "100G 0.50x", "200 0.50x", "400 0.50x", "10.0"]
 
 
 def test_seconds_in_all_count_whatever_a_step_timed(tmp_path):
@@ -1852,14 +1865,14 @@ def test_a_run_that_was_broken_off_counts_up_to_its_last_whole_line(tmp_path):
     made_run(tmp_path / "x", after=None, steps=3, text='{"step": 4, "lo')            # killed while it wrote
     rows, _ = report(tmp_path)
     assert [rows["x"][key] for key in ("after", "minus opd", "gap", "generated")] == [
-        "-", "", "-", "3k 1.50x"]
+        "-", "", "-", "3.00k 1.50x"]
 
 
 def test_half_a_line_is_left_out_wherever_it_is(tmp_path):
     """A run is killed while it writes, then --eval_only adds a line to the same file."""
     made_run(tmp_path / "opd")
     made_run(tmp_path / "x", after=None, text='{"step": 3, "lo' + json.dumps(graded(0, "eval_only", .5)) + "\n")
-    assert report(tmp_path)[0]["x"]["generated"] == "2k 1.00x"
+    assert report(tmp_path)[0]["x"]["generated"] == "2.00k 1.00x"
 
 
 def test_runs_without_evaluations_are_listed_and_leave_no_curve(tmp_path):
@@ -1867,7 +1880,7 @@ def test_runs_without_evaluations_are_listed_and_leave_no_curve(tmp_path):
     made_run(tmp_path / "y", after=None)                                             # broken off: no second point
     made_run(tmp_path / "x", before=None, after=None)
     rows, _ = report(tmp_path)
-    assert [rows["x"][key] for key in ("teacher", "before", "after", "gap", "eval s")] == ["-", "-", "-", "-", "0"]
+    assert [rows["x"][key] for key in ("teacher", "before", "after", "gap", "eval s")] == ["-", "-", "-", "-", "0.00"]
     figure = opd.draw_report([opd.read_run(tmp_path, name) for name in ("opd", "x", "y")])
     curves = [len(axes.collections) for axes in figure.axes]
     assert curves == [1, 0, 1]                                                       # bands
@@ -1902,7 +1915,7 @@ def test_one_group_is_printed_one_fact_a_line_without_ratios(tmp_path, capsys):
     made_run(tmp_path / "x" / "seed-3")
     opd.main(["--report", str(tmp_path)])
     facts = {line[:32].strip(): line[32:].strip() for line in capsys.readouterr().out.splitlines()}
-    expected = {"": "x", "after": "60.0±2.0", "generated": "2k", "all s": "8", "gap": "62%", "eval s": "10"}
+    expected = {"": "x", "after": "60.0±2.0", "generated": "2.00k", "all s": "8.00", "gap": "62%", "eval s": "10.0"}
     assert {label: facts[label] for label in expected} == expected and not any("minus" in label for label in facts)
 
 
@@ -2707,8 +2720,8 @@ def test_the_anchor_of_an_extrapolation_is_the_student_after_its_cold_start(worl
 def test_a_cold_start_is_paid_for_in_tokens_of_its_own_and_in_flops(world, tmp_path, monkeypatch, updates):
     monkeypatch.setattr(opd, "is_correct", says_a)
     _, (step,), _ = train(world, tmp_path, **{**COLD, "cold_start_steps": 2}, method="prefix-guided")
-    models = [transformers.AutoModelForCausalLM.from_pretrained(world / name) for name in ("student", "teacher")]
-    student, teacher = ((model.num_parameters(), 2, model.config.hidden_size) for model in models)
+    student, teacher = (
+        transformers.AutoModelForCausalLM.from_pretrained(world / name) for name in ("student", "teacher"))
     flops, sampled = 0, []
     for index, update in enumerate(updates):
         prompt, response, trained = (mask.sum(-1) for mask in (
@@ -3244,11 +3257,12 @@ def machine(device):
 def floors(model, prompt, lengths, bandwidth, operations):
     """Seconds that no program can beat for rows with a prompt and response of so many tokens: to sample them, and for a
     forward over them. Sampling reads all weights at every step, and the keys and values of the rows that still run."""
-    config, embedding = model.config, model.get_input_embeddings().weight
-    size = model.num_parameters() - embedding.numel(), config.num_hidden_layers, config.hidden_size
+    config, embedding = model.config, model.get_input_embeddings().weight            # which is looked up, not multiplied
     kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim           # of one token
-    numbers = size[0] * int(lengths.max()) + kept * int((prompt * lengths + lengths ** 2 / 2).sum())
-    forward = opd.forward_flops(size, prompt + lengths) / operations
+    numbers = (model.num_parameters() - embedding.numel()) * int(lengths.max())
+    numbers += kept * int((prompt * lengths + lengths ** 2 / 2).sum())
+    forward = opd.forward_flops(model, prompt + lengths) - 2 * embedding.numel() * int((prompt + lengths).sum())
+    forward /= operations
     return max(numbers * embedding.element_size() / bandwidth, forward), forward
 
 
@@ -3478,8 +3492,7 @@ def test_the_floor_of_sampling_reads_the_weights_at_every_step_and_what_running_
     cached = 2 * 16 * 4 * ((3 + 1) * 2 + (3 + 2) * 4)         # keys and values of 16 numbers, a prompt of 3
     assert floors(model, torch.tensor([3, 3]), lengths, 10.0, 1e30)[0] == pytest.approx((4 * weights + cached) / 10)
     sampling, forward = floors(model, torch.tensor([3, 3]), lengths, 1e30, 10.0)
-    assert sampling == forward == pytest.approx(
-        opd.forward_flops((weights / 4, 1, 64), torch.tensor([5, 7])) / 10)
+    assert sampling == forward == pytest.approx((2 * weights / 4 * (5 + 7) + 2 * 64 * (5 ** 2 + 7 ** 2)) / 10)
 
 
 def show_memory(tokens=1024, rows=8, vocabulary=151_936):
