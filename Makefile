@@ -15,8 +15,8 @@ test: .venv/ready
 bench: .venv/ready
 	.venv/bin/python test_opd.py bench
 
-# Every method from the same tiny student, with three seeds of its data and its sampling, two runs at a time; then a
-# table and the picture out/compare/report.png. Broken off, it goes on with the runs that are not done.
+# Every method from the same tiny student, with three seeds of everything: the two models, the data, the sampling. Two
+# runs at a time; then a table and the picture out/compare/report.png. Broken off, it goes on with what is not done.
 SEEDS = 0 1 2
 METHODS = opd prefix progressive prefix-guided prune opd-extrapolate opd-budget prefix-guided-random
 compare: .venv/ready
@@ -31,7 +31,8 @@ $(SEEDS:%=out/compare/opd-budget/seed-%/done): out/compare/opd-budget/%/done: ou
 # Another: candidates picked at random. If they do as well, it is not the overlap that helps
 FLAGS_prefix-guided-random = --method prefix-guided --select random
 
-out/compare/%/done: out/world/compatible
+.SECONDEXPANSION:
+out/compare/%/done: out/world/$$(*F)
 	$(call run,$(or $(FLAGS_$(*D)),--method $(*D)) --seed $(subst seed-,,$(*F)))
 
 # A run with the flags $(1), in the world that its target depends on; if it fails, the end of its log is shown.
@@ -52,19 +53,20 @@ conditions: .venv/ready
 FLAGS_4-other-order-cold-start--paper-learns = --cold_start_steps 20
 out/conditions/%/done:
 	$(call run,--method opd $(FLAGS_$*))
-$(filter out/conditions/1%,$(CONDITIONS:%=out/conditions/%/done)): out/world/compatible
+$(filter out/conditions/1%,$(CONDITIONS:%=out/conditions/%/done)): out/world/seed-0
 $(filter out/conditions/2%,$(CONDITIONS:%=out/conditions/%/done)): out/world/other-words
 $(filter out/conditions/3% out/conditions/4%,$(CONDITIONS:%=out/conditions/%/done)): out/world/other-order
 $(filter out/conditions/5%,$(CONDITIONS:%=out/conditions/%/done)): out/world/reverse
 
-# The student is the same in all worlds. Its teachers: other favourite synonyms; "a +3 4" for "a 4 +3", taught for as long
-# as it takes to solve as well; and the two models with their parts exchanged.
+# The student of seed 0 is in all worlds but seed-1 and seed-2. Its teachers: other favourite synonyms; "a +3 4" for
+# "a 4 +3", taught for as long as it takes to solve as well; and the two models with their parts exchanged.
 WORLD_other-words = , teacher_habit=6
 WORLD_other-order = , teacher_order=-1, teacher_steps=250
+.PRECIOUS: out/world/%
 out/world/%: | .venv/ready
 	mkdir -p out/world
-	.venv/bin/python -c "import opd; opd.torch.set_num_threads(1); opd.make_world('$@', 0$(WORLD_$*))"
-out/world/reverse: out/world/compatible
+	.venv/bin/python -c "import opd; opd.torch.set_num_threads(1); opd.make_world('$@', $(or $(patsubst seed-%,%,$(filter seed-%,$*)),0)$(WORLD_$*))"
+out/world/reverse: out/world/seed-0
 	rm -rf $@.partial && cp -r $< $@.partial
 	cd $@.partial && mv student weak && mv teacher student && mv weak teacher
 	mv $@.partial $@

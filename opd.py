@@ -552,16 +552,14 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
             drift=(), static_cache=False):
     """Sample responses to B prompts, lists of ids, segment by segment, on KV caches that nothing is computed for twice.
     The teacher (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
-    select_at, probe_window, keep_ratio: after so many tokens a share of the rows goes on, at least one per prompt, by
-        overlap in the window or at random
+    select_at: there keep_ratio of the rows go on, one a prompt or more, by overlap in the probe_window or at random
     drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
     -> dict, T the longest response: prompt_ids, prompt_mask (B, S); response_ids, response_mask, overlap (B, T),
        log_probs (B, T), as sampled, of the last token of each segment, else NaN; ended (has an EOS), kept (not stopped
        by selection or drift) (B,); teacher_hidden: B of (length, H); teacher_seconds"""
-    device, (prompt_ids, prompt_mask) = student.device, (part.to(student.device) for part in pad_left(prompts, pad_id))
-    B, S = prompt_ids.shape
-    ids = torch.cat([prompt_ids, prompt_ids.new_full((B, max_length), pad_id)], dim=1)           # (B, S + max_length)
-    mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, max_length)], dim=1)
+    (ids, mask), device = (part.to(student.device) for part in pad_left(prompts, pad_id)), student.device
+    B, S = ids.shape
+    ids, mask = F.pad(ids, (0, max_length), value=pad_id), F.pad(mask, (0, max_length))          # (B, S + max_length)
     overlap = torch.zeros(B, max_length, device=device)                              # 0 off the mask
     log_probs = torch.full_like(overlap, torch.nan)
     ended, kept = torch.zeros(B, dtype=torch.bool, device=device), torch.ones(B, dtype=torch.bool, device=device)
@@ -591,23 +589,21 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
                 teacher_hidden[row].append(states[:length].clone())              # a view would keep all of hidden
             teacher_seconds += clock(device) - before
         if border == select_at:
-            window = mask[:, S:S + probe_window]              # a row that ended inside it is judged on what it has
-            score = (overlap[:, :probe_window] * window).sum(-1) / window.sum(-1)
+            score = overlap[:, :probe_window].sum(-1) / mask[:, S:S + probe_window].sum(-1)     # of what is there
             # Rows that ended stay, and take a slot only if nobody wants it, or where all of a prompt ended: one more
             score = torch.where(ended, -1, torch.rand_like(score) if select == "random" else score)
             score = score.view(-1, num_generations)                              # (P, G)
             slots = max(len(score), round(keep_ratio * B)) + int((score == -1).all(1).sum())
             kept &= select_prefixes(score, min(B, slots)).flatten() | ended
         if drift:
-            reliability = drift_weights(overlap[:, :end - S], mask[:, S:end], *drift)[rows, -1]
-            kept[rows] &= (reliability > 1e-8) | ended[rows]
+            kept &= (drift_weights(overlap[:, :end - S], mask[:, S:end], *drift)[:, -1] > 1e-8) | ended
         stay = (kept & ~ended)[rows].nonzero().squeeze(-1)
         rows, start = rows[stay], end
         if not len(rows) or border == max_length:
             break
         for cache in caches[static_cache:] if len(stay) < len(new_ids) else ():
             cache.batch_select_indices(stay)
-    return dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, response_ids=ids[:, S:start], ended=ended, kept=kept,
+    return dict(prompt_ids=ids[:, :S], prompt_mask=mask[:, :S], response_ids=ids[:, S:start], ended=ended, kept=kept,
                 response_mask=mask[:, S:start], overlap=overlap[:, :start - S], log_probs=log_probs[:, :start - S],
                 teacher_hidden=[torch.cat(pieces) if pieces else None for pieces in teacher_hidden],
                 teacher_seconds=teacher_seconds)
