@@ -589,7 +589,7 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
                 teacher_hidden[row].append(states[:length].clone())              # a view would keep all of hidden
             teacher_seconds += clock(device) - before
         if border == select_at:
-            score = overlap[:, :probe_window].sum(-1) / mask[:, S:S + probe_window].sum(-1)     # of what is there
+            score = overlap[:, :probe_window].mean(-1)
             # Rows that ended stay, and take a slot only if nobody wants it, or where all of a prompt ended: one more
             score = torch.where(ended, -1, torch.rand_like(score) if select == "random" else score)
             score = score.view(-1, num_generations)                              # (P, G)
