@@ -1851,7 +1851,7 @@ def test_costs_are_means_over_seeds_with_their_ratio_to_the_baseline(tmp_path):
         "200k 1.00x", "160k 1.00x", "100k 1.00x", "200G 1.00x", "400 1.00x", "800 1.00x", "10.0",
         "0.60->0.70", "0.40 0.30"]
     assert [rows["prefix"][key] for key in shown[:7]] == [
-        "100k 0.50x", "80k 0.50x", "50k 0.50x", "100G 0.50x", "200 0.50x", "400 0.50x", "10.0"]
+        "100k 0.50x", "80.0k 0.50x", "50.0k 0.50x", "100G 0.50x", "200 0.50x", "400 0.50x", "10.0"]
 
 
 def test_seconds_in_all_count_whatever_a_step_timed(tmp_path):
