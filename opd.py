@@ -123,10 +123,9 @@ def parse_args(argv=None):
                     kind, default = {"choices": default}, default[0]
                 elif default is None or default is False:
                     kind = {"nargs": "?", "const": "latest"} if default is None else {"action": "store_true"}
-                shown = "" if default in ("", [], None) or default is False else f" (default {default}"
-                shown += f"; tiny world {TINY[names[0]]})" if names[0] in TINY else ")" * bool(shown)
+                tiny = f"; tiny world {TINY[names[0]]}" if names[0] in TINY else ""
                 group.add_argument(*(f"--{name}" for name in names), default=default, **kind,
-                                   help=(text + shown).replace("%", "%%"))
+                                   help=f"{text} (default {default or repr(default)}{tiny})".replace("%", "%%"))
     args = parser.parse_args(argv)
     if not args.student and not args.teacher:
         args = parser.parse_args(argv, argparse.Namespace(**TINY))
