@@ -49,7 +49,7 @@ FLAGS = {
          "the user's message [Rethinking-OPD]"),
         ("no_chat_template enable_thinking", (False, False), "give the message as it is; let Qwen3's template think"),
         ("dtype", ("auto", "float32", "bfloat16"), "auto: on a GPU bfloat16 with float32 master weights"),
-        ("device", "", "such as cuda, cuda:1, cpu; default: a GPU if there is one"),
+        ("device", "cuda" if torch.cuda.is_available() else "cpu", "such as cuda, cuda:1, cpu"),
         ("seed", 0, "of a tiny world yet to be made, the order of the data, all sampling")],
     "method and loss": [
         ("method", ("opd", "prefix", "progressive", "prefix-guided", "prune"),
@@ -143,7 +143,7 @@ def check_args(args):
     mistakes = {
         "--probe_depths are percentages from 0 to 99": not {*args.probe_depths} <= {*range(100)},
         "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
-        f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
+        f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("cpu", "mps")
         and not (args.device.startswith("cuda") and int(args.device[5:] or 0) < torch.cuda.device_count()),
         "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
         "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
@@ -892,20 +892,19 @@ def read_inputs(args, checkpoint=None):
             return auto_class.from_pretrained(path, **options)
         except Exception as error:        # transformers, safetensors, json: each has errors of its own
             raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and args.device.startswith("cuda")
     low, student = torch.bfloat16 if bf16 else torch.float32, checkpoint or args.student
     run = read_data(args, load(AutoTokenizer, student))
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
-    run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(device)
+    run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(args.device)
     run.device, models, eos_ids = run.sampler.device, [run.student], stop_ids(run.student, run.tokenizer)
     if not args.eval_only:
         if bf16:
             # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-            run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(device)
+            run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(args.device)
         run.teacher_tokenizer = load(AutoTokenizer, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(device)
+        run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(args.device)
         models = [run.student, run.teacher]
         if args.cold_start_steps:                             # it teaches the teacher's stop token, too
             eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
@@ -917,7 +916,7 @@ def read_inputs(args, checkpoint=None):
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         static_cache=args.static_cache, pad_id=0)         # any id would do: the masks tell padding
-    ids, run.token_bytes = torch.arange(16, device=device)[None], 0                      # a text, whatever it says
+    ids, run.token_bytes = torch.arange(16, device=run.device)[None], 0                      # a text, whatever it says
     known = {"DynamicLayer"} if args.static_cache else {"DynamicLayer", "DynamicSlidingWindowLayer"}
     for model in models:
         output, states = model(input_ids=ids), model.base_model(input_ids=ids).last_hidden_state
@@ -936,7 +935,7 @@ def read_inputs(args, checkpoint=None):
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.train_step = functools.partial(
         train_step, run.student, run.optimizer, micro_batch_size=args.micro_batch_size,
-        max_grad_norm=args.max_grad_norm, autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        max_grad_norm=args.max_grad_norm, autocast=torch.autocast(run.device.type, torch.bfloat16, enabled=bf16),
         student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature)
     return run
 
@@ -1263,10 +1262,9 @@ def main(argv=None):
             draw_report(runs).savefig(os.path.join(args.report, "report.png"), dpi=110)
             return {run["name"]: run["final"] for run in runs}
         if NUM_RANKS > 1 and not dist.is_initialized():
-            cuda = args.device.startswith("cuda") or not args.device and torch.cuda.is_available()
-            if cuda:
+            if "cuda" in args.device:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+            dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=datetime.timedelta(hours=2))
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout               # one process speaks for all
         run = open_run(args)
         for number in (signal.SIGINT, signal.SIGTERM):
