@@ -368,10 +368,9 @@ def alignment(student_logits, teacher_logits, response_mask, k):
     return {name: value[response_mask.bool()].nanmean().item() for name, value in values.items()}
 
 def overlap_by_position(overlap, response_mask, parts=8):
-    """Mean overlap in equal parts of the longest response: (B, T), (B, T) -> list of floats; None: no token there."""
-    columns = overlap.tensor_split(parts, dim=1), response_mask.bool().tensor_split(parts, dim=1)
-    pieces = [values[mask] for values, mask in zip(*columns)]
-    return [piece.mean().item() if len(piece) else None for piece in pieces]
+    """Mean overlap in equal parts of the longest response: (B, T), (B, T) -> list of floats; NaN: no token there."""
+    valid = overlap.where(response_mask.bool(), torch.nan)
+    return [part.nanmean().item() for part in valid.tensor_split(parts, dim=1)]
 
 # ---- 5. Who goes on: horizon, selection, drift, cap ----------------------------------------------------------
 def horizon(step, start, growth, every, max_length):
