@@ -1110,8 +1110,7 @@ def open_run(args):
     def record(metrics):
         RANK or append_json(run.files[0], {"step": run.step, **metrics})
         track({name: value for name, value in metrics.items() if type(value) in (int, float)}, run.step)
-    if folder:
-        run.optimizer.load_state_dict(saved.pop("optimizer"))
+    run.optimizer.load_state_dict(saved.pop("optimizer", run.optimizer.state_dict()))
     vars(run).update(saved, flags=flags, phase="set-up", halfway=False, stopped=None, record=record, track=track)
     run.state["rollout_batch_size"] = (
         args.rollout_batch_size or run.state.get("rollout_batch_size") or rows_that_fit(run, args))
