@@ -218,8 +218,7 @@ def load_problems(path):
 
 def ask_math_verify(gold, answer, seconds=3.0, worker={"lock": threading.Lock(), "process": None}):
     """Whether math-verify takes answer for gold, both bare LaTeX; None as answer: whether it can read gold. False when
-    it fails or takes longer. 2003^{2002^{2001}} keeps sympy busy for ever in one C call that only killing its process
-    ends. One process, started slowly, serves all answers, from any thread."""
+    it takes longer: 2003^{2002^{2001}} keeps sympy busy in one C call that only the end of its process ends."""
     code = r"""import json, sys
 from math_verify import parse, verify
 print("ready")
@@ -334,8 +333,7 @@ def head_logits(model, hidden, vocab_size):
 
 def topk_overlap(student_logits, teacher_logits, k):
     """The share of the student's k likeliest tokens that are among the teacher's.                    [Rethinking-OPD]
-    (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Rank inside the top k does not count.
-    Two unrelated models overlap by k / V, not by 0."""
+    (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Two unrelated models overlap by k / V, not by 0."""
     student_topk = student_logits.topk(k, dim=-1).indices                        # (B, T, K)
     teacher_topk = teacher_logits.topk(k, dim=-1).indices                        # (B, T, K)
     shared = student_topk[..., :, None] == teacher_topk[..., None, :]            # (B, T, K, K)
