@@ -793,8 +793,7 @@ def compare_vocabularies(student_vocab, teacher_vocab):
     different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
     if different:
         shown = [f"{token!r} is {student_vocab.get(token)} and {teacher_vocab.get(token)}" for token in different[:3]]
-        raise ValueError(f"student and teacher have different ids for {len(different)} tokens: {', '.join(shown)}; use "
-                         "models with one tokenizer, or a project that distils across tokenizers (TRL's GOLD)")
+        raise ValueError(f"use models of one tokenizer: different ids for {len(different)} tokens: {', '.join(shown)}")
 
 def stop_ids(model, tokenizer):
     """All ids that end a response: the one or several of the generation config, and the tokenizer's EOS."""
