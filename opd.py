@@ -911,7 +911,7 @@ def read_inputs(args, checkpoint=None):
         raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
-                        static_cache=args.static_cache, pad_id=0)         # any id would do: the masks tell padding
+                        static_cache=args.static_cache, temperature=args.temperature, pad_id=0)    # any: masks tell
     ids, run.token_bytes = torch.arange(16, device=run.device)[None], 0                      # a text, whatever it says
     known = {"DynamicLayer"} if args.static_cache else {"DynamicLayer", "DynamicSlidingWindowLayer"}
     for model in models:
@@ -979,9 +979,8 @@ def cold_start_step(run, args, step):
     """A supervised step before OPD, on the teacher's own solutions that are right -> their share.  [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
     problems = draw_prompts(run, args, step)
-    out = rollout_in_groups(
-        run.teacher, None, [problem["prompt_ids"] for problem in problems], run.state["rollout_batch_size"],
-        max_length=args.max_new_tokens, temperature=args.temperature, **run.sampling)
+    out = rollout_in_groups(run.teacher, None, [problem["prompt_ids"] for problem in problems], **run.sampling,
+                            rows_at_once=run.state["rollout_batch_size"], max_length=args.max_new_tokens)
     mask, right = out["response_mask"], out["ended"].clone()
     for row, gold in enumerate(problem["answer"] for problem in problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
@@ -1010,9 +1009,8 @@ def opd_step(run, args, step):
                               probe_window=args.probe_window, keep_ratio=args.keep_ratio),
         "prune": dict(max_length=state["cap"], drift=() if args.no_prune_in_flight else drift)}[args.method]
     run.phase, begin = f"the rollout of step {step}", clock(run.device)
-    out = rollout_in_groups(
-        run.sampler, run.teacher, prompts, state["rollout_batch_size"], num_generations=args.num_generations,
-        overlap_k=args.overlap_k, temperature=args.temperature, **run.sampling, **row)
+    out = rollout_in_groups(run.sampler, run.teacher, prompts, state["rollout_batch_size"], **run.sampling, **row,
+                            num_generations=args.num_generations, overlap_k=args.overlap_k)
     run.phase, sampled = f"the update of step {step}", clock(run.device)
     mask, overlap = out["response_mask"], out["overlap"]
     loss_mask, reliability = mask, drift_weights(overlap, mask, *drift)
@@ -1054,7 +1052,7 @@ def opd_step(run, args, step):
 def extrapolation_step(run, args):
     """Move the student on along its update since the last time, if that helps -> what it adds to the step's metrics."""
     run.phase, begin = "extrapolation", clock(run.device)
-    law = dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens)
+    law = dict(run.sampling, top_p=1.0, max_length=args.max_new_tokens)
     problems = random.Random(args.seed).sample(run.answered, args.validation_size)   # the same every time
     def validate(weights):
         run.sampler.load_state_dict(weights, strict=False)
