@@ -205,10 +205,9 @@ def load_problems(path):
         answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
         answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()
         # What data sets add to a problem fights the template, and a grader of boxes
-        problem = re.sub(
-            r"Solve the following math problem step by step\. The last line of .*? to the problem\."
-            r'|Remember to put your answer on its own line after "Answer:"\.'
-            r"|Please reason step by step, and put your final answer within \\boxed\{\}\.", "", problem).strip()
+        problem = re.sub(r"Solve the following math problem step by step\. The last line of .*? to the problem\."
+                         r'|Remember to put your answer on its own line after "Answer:"\.'
+                         r"|Please reason step by step, and .*? within \\boxed\{\}\.", "", problem).strip()
         problems[problem] = problems.get(problem) or answer or None
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
@@ -321,9 +320,8 @@ def hidden_states(model, ids, mask, num_last, cache=None):
     # Left padding must not count as positions: rotary models only see differences, GPT-2's are absolute
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)                            # (B, L)
     # The shift by one, for scoring and for training: what predicts column t is the state at column t - 1
-    output = model.base_model(
-        input_ids=ids[:, seen:-1], attention_mask=mask[:, :-1].long(), position_ids=positions[:, seen:-1],
-        past_key_values=cache, use_cache=cache is not None)
+    output = model.base_model(input_ids=ids[:, seen:-1], attention_mask=mask[:, :-1].long(), past_key_values=cache,
+                              position_ids=positions[:, seen:-1], use_cache=cache is not None)
     return output.last_hidden_state[:, -num_last:]
 
 def head_logits(model, hidden, vocab_size):
@@ -1041,13 +1039,12 @@ def opd_step(run, args, step):
     state["flops"] += forward_flops(run.student, prompt + length) + forward_flops(run.teacher, prompt + length)
     state["flops"] += 3 * forward_flops(run.student, (prompt + trained)[trained > 0])
     update["overlap_ratio"] = (agreed.sum() / length.sum()).item()    # of all that was sampled, not what is trained on
-    return dict(
-        step=step, **update, **state, max_length=row["max_length"], learning_rate=learning_rate,
-        overlap_by_position=overlap_by_position(overlap, mask), response_length=length.mean().item(),
-        reliable_length=reliable.mean().item(), truncated_fraction=1 - ended.mean().item(),
-        kept_fraction=kept.mean().item(), repetition=repeated.mean().item(), time_update=updated - sampled,
-        time_rollout=sampled - begin - out["teacher_seconds"], time_teacher=out["teacher_seconds"],
-        time_validation=0.0, peak_memory_gb=torch.cuda.max_memory_allocated(run.device.index) / 2 ** 30)
+    return dict(step=step, **update, **state, max_length=row["max_length"], learning_rate=learning_rate,
+                overlap_by_position=overlap_by_position(overlap, mask), response_length=length.mean().item(),
+                reliable_length=reliable.mean().item(), truncated_fraction=1 - ended.mean().item(),
+                kept_fraction=kept.mean().item(), repetition=repeated.mean().item(), time_update=updated - sampled,
+                time_rollout=sampled - begin - out["teacher_seconds"], time_teacher=out["teacher_seconds"],
+                time_validation=0.0, peak_memory_gb=torch.cuda.max_memory_allocated(run.device.index) / 2 ** 30)
 
 def extrapolation_step(run, args):
     """Move the student on along its update since the last time, if that helps -> what it adds to the step's metrics."""
