@@ -344,8 +344,7 @@ def alignment(student_logits, teacher_logits, response_mask, k):
         overlap_ratio            |I| / k
         overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0; where I is empty NaN, left out
         overlap_mass_student     sum_I p;   overlap_mass_teacher  sum_I q
-        entropy_student, entropy_teacher    in nats, over the whole vocabulary;   entropy_gap  |their difference|
-        reverse_kl               KL(student || teacher) over the whole vocabulary, whatever the loss is"""
+        entropy_student, entropy_teacher, entropy_gap (their distance), reverse_kl   in nats, of whole vocabularies"""
     log_p, log_q = F.log_softmax(student_logits.float(), -1), F.log_softmax(teacher_logits.float(), -1)
     ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices      # (B, T, K)
     shared = (ids[..., :, None] == teacher_ids[..., None, :]).any(-1)                    # (B, T, K)
