@@ -1139,9 +1139,8 @@ def grade(run, args, who):
         given += [{"step": run.step, "model": who, "eval": name, **answer} for answer in answers]
     for answer in given:                                      # at the end: what is broken off is done again on resume
         RANK or append_json(run.files[1], {key: answer[key] for key in answer if not key.endswith("_ids")})
-    run.record({
-        "model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
-        "prompt_template": args.prompt_template, "eval_tokens": sum(answer["length"] for answer in given), **run.state})
+    run.record({"model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
+                "prompt_template": args.prompt_template, **run.state})
     run.graded = run.step                                     # others than the student are graded at step 0 only
     return results
 
