@@ -1232,7 +1232,7 @@ def main(argv=None):
     """Run the job that the flags describe -> dict of the final metrics. A user's mistake: one line, exit status 2."""
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
-    started, run = time.perf_counter(), None
+    run = None
     def stop(number=None, _=None):        # a signal stops at once; during an update it waits for the call at the end
         run.stopped, run.halfway = number or run.stopped, run.halfway if number else False
         if run.stopped and not run.halfway:
@@ -1299,8 +1299,7 @@ def main(argv=None):
     if RANK:
         return run.state
     ended, checkpoint = read_run("", args.output_dir), (list_checkpoints(args.output_dir) or ["none"])[-1]
-    print(*report_table([ended]), f"{'wall-clock s':<32}{time.perf_counter() - started:>20.1f}",
-          f"checkpoint in {checkpoint}", sep="\n")
+    print(*report_table([ended]), f"checkpoint in {checkpoint}", sep="\n")
     return dict(run.state, checkpoint=checkpoint, **ended)
 
 if __name__ == "__main__":
