@@ -706,11 +706,10 @@ def forward_flops(model, lengths):
 #     A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step by step: "first
 #     a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is \boxed{ 9 }". Every operation can be undone: a slip carries
 #     through to the answer. Words have synonyms, of which authors like some better: a model's top k are its habits.
-LEXICON = {
-    "special": ["<pad>", "<end>", "<user>", "<solve>"], "frame": ["the", "answer", "\\boxed{", "}"],
-    "digit": list("0123456789"), "operation": [f"+{n}" for n in range(1, 10)] + ["*3", "*7", "*9"],
-    "label": list("abcdefgh"), "opener": "first next then now so here well okay".split(),
-    "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
+LEXICON = {"special": ["<pad>", "<end>", "<user>", "<solve>"], "frame": ["the", "answer", "\\boxed{", "}"],
+           "digit": list("0123456789"), "operation": [f"+{n}" for n in range(1, 10)] + ["*3", "*7", "*9"],
+           "label": list("abcdefgh"), "opener": "first next then now so here well okay".split(),
+           "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
 
 def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
     """A problem of so many steps and an author's solution -> {"problem", "answer"}, [word, ...], [trusted, ...].
@@ -1263,8 +1262,7 @@ def main(argv=None):
                 tqdm.write(f"cold start: {cold_start_step(run, args, step + 1):.0%} of the solutions are right")
                 stop()
             args.cold_start_steps and grade(run, args, "cold_start")
-            if args.extrapolate:
-                run.anchor = movable_weights(run.student)     # OPD's update begins here
+            run.anchor = movable_weights(run.student) if args.extrapolate else {}    # OPD's update begins here
         for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=RANK > 0):
             done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
             if step > run.graded and (done or step % (args.eval_every or args.max_steps) == 0):
