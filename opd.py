@@ -192,9 +192,8 @@ def load_problems(path):
     records, problems = read_records(path), {}
     for number, record in enumerate(records, start=1):
         record = record if isinstance(record, dict) else {}
-        chat = record.get("prompt") or record.get("messages")
-        turns = [turn for turn in chat if isinstance(turn, dict)] if isinstance(chat, list) else []
-        fields = {turn.get("role"): turn.get("content") for turn in turns}                 # of each role the last turn
+        turns = record.get("prompt") or record.get("messages") or []     # of a text none; of each role the last counts
+        fields = {turn.get("role"): turn.get("content") for turn in turns if isinstance(turn, dict)}
         fields |= {**(record.get("reward_model") or {}), **record}
         problem, answer = (
             next((fields[name] for name in names.split() if fields.get(name) is not None), "")
