@@ -526,10 +526,9 @@ def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, d
     correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)       # (problems, n)
     # Over problems, not answers: answers to one problem are not independent evidence
     se = float(correct.mean(1).std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else math.nan
-    pass_at_n = float(np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)]))
-    return dict(means, se=se, pass_at_n=pass_at_n, n=num_samples, num_problems=len(correct), seed=seed,
+    return dict(means, se=se, pass_at_n=float(correct.any(1).mean()), n=num_samples, num_problems=len(correct),
                 auroc=auroc([answer["reward"] for answer in answers], correct.ravel()), top_p=decoding["top_p"],
-                temperature=decoding["temperature"], max_new_tokens=decoding["max_length"]), answers
+                temperature=decoding["temperature"], max_new_tokens=decoding["max_length"], seed=seed), answers
 
 # ---- 9. Rollout ----------------------------------------------------------------------------------------------
 def clock(device):
