@@ -49,7 +49,7 @@ FLAGS = {
          "the user's message [Rethinking-OPD]"),
         ("no_chat_template enable_thinking", (False, False), "give the message as it is; let Qwen3's template think"),
         ("dtype", ("auto", "float32", "bfloat16"), "auto: on a GPU bfloat16 with float32 master weights"),
-        ("device", "", "such as cuda, cuda:1, cpu; default: a GPU if there is one"),
+        ("device", "cuda" if torch.cuda.is_available() else "cpu", "such as cuda, cuda:1, cpu"),
         ("seed", 0, "of a tiny world yet to be made, the order of the data, all sampling")],
     "method and loss": [
         ("method", ("opd", "prefix", "progressive", "prefix-guided", "prune"),
@@ -123,10 +123,9 @@ def parse_args(argv=None):
                     kind, default = {"choices": default}, default[0]
                 elif default is None or default is False:
                     kind = {"nargs": "?", "const": "latest"} if default is None else {"action": "store_true"}
-                shown = "" if default in ("", [], None) or default is False else f" (default {default}"
-                shown += f"; tiny world {TINY[names[0]]})" if names[0] in TINY else ")" * bool(shown)
+                tiny = f"; tiny world {TINY[names[0]]}" if names[0] in TINY else ""
                 group.add_argument(*(f"--{name}" for name in names), default=default, **kind,
-                                   help=(text + shown).replace("%", "%%"))
+                                   help=f"{text} (default {default or repr(default)}{tiny})".replace("%", "%%"))
     args = parser.parse_args(argv)
     if not args.student and not args.teacher:
         args = parser.parse_args(argv, argparse.Namespace(**TINY))
@@ -144,7 +143,7 @@ def check_args(args):
     mistakes = {
         "--probe_depths are percentages from 0 to 99": not {*args.probe_depths} <= {*range(100)},
         "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
-        f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("", "cpu", "mps")
+        f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("cpu", "mps")
         and not (args.device.startswith("cuda") and int(args.device[5:] or 0) < torch.cuda.device_count()),
         "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
         "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
@@ -193,9 +192,8 @@ def load_problems(path):
     records, problems = read_records(path), {}
     for number, record in enumerate(records, start=1):
         record = record if isinstance(record, dict) else {}
-        chat = record.get("prompt") or record.get("messages")
-        turns = [turn for turn in chat if isinstance(turn, dict)] if isinstance(chat, list) else []
-        fields = {turn.get("role"): turn.get("content") for turn in turns}                 # of each role the last turn
+        turns = record.get("prompt") or record.get("messages") or []     # of a text none; of each role the last counts
+        fields = {turn.get("role"): turn.get("content") for turn in turns if isinstance(turn, dict)}
         fields |= {**(record.get("reward_model") or {}), **record}
         problem, answer = (
             next((fields[name] for name in names.split() if fields.get(name) is not None), "")
@@ -206,10 +204,9 @@ def load_problems(path):
         answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
         answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()
         # What data sets add to a problem fights the template, and a grader of boxes
-        problem = re.sub(
-            r"Solve the following math problem step by step\. The last line of .*? to the problem\."
-            r'|Remember to put your answer on its own line after "Answer:"\.'
-            r"|Please reason step by step, and put your final answer within \\boxed\{\}\.", "", problem).strip()
+        problem = re.sub(r"Solve the following math problem step by step\. The last line of .*? to the problem\."
+                         r'|Remember to put your answer on its own line after "Answer:"\.'
+                         r"|Please reason step by step, and .*? within \\boxed\{\}\.", "", problem).strip()
         problems[problem] = problems.get(problem) or answer or None
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
@@ -219,8 +216,7 @@ def load_problems(path):
 
 def ask_math_verify(gold, answer, seconds=3.0, worker={"lock": threading.Lock(), "process": None}):
     """Whether math-verify takes answer for gold, both bare LaTeX; None as answer: whether it can read gold. False when
-    it fails or takes longer. 2003^{2002^{2001}} keeps sympy busy for ever in one C call that only killing its process
-    ends. One process, started slowly, serves all answers, from any thread."""
+    it takes longer: 2003^{2002^{2001}} keeps sympy busy in one C call that only the end of its process ends."""
     code = r"""import json, sys
 from math_verify import parse, verify
 print("ready")
@@ -323,9 +319,8 @@ def hidden_states(model, ids, mask, num_last, cache=None):
     # Left padding must not count as positions: rotary models only see differences, GPT-2's are absolute
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)                            # (B, L)
     # The shift by one, for scoring and for training: what predicts column t is the state at column t - 1
-    output = model.base_model(
-        input_ids=ids[:, seen:-1], attention_mask=mask[:, :-1].long(), position_ids=positions[:, seen:-1],
-        past_key_values=cache, use_cache=cache is not None)
+    output = model.base_model(input_ids=ids[:, seen:-1], attention_mask=mask[:, :-1].long(), past_key_values=cache,
+                              position_ids=positions[:, seen:-1], use_cache=cache is not None)
     return output.last_hidden_state[:, -num_last:]
 
 def head_logits(model, hidden, vocab_size):
@@ -335,8 +330,7 @@ def head_logits(model, hidden, vocab_size):
 
 def topk_overlap(student_logits, teacher_logits, k):
     """The share of the student's k likeliest tokens that are among the teacher's.                    [Rethinking-OPD]
-    (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Rank inside the top k does not count.
-    Two unrelated models overlap by k / V, not by 0."""
+    (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Two unrelated models overlap by k / V, not by 0."""
     student_topk = student_logits.topk(k, dim=-1).indices                        # (B, T, K)
     teacher_topk = teacher_logits.topk(k, dim=-1).indices                        # (B, T, K)
     shared = student_topk[..., :, None] == teacher_topk[..., None, :]            # (B, T, K, K)
@@ -349,8 +343,7 @@ def alignment(student_logits, teacher_logits, response_mask, k):
         overlap_ratio            |I| / k
         overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0; where I is empty NaN, left out
         overlap_mass_student     sum_I p;   overlap_mass_teacher  sum_I q
-        entropy_student, entropy_teacher    in nats, over the whole vocabulary;   entropy_gap  |their difference|
-        reverse_kl               KL(student || teacher) over the whole vocabulary, whatever the loss is"""
+        entropy_student, entropy_teacher, entropy_gap (their distance), reverse_kl   in nats, of whole vocabularies"""
     log_p, log_q = F.log_softmax(student_logits.float(), -1), F.log_softmax(teacher_logits.float(), -1)
     ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices      # (B, T, K)
     shared = (ids[..., :, None] == teacher_ids[..., None, :]).any(-1)                    # (B, T, K)
@@ -369,10 +362,9 @@ def alignment(student_logits, teacher_logits, response_mask, k):
     return {name: value[response_mask.bool()].nanmean().item() for name, value in values.items()}
 
 def overlap_by_position(overlap, response_mask, parts=8):
-    """Mean overlap in equal parts of the longest response: (B, T), (B, T) -> list of floats; None: no token there."""
-    columns = overlap.tensor_split(parts, dim=1), response_mask.bool().tensor_split(parts, dim=1)
-    pieces = [values[mask] for values, mask in zip(*columns)]
-    return [piece.mean().item() if len(piece) else None for piece in pieces]
+    """Mean overlap in equal parts of the longest response: (B, T), (B, T) -> list of floats; NaN: no token there."""
+    valid = overlap.where(response_mask.bool(), torch.nan)
+    return [part.nanmean().item() for part in valid.tensor_split(parts, dim=1)]
 
 # ---- 5. Who goes on: horizon, selection, drift, cap ----------------------------------------------------------
 def horizon(step, start, growth, every, max_length):
@@ -534,10 +526,9 @@ def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, d
     correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)       # (problems, n)
     # Over problems, not answers: answers to one problem are not independent evidence
     se = float(correct.mean(1).std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else math.nan
-    pass_at_n = float(np.mean([pass_at_k(num_samples, int(count), num_samples) for count in correct.sum(1)]))
-    return dict(means, se=se, pass_at_n=pass_at_n, n=num_samples, num_problems=len(correct), seed=seed,
+    return dict(means, se=se, pass_at_n=float(correct.any(1).mean()), n=num_samples, num_problems=len(correct),
                 auroc=auroc([answer["reward"] for answer in answers], correct.ravel()), top_p=decoding["top_p"],
-                temperature=decoding["temperature"], max_new_tokens=decoding["max_length"]), answers
+                temperature=decoding["temperature"], max_new_tokens=decoding["max_length"], seed=seed), answers
 
 # ---- 9. Rollout ----------------------------------------------------------------------------------------------
 def clock(device):
@@ -709,11 +700,10 @@ def forward_flops(model, lengths):
 #     A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step by step: "first
 #     a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is \boxed{ 9 }". Every operation can be undone: a slip carries
 #     through to the answer. Words have synonyms, of which authors like some better: a model's top k are its habits.
-LEXICON = {
-    "special": ["<pad>", "<end>", "<user>", "<solve>"], "frame": ["the", "answer", "\\boxed{", "}"],
-    "digit": list("0123456789"), "operation": [f"+{n}" for n in range(1, 10)] + ["*3", "*7", "*9"],
-    "label": list("abcdefgh"), "opener": "first next then now so here well okay".split(),
-    "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
+LEXICON = {"special": ["<pad>", "<end>", "<user>", "<solve>"], "frame": ["the", "answer", "\\boxed{", "}"],
+           "digit": list("0123456789"), "operation": [f"+{n}" for n in range(1, 10)] + ["*3", "*7", "*9"],
+           "label": list("abcdefgh"), "opener": "first next then now so here well okay".split(),
+           "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
 
 def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
     """A problem of so many steps and an author's solution -> {"problem", "answer"}, [word, ...], [trusted, ...].
@@ -793,8 +783,7 @@ def compare_vocabularies(student_vocab, teacher_vocab):
     different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
     if different:
         shown = [f"{token!r} is {student_vocab.get(token)} and {teacher_vocab.get(token)}" for token in different[:3]]
-        raise ValueError(f"student and teacher have different ids for {len(different)} tokens: {', '.join(shown)}; use "
-                         "models with one tokenizer, or a project that distils across tokenizers (TRL's GOLD)")
+        raise ValueError(f"use models of one tokenizer: different ids for {len(different)} tokens: {', '.join(shown)}")
 
 def stop_ids(model, tokenizer):
     """All ids that end a response: the one or several of the generation config, and the tokenizer's EOS."""
@@ -889,39 +878,35 @@ def read_inputs(args, checkpoint=None):
             return auto_class.from_pretrained(path, **options)
         except Exception as error:        # transformers, safetensors, json: each has errors of its own
             raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and args.device.startswith("cuda")
     low, student = torch.bfloat16 if bf16 else torch.float32, checkpoint or args.student
     run = read_data(args, load(AutoTokenizer, student))
     # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
-    run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(device)
+    run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(args.device)
     run.device, models, eos_ids = run.sampler.device, [run.student], stop_ids(run.student, run.tokenizer)
     if not args.eval_only:
         if bf16:
             # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-            run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(device)
+            run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(args.device)
         run.teacher_tokenizer = load(AutoTokenizer, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(device)
+        run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(args.device)
         models = [run.student, run.teacher]
         if args.cold_start_steps:                             # it teaches the teacher's stop token, too
             eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
             run.student.generation_config.eos_token_id = sorted(eos_ids)
     run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1,
                          *(model.get_output_embeddings().weight.shape[0] for model in models))
-    if args.overlap_k > run.vocab_size:
-        raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
-                        static_cache=args.static_cache, pad_id=0)         # any id would do: the masks tell padding
-    ids, run.token_bytes = torch.arange(16, device=device)[None], 0                      # a text, whatever it says
+                        static_cache=args.static_cache, temperature=args.temperature, pad_id=0)    # any: masks tell
+    ids, run.token_bytes = torch.arange(16, device=run.device)[None], 0                      # a text, whatever it says
     known = {"DynamicLayer"} if args.static_cache else {"DynamicLayer", "DynamicSlidingWindowLayer"}
     for model in models:
         output, states = model(input_ids=ids), model.base_model(input_ids=ids).last_hidden_state
-        own = output.logits
-        error = (own - head_logits(model, states, own.shape[-1])).abs().max()
+        error = (output.logits - head_logits(model, states, None)).abs().max()           # None: every row of the head
         layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-        if layers - known or error > 5e-3 * own.abs().max() and not args.eval_only:
+        if layers - known or error > 5e-3 * output.logits.abs().max() and not args.eval_only:
             raise ValueError(f"{model.config.model_type} models are not supported: their logits are not head_logits of "
                              "the last hidden states, or their cache is not keys and values (--static_cache: of all)")
         run.token_bytes += sum(part.nbytes for layer in output.past_key_values.layers
@@ -933,7 +918,7 @@ def read_inputs(args, checkpoint=None):
         run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     run.train_step = functools.partial(
         train_step, run.student, run.optimizer, micro_batch_size=args.micro_batch_size,
-        max_grad_norm=args.max_grad_norm, autocast=torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        max_grad_norm=args.max_grad_norm, autocast=torch.autocast(run.device.type, torch.bfloat16, enabled=bf16),
         student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature)
     return run
 
@@ -982,9 +967,8 @@ def cold_start_step(run, args, step):
     """A supervised step before OPD, on the teacher's own solutions that are right -> their share.  [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
     problems = draw_prompts(run, args, step)
-    out = rollout_in_groups(
-        run.teacher, None, [problem["prompt_ids"] for problem in problems], run.state["rollout_batch_size"],
-        max_length=args.max_new_tokens, temperature=args.temperature, **run.sampling)
+    out = rollout_in_groups(run.teacher, None, [problem["prompt_ids"] for problem in problems], **run.sampling,
+                            rows_at_once=run.state["rollout_batch_size"], max_length=args.max_new_tokens)
     mask, right = out["response_mask"], out["ended"].clone()
     for row, gold in enumerate(problem["answer"] for problem in problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
@@ -1013,9 +997,8 @@ def opd_step(run, args, step):
                               probe_window=args.probe_window, keep_ratio=args.keep_ratio),
         "prune": dict(max_length=state["cap"], drift=() if args.no_prune_in_flight else drift)}[args.method]
     run.phase, begin = f"the rollout of step {step}", clock(run.device)
-    out = rollout_in_groups(
-        run.sampler, run.teacher, prompts, state["rollout_batch_size"], num_generations=args.num_generations,
-        overlap_k=args.overlap_k, temperature=args.temperature, **run.sampling, **row)
+    out = rollout_in_groups(run.sampler, run.teacher, prompts, state["rollout_batch_size"], **run.sampling, **row,
+                            num_generations=args.num_generations, overlap_k=args.overlap_k)
     run.phase, sampled = f"the update of step {step}", clock(run.device)
     mask, overlap = out["response_mask"], out["overlap"]
     loss_mask, reliability = mask, drift_weights(overlap, mask, *drift)
@@ -1046,18 +1029,17 @@ def opd_step(run, args, step):
     state["flops"] += forward_flops(run.student, prompt + length) + forward_flops(run.teacher, prompt + length)
     state["flops"] += 3 * forward_flops(run.student, (prompt + trained)[trained > 0])
     update["overlap_ratio"] = (agreed.sum() / length.sum()).item()    # of all that was sampled, not what is trained on
-    return dict(
-        step=step, **update, **state, max_length=row["max_length"], learning_rate=learning_rate,
-        overlap_by_position=overlap_by_position(overlap, mask), response_length=length.mean().item(),
-        reliable_length=reliable.mean().item(), truncated_fraction=1 - ended.mean().item(),
-        kept_fraction=kept.mean().item(), repetition=repeated.mean().item(), time_update=updated - sampled,
-        time_rollout=sampled - begin - out["teacher_seconds"], time_teacher=out["teacher_seconds"],
-        time_validation=0.0, peak_memory_gb=torch.cuda.max_memory_allocated(run.device.index) / 2 ** 30)
+    return dict(step=step, **update, **state, max_length=row["max_length"], learning_rate=learning_rate,
+                overlap_by_position=overlap_by_position(overlap, mask), response_length=length.mean().item(),
+                reliable_length=reliable.mean().item(), truncated_fraction=1 - ended.mean().item(),
+                kept_fraction=kept.mean().item(), repetition=repeated.mean().item(), time_update=updated - sampled,
+                time_rollout=sampled - begin - out["teacher_seconds"], time_teacher=out["teacher_seconds"],
+                time_validation=0.0, peak_memory_gb=torch.cuda.max_memory_allocated(run.device.index) / 2 ** 30)
 
 def extrapolation_step(run, args):
     """Move the student on along its update since the last time, if that helps -> what it adds to the step's metrics."""
     run.phase, begin = "extrapolation", clock(run.device)
-    law = dict(run.sampling, temperature=args.temperature, top_p=1.0, max_length=args.max_new_tokens)
+    law = dict(run.sampling, top_p=1.0, max_length=args.max_new_tokens)
     problems = random.Random(args.seed).sample(run.answered, args.validation_size)   # the same every time
     def validate(weights):
         run.sampler.load_state_dict(weights, strict=False)
@@ -1099,7 +1081,6 @@ def open_run(args):
         transformers.utils.logging.disable_progress_bar()
         world = os.path.join(args.output_dir, "world")
         if RANK == 0 and not os.path.exists(world):
-            os.makedirs(args.output_dir, exist_ok=True)       # if it cannot be, better now than after a minute
             make_world(world, args.seed)
         gather_from_ranks([])                                 # the other processes wait for it
         args.student, args.teacher, args.train_file, args.eval_file = (
@@ -1109,8 +1090,7 @@ def open_run(args):
     def record(metrics):
         RANK or append_json(run.files[0], {"step": run.step, **metrics})
         track({name: value for name, value in metrics.items() if type(value) in (int, float)}, run.step)
-    if folder:
-        run.optimizer.load_state_dict(saved.pop("optimizer"))
+    run.optimizer.load_state_dict(saved.pop("optimizer", run.optimizer.state_dict()))
     vars(run).update(saved, flags=flags, phase="set-up", halfway=False, stopped=None, record=record, track=track)
     run.state["rollout_batch_size"] = (
         args.rollout_batch_size or run.state.get("rollout_batch_size") or rows_that_fit(run, args))
@@ -1150,9 +1130,8 @@ def grade(run, args, who):
         given += [{"step": run.step, "model": who, "eval": name, **answer} for answer in answers]
     for answer in given:                                      # at the end: what is broken off is done again on resume
         RANK or append_json(run.files[1], {key: answer[key] for key in answer if not key.endswith("_ids")})
-    run.record({
-        "model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
-        "prompt_template": args.prompt_template, "eval_tokens": sum(answer["length"] for answer in given), **run.state})
+    run.record({"model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
+                "prompt_template": args.prompt_template, **run.state})
     run.graded = run.step                                     # others than the student are graded at step 0 only
     return results
 
@@ -1244,7 +1223,7 @@ def main(argv=None):
     """Run the job that the flags describe -> dict of the final metrics. A user's mistake: one line, exit status 2."""
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
-    started, run = time.perf_counter(), None
+    run = None
     def stop(number=None, _=None):        # a signal stops at once; during an update it waits for the call at the end
         run.stopped, run.halfway = number or run.stopped, run.halfway if number else False
         if run.stopped and not run.halfway:
@@ -1260,10 +1239,9 @@ def main(argv=None):
             draw_report(runs).savefig(os.path.join(args.report, "report.png"), dpi=110)
             return {run["name"]: run["final"] for run in runs}
         if NUM_RANKS > 1 and not dist.is_initialized():
-            cuda = args.device.startswith("cuda") or not args.device and torch.cuda.is_available()
-            if cuda:
+            if "cuda" in args.device:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+            dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=datetime.timedelta(hours=2))
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout               # one process speaks for all
         run = open_run(args)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1278,8 +1256,7 @@ def main(argv=None):
                 tqdm.write(f"cold start: {cold_start_step(run, args, step + 1):.0%} of the solutions are right")
                 stop()
             args.cold_start_steps and grade(run, args, "cold_start")
-            if args.extrapolate:
-                run.anchor = movable_weights(run.student)     # OPD's update begins here
+            run.anchor = movable_weights(run.student) if args.extrapolate else {}    # OPD's update begins here
         for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=RANK > 0):
             done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
             if step > run.graded and (done or step % (args.eval_every or args.max_steps) == 0):
@@ -1312,8 +1289,7 @@ def main(argv=None):
     if RANK:
         return run.state
     ended, checkpoint = read_run("", args.output_dir), (list_checkpoints(args.output_dir) or ["none"])[-1]
-    print(*report_table([ended]), f"{'wall-clock s':<32}{time.perf_counter() - started:>20.1f}",
-          f"checkpoint in {checkpoint}", sep="\n")
+    print(*report_table([ended]), f"checkpoint in {checkpoint}", sep="\n")
     return dict(run.state, checkpoint=checkpoint, **ended)
 
 if __name__ == "__main__":
