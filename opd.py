@@ -897,6 +897,8 @@ def read_inputs(args, checkpoint=None):
             run.student.generation_config.eos_token_id = sorted(eos_ids)
     run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1,
                          *(model.get_output_embeddings().weight.shape[0] for model in models))
+    if args.overlap_k > run.vocab_size:
+        raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
                         static_cache=args.static_cache, temperature=args.temperature, pad_id=0)    # any: masks tell

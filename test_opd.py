@@ -1344,6 +1344,7 @@ MISTAKES = {
     "evaluation problems without answers": (dict(eval_file="{world}/unanswered.jsonl"), "unanswered"),
     "a student without a teacher": (dict(teacher=None), "--teacher"),
     "training without problems": (dict(train_file=None), "--train_file"),
+    "an overlap of more tokens than there are": (dict(overlap_k=V + 1), "--overlap_k 25"),
     "fewer answers than extrapolation asks for": (dict(extrapolate=True, validation_size=10), "10"),
     "fewer answers once long prompts are left out":
         (dict(extrapolate=True, validation_size=9, max_prompt_length=5), "9"),
