@@ -1083,6 +1083,7 @@ def open_run(args):
         transformers.utils.logging.disable_progress_bar()
         world = os.path.join(args.output_dir, "world")
         if RANK == 0 and not os.path.exists(world):
+            os.makedirs(args.output_dir, exist_ok=True)       # if it cannot be, better now than after a minute
             make_world(world, args.seed)
         gather_from_ranks([])                                 # the other processes wait for it
         args.student, args.teacher, args.train_file, args.eval_file = (
