@@ -739,7 +739,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     """Write the tiny world into a folder, in a minute: models teacher/ and student/, train.jsonl, eval.jsonl. From one
     base model the teacher learns of a careful author; the student, briefly, of one of other habits who slips often."""
     tokenizer = tiny_tokenizer(sum(LEXICON.values(), []))
-    torch.manual_seed(seed)
+    torch.manual_seed(0)                  # one start for all worlds: from some, such as that of 1, it takes far longer
     student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
