@@ -3060,14 +3060,14 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_renamed_
 
 BENCH = {
     "cpu": dict(
-        # 768 rows: what a decoding step takes for none, half of few rows does not halve (a line of the table shows it).
-        # Prompts much shorter than the responses, as in a real run: nobody saves what they take
-        dtype=torch.float32, vocabulary=2048, prompts=192, prompt_length=2, tokens=32, scale_rows=16,
+        # 512 rows of wide, shallow models: half of the rows do not halve what a step takes for none (a line of the table
+        # shows it). Prompts much shorter than the responses, as in a real run: nobody saves what they take
+        dtype=torch.float32, vocabulary=2048, prompts=128, prompt_length=2, tokens=32, scale_rows=16,
         update_vocabularies=(32_000, 151_936), update_rows=8, update_width=64,
-        student=dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-                     num_key_value_heads=2, head_dim=64),
-        teacher=dict(hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
-                     num_key_value_heads=2, head_dim=64)),
+        student=dict(hidden_size=384, intermediate_size=1152, num_hidden_layers=2, num_attention_heads=6,
+                     num_key_value_heads=3, head_dim=64),
+        teacher=dict(hidden_size=384, intermediate_size=1152, num_hidden_layers=4, num_attention_heads=6,
+                     num_key_value_heads=3, head_dim=64)),
     "cuda": dict(                                             # the shapes of Qwen3-1.7B and Qwen3-4B
         dtype=torch.bfloat16, vocabulary=151_936, prompts=64, prompt_length=128, tokens=2048, scale_rows=32,
         update_vocabularies=(32_000, 151_936), update_rows=8, update_width=2048,
@@ -3330,7 +3330,8 @@ def bench(device, sizes):
     V, T, B = sizes["vocabulary"], sizes["tokens"], 4 * sizes["prompts"]
     sampler = countdown(1, V, device=device, dtype=sizes["dtype"], **sizes["student"])
     teacher = countdown(2, V, True, device=device, dtype=sizes["dtype"], **sizes["teacher"])
-    sampling = dict(segment_length=T // 8, vocab_size=V, eos_ids={0, V // 2}, pad_id=PAD, num_generations=4)
+    # Four segments, as 512 of 2,048: with more of few tokens, the calls of generate themselves would be seen
+    sampling = dict(segment_length=T // 4, vocab_size=V, eos_ids={0, V // 2}, pad_id=PAD, num_generations=4)
 
     def ours(prompt, teacher=None, tokens=T, **method):
         def job():
@@ -3344,15 +3345,14 @@ def bench(device, sizes):
     lengths = {"equal": torch.full((B,), T), "skewed": skewed(B, T)}
     drawn = {name: bench_prompts(row, V, sizes["prompt_length"], True, device) for name, row in lengths.items()}
     floor = {name: floors(sampler, drawn[name][1].sum(-1).cpu(), row, *rates) for name, row in lengths.items()}
-    # Four segments, as 512 of 2,048: with more of few tokens, the calls of generate themselves would be seen
-    guided = dict(select_at=T // 4, probe_window=T // 16, keep_ratio=.5, segment_length=T // 4)
+    guided = dict(select_at=T // 4, probe_window=T // 16, keep_ratio=.5)
     seen = in_turns({                     # what is compared runs close together
-        "prune": ours(drawn["equal"], teacher, drift=(1 / 32, 8 / T), segment_length=T // 4),
+        "prune": ours(drawn["equal"], teacher, drift=(1 / 32, 8 / T)),
         "generate equal": generate(drawn["equal"]), "equal": ours(drawn["equal"]),
         "generate half": generate([part[::2] for part in drawn["equal"]]),
         "static": ours(drawn["equal"], static_cache=True),
         "guided": ours(drawn["equal"], teacher, **guided), "unprobed": ours(drawn["equal"], **guided),
-        "generate skewed": generate(drawn["skewed"]), "skewed": ours(drawn["skewed"])}, device)
+        "generate skewed": generate(drawn["skewed"]), "skewed": ours(drawn["skewed"], segment_length=T // 8)}, device)
     for name, target in (("equal", dict(most=1.05)), ("skewed", dict(what="times faster", least=2))):
         one, other = seen[name]["seconds"], seen[f"generate {name}"]["seconds"]
         assert {*seen[name]["tokens"].tolist(), *seen[f"generate {name}"]["tokens"].tolist()} == {
@@ -3368,16 +3368,17 @@ def bench(device, sizes):
     table.append(line("    its floor; rollout", torch.full_like(static, floor["equal"][0]), static,
                       least=.4 if compiled else None))
     assert {*seen["unprobed"]["tokens"].tolist(), *seen["prune"]["tokens"].tolist()} == {B * T * 5 // 8}
-    # Half of the rows go on after a quarter, whatever guides them: what the probe adds has its line. Prune needs it
+    # Half of the rows go on after a quarter, whatever guides them. The probe has a line of its own: guided runs without
+    # it, and what it took there is taken from prune, which cannot run without it, and scores as many tokens
+    plain, asked = seen["unprobed"]["seconds"], seen["guided"]
+    probe, pruned = asked["seconds"] - asked["teacher"] - plain, seen["prune"]["seconds"] - seen["prune"]["teacher"]
     for name, text, one, target in (
             ("generate half", "model.generate, half of the rows", seen["generate half"]["seconds"], None),
-            ("unprobed", "guided, .625 of the tokens", seen["unprobed"]["seconds"], .85),
-            ("prune", "prune, .625, with its probe", seen["prune"]["seconds"] - seen["prune"]["teacher"], .85)):
+            ("unprobed", "guided, .625 of the tokens", plain, .85),
+            ("prune", "prune, .625, with the probe", pruned, None), ("prune", "    without", pruned - probe, .85)):
         saved, less = 1 - one / whole["seconds"], 1 - seen[name]["tokens"] / whole["tokens"]
         table.append(line(f"{text}; model.generate", one, whole["seconds"], what="time saved / tokens saved",
                           value=saved / less, least=target))
-    plain, asked = seen["unprobed"]["seconds"], seen["guided"]
-    probe = asked["seconds"] - asked["teacher"] - plain
     table.append(line("probe: top k of both, compared; guided rollout", probe, plain, most=.10))
     table.append(line("teacher's scoring; guided rollout", asked["teacher"], plain))
 
@@ -3390,7 +3391,8 @@ def bench(device, sizes):
         close(one["grad_norm"], other["grad_norm"], rtol=1e-3, atol=0)
         table.append(line(f"update, V {V:,}, {32 * rows:,} tokens; full logits", one["seconds"], other["seconds"],
                           most=1.3 if V > 100_000 else None))
-    table += bench_steps(sampler, teacher, sizes, sampling, drawn["skewed"], lengths["skewed"], rates)
+    table += bench_steps(sampler, teacher, sizes, {**sampling, "segment_length": T // 8}, drawn["skewed"],
+                         lengths["skewed"], rates)
     for V in sizes["update_vocabularies"]:                    # last: what it asks of malloc takes time
         peak = {name: peak_bytes(job, device) / 2 ** 30 for name, job in update_jobs(V, width, device, rows).items()}
         table.append(line(f"update, V {V:,}, {256 * rows:,} tokens; full logits", peak["ours"], peak["full"], "GiB",
@@ -3413,7 +3415,7 @@ def test_the_benchmark_prints_every_line_with_a_ratio(capsys, monkeypatch):
     first, names, *lines, last = capsys.readouterr().out.splitlines()
     assert "a machine" in first and torch.__version__ in first and "medians" in last
     where = names.index("ratio")
-    assert len(lines) == 20 and all(re.search(r"\d\.\d{3}$|nan$", text[:where + len("ratio")]) for text in lines)
+    assert len(lines) == 21 and all(re.search(r"\d\.\d{3}$|nan$", text[:where + len("ratio")]) for text in lines)
     assert sum("holds" in text or "MISSED" in text for text in lines) == 8
 
 
