@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """opd.py: on-policy distillation (OPD) of language models, in one file, on a CPU, a GPU, or several with torchrun.
 
 A small model (the student) samples solutions, a larger one (the teacher) judges every token, and the student moves
@@ -68,7 +67,7 @@ FLAGS = {
         ("max_new_tokens/max_completion_length", 7168, "cap of a training response [Rethinking-OPD]"),
         ("temperature", 1.0, "divides the logits of both models, in sampling and in the loss [all: 1]"),
         ("segment_length", 512, "tokens between two looks at who goes on (our choice)"),
-        ("rollout_batch_size", 0, "rows sampled at once, in whole prompts; 0: all, on a GPU what fits (our choice)"),
+        ("rollout_batch_size", 0, "rows a process samples at once; 0: as before --resume, all, on a GPU what fits"),
         ("static_cache", False, "sample on caches of fixed size: on a GPU decoding is compiled; none has run it yet"),
         ("prefix_length", 1024, "tokens of the prefix, in prefix and prefix-guided (our choice)"),
         ("probe_window", 128, "prefix-guided: first tokens of the prefix, whose mean overlap is the score [PG-OPD]"),
@@ -192,12 +191,13 @@ def load_problems(path):
     records, problems = read_records(path), {}
     for number, record in enumerate(records, start=1):
         record = record if isinstance(record, dict) else {}
-        turns = record.get("prompt") or record.get("messages") or []     # of a text none; of each role the last counts
-        fields = {turn.get("role"): turn.get("content") for turn in turns if isinstance(turn, dict)}
-        fields |= {**(record.get("reward_model") or {}), **record}
+        chat, nested = record.get("prompt") or record.get("messages"), record.get("reward_model")
+        turns = [turn for turn in chat if isinstance(turn, dict)] if isinstance(chat, list) else []
+        fields = {**(nested if isinstance(nested, dict) else {}), **record}
+        fields |= {f"{turn.get('role')}:": turn.get("content") for turn in turns}          # of each role the last turn
         problem, answer = (
             next((fields[name] for name in names.split() if fields.get(name) is not None), "")
-            for names in ("problem question user prompt", "answer final_answer ground_truth solution assistant"))
+            for names in ("problem question user: prompt", "answer final_answer ground_truth solution assistant:"))
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(f"{path}, record {number}: needs a text in problem, question, prompt or messages; "
                              f"it has the fields {', '.join(record) or 'none'}")
@@ -566,7 +566,7 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
             record_k=overlap_k)
         new_mask, end = mask_through_eos(new_ids, eos_ids), start + new_ids.shape[1]
         ids[rows, start:end], mask[rows, start:end] = new_ids.where(new_mask, pad_id), new_mask
-        log_probs[rows, end - S - 1] = last_log_probs
+        log_probs[rows, end - S - 1] = last_log_probs.where(new_mask[:, -1], torch.nan)
         ended[rows] = torch.isin(new_ids, torch.tensor(sorted(eos_ids), device=device)).any(-1)
         if teacher:
             before = clock(device)
@@ -600,8 +600,8 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
                 teacher_seconds=teacher_seconds)
 
 def rollout_in_groups(student, teacher, prompts, rows_at_once, *, num_generations=1, **settings):
-    """rollout, of at most so many rows at once, but of all candidates of a prompt -> its dict, of all rows. Best on
-    prompts sorted by length, since those of a group are padded to its longest. select_at chooses within each group."""
+    """rollout, of at most so many rows at once, but of all candidates of a prompt -> its dict, of all rows, 0 off the
+    mask. Best on prompts sorted by length: those of a group are padded to its longest. select_at: within each group."""
     size = max(1, rows_at_once // num_generations) * num_generations
     groups = [rollout(student, teacher, prompts[start:start + size], num_generations=num_generations, **settings)
               for start in range(0, len(prompts), size)]
@@ -819,7 +819,8 @@ def explain(error, run):
         return "interrupted", 128 + (run and run.stopped or signal.SIGINT)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         flag = "micro" if "update" in phase else "eval" if phase[0] == "e" else "rollout"
-        return f"out of memory in {phase}" + f"; halve --{flag}_batch_size" * (phase != "set-up"), 2
+        now = {**run.flags, **run.state}[f"{flag}_batch_size"] if phase != "set-up" else 0
+        return f"out of memory in {phase}" + f"; halve --{flag}_batch_size, now {now}" * (now > 0), 2
     if isinstance(error, FloatingPointError) or "probability tensor" in text:    # what torch says of drawing from NaN
         return f"{phase} is not finite: {text}", 2
     if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:
@@ -891,7 +892,7 @@ def read_inputs(args, checkpoint=None):
         run.teacher_tokenizer = load(AutoTokenizer, args.teacher)
         compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
         run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(args.device)
-        models = [run.student, run.teacher]
+        models = [run.sampler, run.teacher]
         if args.cold_start_steps:                             # it teaches the teacher's stop token, too
             eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
             run.student.generation_config.eos_token_id = sorted(eos_ids)
@@ -901,18 +902,18 @@ def read_inputs(args, checkpoint=None):
         raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
     ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
     run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
-                        static_cache=args.static_cache, temperature=args.temperature, pad_id=0)    # any: masks tell
-    ids, run.token_bytes = torch.arange(16, device=run.device)[None], 0                      # a text, whatever it says
+                        static_cache=args.static_cache, temperature=args.temperature, pad_id=0)    # or any other
+    ids, run.token_bytes = torch.arange(16, device=run.device)[None], 0         # any text; what the caches keep a token
     known = {"DynamicLayer"} if args.static_cache else {"DynamicLayer", "DynamicSlidingWindowLayer"}
     for model in models:
-        output, states = model(input_ids=ids), model.base_model(input_ids=ids).last_hidden_state
+        output, states = model(input_ids=ids, use_cache=True), model.base_model(input_ids=ids).last_hidden_state
         error = (output.logits - head_logits(model, states, None)).abs().max()           # None: every row of the head
-        layers = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
-        if layers - known or error > 5e-3 * output.logits.abs().max() and not args.eval_only:
-            raise ValueError(f"{model.config.model_type} models are not supported: their logits are not head_logits of "
-                             "the last hidden states, or their cache is not keys and values (--static_cache: of all)")
-        run.token_bytes += sum(part.nbytes for layer in output.past_key_values.layers
-                               for part in (layer.keys, layer.values)) // ids.numel()    # of all models
+        cache = getattr(output, "past_key_values", None)
+        kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [cache])}
+        if kinds - known or error > 5e-3 * output.logits.abs().max() and not args.eval_only:
+            raise ValueError(f"{model.config.model_type} models are not supported: their head is not head_logits, "
+                             "or their cache not keys and values alone (--static_cache: of all tokens); use others")
+        run.token_bytes += sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // ids.numel()
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))         # to the end of the step
     run.optimizer.register_step_post_hook(lambda *_: run.sampler.load_state_dict(run.student.state_dict()))
@@ -925,10 +926,11 @@ def read_inputs(args, checkpoint=None):
     return run
 
 def rows_that_fit(run, args):
-    """Rows to sample at once: all of a step; on a GPU those whose caches take a third of what is free (our choice)."""
+    """Rows to sample at once: all of a step; on a GPU those whose caches take half of what Adam leaves (our choice)."""
     columns = args.max_prompt_length + (args.cap_max if args.method == "prune" else args.max_new_tokens)
     free = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else math.inf
-    return int(max(1, min(args.batch_size * args.num_generations, free / 3 / (run.token_bytes * columns))))
+    rows = (free - 12 * run.student.num_parameters()) / (2 * run.token_bytes * columns)    # 12: gradient, two moments
+    return int(max(1, min(args.batch_size * args.num_generations, rows)))
 
 def preflight(run, args):
     """What to look at before a run is paid for, and what ruins runs in silence -> list of lines."""
@@ -944,17 +946,16 @@ def preflight(run, args):
              f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.train[0]['prompt_ids'])!r}",
              f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, top-{args.overlap_k} "
              f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}"]
-    for (role, model, tokenizer), stop in zip(sides, stops):
+    for (role, model, _), stop in zip(sides, stops):
         lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
-                     f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stop}, "
-                     f"{'a' if tokenizer.chat_template else 'no'} chat template")
+                     f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stop}")
     found = {
         "the teacher finds what the student writes very unlikely; compare prompts and templates": log_q.mean() < -3,
         f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
         "the chat templates differ; both models read the student's": templates[0] != templates[1]}
     return lines + [f"warning: {text}" for text, true in found.items() if true]
 
-# ---- 13. Main. This, section 1, save_checkpoint, read_data, read_inputs and preflight see the flags: no others
+# ---- 13. Main. This, section 1, save_checkpoint, and read_data to preflight see the flags: no others
 def draw_prompts(run, args, step):
     """This rank's share of the problems of a step, short prompts first, each num_generations times: row p * G + g."""
     edges = np.rint(np.cumsum([0, *(args.mix or [1])]) * args.batch_size).astype(int).tolist()   # to the nearest prompt
@@ -971,7 +972,7 @@ def cold_start_step(run, args, step):
     problems = draw_prompts(run, args, step)
     out = rollout_in_groups(run.teacher, None, [problem["prompt_ids"] for problem in problems], **run.sampling,
                             rows_at_once=run.state["rollout_batch_size"], max_length=args.max_new_tokens)
-    mask, right = out["response_mask"], out["ended"].clone()
+    run.phase, mask, right = f"the update of cold start step {step}", out["response_mask"], out["ended"].clone()
     for row, gold in enumerate(problem["answer"] for problem in problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
         right[row] &= gold is None or is_correct(text, gold)
@@ -1010,8 +1011,8 @@ def opd_step(run, args, step):
     learning_rate = args.learning_rate * min(1, step / max(1, args.warmup_steps))
     update = run.train_step(
         dict(out, loss_mask=loss_mask, token_weight=token_weight), learning_rate=learning_rate,
-        measure=lambda p, q, ids, sampled: dict(alignment(p, q, None, args.overlap_k), sampling_mismatch=(
-            p.log_softmax(-1).gather(-1, ids[:, None])[:, 0] - sampled).abs()),
+        measure=lambda p, q, ids, log_prob: dict(alignment(p, q, None, args.overlap_k), sampling_mismatch=(
+            p.log_softmax(-1).gather(-1, ids[:, None])[:, 0] - log_prob).abs()),
         teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature,
         token_loss={"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
                     "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
@@ -1095,8 +1096,8 @@ def open_run(args):
         track({name: value for name, value in metrics.items() if type(value) in (int, float)}, run.step)
     run.optimizer.load_state_dict(saved.pop("optimizer", run.optimizer.state_dict()))
     vars(run).update(saved, flags=flags, phase="set-up", halfway=False, stopped=None, record=record, track=track)
-    run.state["rollout_batch_size"] = (
-        args.rollout_batch_size or run.state.get("rollout_batch_size") or rows_that_fit(run, args))
+    rows = args.rollout_batch_size or run.state.get("rollout_batch_size") or rows_that_fit(run, args)
+    run.state["rollout_batch_size"] = min(gather_from_ranks([rows]))
     run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
     RANK or os.makedirs(args.output_dir, exist_ok=True)
     if RANK == 0 and not args.eval_only:
