@@ -3,7 +3,7 @@ PYTHON ?= python3
 OPD = .venv/bin/python opd.py
 .PHONY: demo test bench compare conditions clean
 
-# Teacher and student are made, and the student learns from the teacher: one and a half to two minutes on a CPU.
+# Teacher and student are made, and the student learns from the teacher: one to two minutes on a CPU.
 demo: .venv/ready
 	$(OPD) --output_dir out/demo
 
