@@ -67,7 +67,7 @@ FLAGS = {
         ("max_new_tokens/max_completion_length", 7168, "cap of a training response [Rethinking-OPD]"),
         ("temperature", 1.0, "divides the logits of both models, in sampling and in the loss [all: 1]"),
         ("segment_length", 512, "tokens between two looks at who goes on (our choice)"),
-        ("rollout_batch_size", 0, "rows a process samples at once; 0: as before --resume, all, on a GPU what fits"),
+        ("rollout_batch_size", 0, "rows that a process samples at once; 0: all, on a GPU what fits (our choice)"),
         ("static_cache", False, "sample on caches of fixed size: on a GPU decoding is compiled; none has run it yet"),
         ("prefix_length", 1024, "tokens of the prefix, in prefix and prefix-guided (our choice)"),
         ("probe_window", 128, "prefix-guided: first tokens of the prefix, whose mean overlap is the score [PG-OPD]"),
