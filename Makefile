@@ -15,8 +15,8 @@ test: .venv/ready
 bench: .venv/ready
 	.venv/bin/python test_opd.py bench
 
-# Every method from the same tiny student, with three seeds of everything: the two models, the data, the sampling. Two
-# runs at a time; then a table and the picture out/compare/report.png. Broken off, it goes on with what is not done.
+# Every method from the same tiny student, with three seeds: of what both models learned from, the data, the sampling.
+# Two runs at a time; then a table and the picture out/compare/report.png. Broken off, it goes on with what is not done.
 SEEDS = 0 1 2
 METHODS = opd prefix progressive prefix-guided prune opd-extrapolate opd-budget prefix-guided-random
 compare: .venv/ready

@@ -600,8 +600,8 @@ def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size
                 teacher_seconds=teacher_seconds)
 
 def rollout_in_groups(student, teacher, prompts, rows_at_once, *, num_generations=1, **settings):
-    """rollout, of at most so many rows at once, but of all candidates of a prompt -> its dict, of all rows, 0 off the
-    mask. Best on prompts sorted by length: those of a group are padded to its longest. select_at: within each group."""
+    """rollout, of at most so many rows at once, but of all candidates of a prompt -> its dict, of all rows, padded with
+    0. Best on prompts sorted by length: those of a group are padded to its longest. select_at: within each group."""
     size = max(1, rows_at_once // num_generations) * num_generations
     groups = [rollout(student, teacher, prompts[start:start + size], num_generations=num_generations, **settings)
               for start in range(0, len(prompts), size)]
@@ -739,7 +739,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     """Write the tiny world into a folder, in a minute: models teacher/ and student/, train.jsonl, eval.jsonl. From one
     base model the teacher learns of a careful author; the student, briefly, of one of other habits who slips often."""
     tokenizer = tiny_tokenizer(sum(LEXICON.values(), []))
-    torch.manual_seed(0)                  # one start for all worlds: from some, such as that of 1, it takes far longer
+    torch.manual_seed(0)                  # one start for all worlds; the seed draws what is learned from it
     student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,

@@ -2261,6 +2261,18 @@ def test_only_the_last_checkpoints_are_kept(world, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".partial", ".old"))]
 
 
+@pytest.mark.parametrize("kept", [.9, .5, 0])
+def test_a_torn_state_ends_in_one_line_that_names_the_checkpoint_and_writes_nothing(kept, world, tmp_path, capfd, whole):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    state = sorted(out.glob("checkpoint-*"))[-1] / "trainer_state.pt"
+    state.write_bytes(state.read_bytes()[:int(kept * state.stat().st_size)])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    status, line = stopped(command(world, out, **LONG, resume=True), capfd)
+    assert status == 2 and f"{state.parent} is no whole checkpoint" in line
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_resume_takes_no_checkpoint_of_a_run_before(world, tmp_path, monkeypatch, capfd, first_run):
     """The second run ends before its first checkpoint, so resuming it starts it anew."""
     out, flags = tmp_path / "out", dict(max_steps=2, learning_rate=3e-3)
