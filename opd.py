@@ -1,404 +1,287 @@
-"""opd.py: on-policy distillation (OPD) of language models, in one file, on a CPU, a GPU, or several with torchrun.
+r"""
+opd.py: on-policy distillation (OPD) of language models, in one file, on a CPU, one GPU or several.
 
-A small model (the student) samples solutions, a larger one (the teacher) judges every token, and the student moves
-towards the teacher where it went itself. Sampling is most of the cost, and deep in a solution that went astray the
-teacher's judgement is worth little: what the papers below change is mostly what gets sampled.
+A small model (the student) samples solutions, a larger one (the teacher) judges every token, and
+the student moves towards the teacher where it went itself. Sampling is most of the cost, and deep
+in a solution that went astray the teacher's judgement is worth little: what the papers below change
+is mostly what gets sampled.
 
-    python opd.py                                  a tiny world, made on the spot: two CPU cores, no download
-    python opd.py --student A --teacher B --train_file train.jsonl --eval_file aime24.jsonl --method prefix-guided
+    python opd.py                                    a tiny world, made on the spot, no download
+    python opd.py --student A --teacher B --train_file train.jsonl --eval_file aime24.jsonl
     python opd.py --eval_only --student A --eval_file aime24.jsonl amc23.jsonl
+
+The trip of the data through one step, and back to where the student has learned:
+
+    problems -> prompts (ids) -> rollout -> token_weights -> update -> sampler <- student
+                                 for each segment, up to a border:
+                                   write    the student samples on its cache     its top k
+                                   judge    the teacher reads what is new        its top k, overlap
+                                   choose   who goes on? the method's one rule   kept
+                                   leave    the others leave both caches
 
 Papers, by the tags used below
     [GKD]             2306.13649   distillation on the student's own samples
-    [Rethinking-OPD]  2604.13016   the overlap and the other alignment metrics; the student's top-k loss
+    [Rethinking-OPD]  2604.13016   overlap and the other alignment metrics; the student's top-k loss
     [FastOPD]         2602.15260   train on prefixes only, and let the prefix grow
     [POPD]            2605.31490   the same schedule as a staircase; TOPD: a fixed horizon
-    [PG-OPD]          2606.21994   prefix-guided: go on only with candidates whose opening the teacher agrees with
+    [PG-OPD]          2606.21994   prefix-guided: go on with candidates whose opening agrees
     [Prune-OPD]       2605.07804   weigh down and stop what drifts, and move the length cap
     [EffOPD]          2605.11739   extrapolate the update, judged on a small validation set
     [vOPD]            2605.07865   a closed-form baseline for the sampled-token loss
 
-Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row p * G + g), S prompt
-length, T response length, V vocabulary, K the top k, H hidden size, N response tokens of some rows, end to end.
+Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row
+p * G + g), S prompt length, T response length, V vocabulary, K the top k, H hidden size, N response
+tokens of some rows end to end. p, q: probabilities of student and teacher; logits are so called.
+
+Part I is what the papers define, in the order in which one would explain it. Part II is plumbing.
 """
-import argparse, contextlib, copy, datetime, functools, glob, json, math, os
-import random, re, select, shutil, signal, subprocess, sys, threading, time, warnings
+
+import argparse
+import contextlib
+import copy
+import datetime
+import functools
+import glob
+import inspect
+import json
+import math
+import operator
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Literal, get_args, get_origin
 
 import numpy as np
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tokenizers, transformers
+import transformers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, DynamicCache, GenerationConfig, StaticCache
-RANK, NUM_RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # torchrun sets these
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-# ---- 1. Flags: names/alias, default (of choices the first), help; [tag]: whose value the default is ----------
-FLAGS = {
-    "models and data": [
-        ("student/model_name_or_path", "", "model folder or hub name; without it and --teacher: tiny world"),
-        ("teacher/teacher_model_name_or_path", "", "model folder or hub name, with the student's token ids"),
-        ("train_file", [str], "problems to train on: jsonl, json, parquet; answers are not needed"),
-        ("mix", [float], "the training files' shares of every step, such as 0.8 0.2; without it all are one pool"),
-        ("eval_file", [str], "problems with answers to evaluate on; one result per file"),
-        ("output_dir", "out", "for metrics.jsonl, samples.jsonl, checkpoints and the tiny world"),
-        ("report_to", ("none", "tensorboard", "wandb"), "where the numbers of metrics.jsonl go, too"),
-        ("report", "", "compare the runs below this folder: print a table, draw report.png in it, and stop"),
-        ("prompt_template", r"{problem} Please reason step by step, and put your final answer within \boxed{}.",
-         "the user's message [Rethinking-OPD]"),
-        ("no_chat_template enable_thinking", (False, False), "give the message as it is; let Qwen3's template think"),
-        ("dtype", ("auto", "float32", "bfloat16"), "auto: on a GPU bfloat16 with float32 master weights"),
-        ("device", "cuda" if torch.cuda.is_available() else "cpu", "such as cuda, cuda:1, cpu"),
-        ("seed", 0, "of a tiny world yet to be made, the order of the data, all sampling")],
-    "method and loss": [
-        ("method", ("opd", "prefix", "progressive", "prefix-guided", "prune"),
-         "opd: all to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD]. progressive: to a growing horizon "
-         "[FastOPD, POPD]. prefix-guided: on where overlap is high [PG-OPD]. prune: less after drift [Prune-OPD]"),
-        ("loss", ("topk", "reverse_kl", "sampled"), "topk: KL(student || teacher) on top-k tokens, with the released "
-         "gradient [Rethinking-OPD]. reverse_kl: whole vocabulary [GKD]. sampled: k1 policy gradient"),
-        ("support", ("student", "teacher", "intersection", "union"), "whose top k --loss topk sums over"),
-        ("baseline", False, "subtract the closed-form baseline in --loss sampled [vOPD]"),
-        ("overlap_k", 16, "the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]"),
-        ("cold_start_steps", 0, "first learn the teacher's own right solutions [Rethinking-OPD]"),
-        ("cold_start_learning_rate", 1e-5, "learning rate of the cold start (our choice)")],
-    "sampling": [
-        ("batch_size num_generations", (64, 4), "prompts per step; candidates per prompt [Rethinking-OPD]"),
-        ("max_prompt_length", 1024, "longer training prompts are left out [Rethinking-OPD]"),
-        ("max_new_tokens/max_completion_length", 7168, "cap of a training response [Rethinking-OPD]"),
-        ("temperature", 1.0, "divides the logits of both models, in sampling and in the loss [all: 1]"),
-        ("segment_length", 512, "tokens between two looks at who goes on (our choice)"),
-        ("rollout_batch_size", 0, "rows that a process samples at once; 0: all, on a GPU what fits (our choice)"),
-        ("static_cache", False, "sample on caches of fixed size: on a GPU decoding is compiled; none has run it yet"),
-        ("prefix_length", 1024, "tokens of the prefix, in prefix and prefix-guided (our choice)"),
-        ("probe_window", 128, "prefix-guided: first tokens of the prefix, whose mean overlap is the score [PG-OPD]"),
-        ("keep_ratio", 0.5, "prefix-guided: share of candidates to go on, at least one a prompt [PG-OPD: .25 to .75]"),
-        ("select", ("overlap", "random"), "prefix-guided: what ranks the candidates; random is a control"),
-        ("train_pruned_prefix", False, "prefix-guided: train on the prefixes of the others too"),
-        ("horizon_start horizon_growth horizon_every", (512, 256, 10), "first horizon; growth; every n steps"),
-        ("drift_threshold", 0.7, "prune: a token with an overlap below it is a bad event [Prune-OPD]"),
-        ("w_drop w_base", (0.01, 0.5), "prune: reliability lost at each; added to it as loss weight"),
-        ("cap_init cap_min cap_max", (2048, 1024, 12288), "prune: first cap; least cap; largest cap"),
-        ("cap_step cap_margin", (100, 100), "prune: tokens the cap moves by; so near to it is a hit"),
-        ("cap_hit_ratio cap_patience", (0.1, 3), "prune: share of hits to grow; misses to shrink"),
-        ("no_prune_in_flight", False, "prune: stop no row while it runs, as in the released code")],
-    "optimisation": [
-        ("learning_rate", 1e-6, "of AdamW, constant after warm-up [Rethinking-OPD, Prune-OPD, EffOPD]"),
-        ("warmup_steps max_steps", (0, 200), "linear warm-up [EffOPD]; steps: DAPO-Math-17K once [Rethinking-OPD]"),
-        ("max_generated_tokens", 0, "stop after the step at which the student has sampled so many; 0: no limit"),
-        ("max_grad_norm", 1.0, "gradient clipping (our choice)"),
-        ("micro_batch_size", 4, "longest rows per forward and backward, or more short ones; changes no gradient"),
-        ("gradient_checkpointing", False, "recompute the student's layers in backward to save memory"),
-        ("extrapolate", False, "at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]"),
-        ("validation_size", 50, "training problems with answers that judge what --extrapolate tries [EffOPD]"),
-        ("save_every keep_checkpoints", (0, 2), "steps between (0: only at the end); how many stay"),
-        ("resume", None, "go on from the last checkpoint in --output_dir, or from the one named here")],
-    "evaluation": [
-        ("eval_only print_samples", (False, False), "grade --student on --eval_file and stop; show first answers"),
-        ("eval_every eval_samples", (20, 16), "steps between or 0 [Prune-OPD]; answers per problem [Rethinking-OPD]"),
-        ("probe_depths", [int], "percentages: how the teacher goes on from answers cut there [Rethinking-OPD]"),
-        ("eval_temperature eval_top_p", (0.7, 0.95), "0 is greedy; nucleus, 1 is all [Rethinking-OPD]"),
-        ("eval_max_new_tokens eval_batch_size", (31744, 32), "full length [Rethinking-OPD]; rows at once, our choice")]}
-TINY = dict(prompt_template="{problem}", loss="reverse_kl", overlap_k=4, cold_start_learning_rate=2e-3, batch_size=16,
-            max_prompt_length=64, max_new_tokens=96, segment_length=16, prefix_length=24, probe_window=16,
-            eval_every=10, horizon_start=16, horizon_growth=8, horizon_every=4, w_drop=0.05, cap_init=48, cap_min=24,
-            cap_max=96, cap_step=8, cap_margin=8, learning_rate=1e-3, warmup_steps=5, max_steps=60, micro_batch_size=64,
-            eval_samples=4, eval_temperature=1.0, eval_top_p=1.0, eval_max_new_tokens=96, eval_batch_size=64)
+# --------------------------------------------------------------------------------------------------
+# Part I, the papers
+#
+# 1. Losses, one value per token. Contexts are constants: no gradient flows through the sampling.
 
-def parse_args(argv=None):
-    """Command line -> argparse.Namespace (TINY: its own defaults). ValueError, in one line, for what cannot work."""
-    parser = argparse.ArgumentParser(usage="python opd.py [flags]", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    def fail(message):                    # argparse would print its whole usage before the one line that matters
-        raise ValueError(f"{message}; see python opd.py --help")
-    parser.error = fail
-    for title, rows in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for row in rows:                  # of several flags in a row each has its own default and part of the text
-            for names, default, text in zip(row[0].split(), row[1], row[2].split("; ")) if " " in row[0] else [row]:
-                kind, names = {"type": type(default)}, names.split("/")
-                if isinstance(default, list):
-                    kind, default = {"type": default[0], "nargs": "+"}, []
-                elif isinstance(default, tuple):
-                    kind, default = {"choices": default}, default[0]
-                elif default is None or default is False:
-                    kind = {"nargs": "?", "const": "latest"} if default is None else {"action": "store_true"}
-                tiny = f"; tiny world {TINY[names[0]]}" if names[0] in TINY else ""
-                group.add_argument(*(f"--{name}" for name in names), default=default, **kind,
-                                   help=f"{text} (default {default or repr(default)}{tiny})".replace("%", "%%"))
-    args = parser.parse_args(argv)
-    if not args.student and not args.teacher:
-        args = parser.parse_args(argv, argparse.Namespace(**TINY))
-    check_args(args)
-    return args
 
-def check_args(args):
-    """Raises ValueError for flags that cannot work, alone or together, before anything is loaded or written."""
-    may_be_zero = ("horizon_growth cap_margin warmup_steps save_every eval_every eval_temperature drift_threshold seed "
-                   "rollout_batch_size w_drop w_base cap_hit_ratio cold_start_steps max_generated_tokens").split()
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and not (0 < value < 2 ** 40 or value == 0 and name in may_be_zero):
-            raise ValueError(f"--{name} {value} must be {'at least' if name in may_be_zero else 'above'} 0, and finite")
-    needed = [args.student, args.eval_file] if args.eval_only else [args.student, args.teacher, args.train_file]
-    mistakes = {
-        "--probe_depths are percentages from 0 to 99": not {*args.probe_depths} <= {*range(100)},
-        "--keep_ratio and --eval_top_p must be at most 1": max(args.keep_ratio, args.eval_top_p) > 1,
-        f"--device {args.device}: there is none here; leave it out, or use cpu": args.device not in ("cpu", "mps")
-        and not (args.device.startswith("cuda") and int(args.device[5:] or 0) < torch.cuda.device_count()),
-        "--prompt_template must say {problem} where the problem goes": "{problem}" not in args.prompt_template,
-        "--cap_init must lie between --cap_min and --cap_max": not args.cap_min <= args.cap_init <= args.cap_max,
-        "--prefix_length must be below --max_new_tokens in prefix-guided":
-        args.method == "prefix-guided" and args.prefix_length >= args.max_new_tokens,
-        "--mix needs a share for each --train_file, worth a prompt of every step or more, and 1 in all":
-        args.mix and (len(args.mix) != len(args.train_file) or min(args.mix) * args.batch_size < 1
-                      or round(sum(args.mix), 3) != 1),
-        f"--batch_size must be at least the {NUM_RANKS} processes": args.batch_size < NUM_RANKS,
-        "give --student, --teacher and --train_file; with --eval_only --student and --eval_file; or none of these four":
-        any([*needed, args.teacher, args.train_file, args.eval_file]) and not all(needed)}
-    for message in (message for message, true in mistakes.items() if true):
-        raise ValueError(message)
+def reverse_kl(student_logits, teacher_logits):
+    """KL(student || teacher), whole vocabulary. (B, T, V), (B, T, V) -> (B, T)        [GKD, eq. 1]
 
-# ---- 2. Data and grading -------------------------------------------------------------------------------------
-def read_records(path):
-    """The objects in a jsonl, json or parquet file, as a list. Raises OSError, or ValueError naming the line."""
-    with open(path, "rb") as file:
-        if path.endswith(".parquet"):
-            import pyarrow.parquet        # only here; without it an ImportError says so
-            return pyarrow.parquet.read_table(file).to_pylist()
-        text = file.read().removeprefix("\ufeff".encode())
-    is_list, records = text.lstrip().startswith(b"["), []     # else JSON lines, which many a .json file holds, too
-    for number, line in enumerate([text] if is_list else text.splitlines(), start=1):
-        try:
-            records += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            number += getattr(error, "lineno", 1) - 1
-            raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
-    return records[0] if is_list else records
+    sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
+    """
+    # Not F.kl_div(log_p, log_q), which is KL(q || p): with that the student spreads over all that
+    # the teacher might do. bfloat16 becomes float32, and float64 stays what it is
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    # Clamped, since p = 0 times log p - log q = -inf - -inf is NaN: what nobody says costs nothing
+    log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-def last_boxed(text):
-    r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is none: a solution
-    that was cut off in its answer has no answer. Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"."""
-    for rest in reversed(re.split(r"\\boxed\s*\{", text)[1:]):
-        depth = 1
-        for brace in re.finditer(r"(?<!\\)[{}]", rest):        # \{ is a brace of a set, not of the box
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                return rest[:brace.start()]
-    return None
 
-def load_problems(path):
-    """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, without duplicates; or
-    OSError, ValueError, ImportError. Knows usual field names, chats, golds in a box, in dollars or behind "####"."""
-    records, problems = read_records(path), {}
-    for number, record in enumerate(records, start=1):
-        record = record if isinstance(record, dict) else {}
-        chat, nested = record.get("prompt") or record.get("messages"), record.get("reward_model")
-        turns = [turn for turn in chat if isinstance(turn, dict)] if isinstance(chat, list) else []
-        fields = {**(nested if isinstance(nested, dict) else {}), **record}
-        fields |= {f"{turn.get('role')}:": turn.get("content") for turn in turns}          # of each role the last turn
-        problem, answer = (
-            next((fields[name] for name in names.split() if fields.get(name) is not None), "")
-            for names in ("problem question user: prompt", "answer final_answer ground_truth solution assistant:"))
-        if not isinstance(problem, str) or not problem.strip():
-            raise ValueError(f"{path}, record {number}: needs a text in problem, question, prompt or messages; "
-                             f"it has the fields {', '.join(record) or 'none'}")
-        answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
-        answer = (last_boxed(end := answer.rsplit("####", 1)[-1]) or end).strip().strip("$").strip()
-        # What data sets add to a problem fights the template, and a grader of boxes
-        problem = re.sub(r"Solve the following math problem step by step\. The last line of .*? to the problem\."
-                         r'|Remember to put your answer on its own line after "Answer:"\.'
-                         r"|Please reason step by step, and .*? within \\boxed\{\}\.", "", problem).strip()
-        problems[problem] = problems.get(problem) or answer or None
-    if not problems:
-        raise ValueError(f"{path}: the file is empty; it needs one problem per line")
-    if len(problems) < len(records):
-        warnings.warn(f"{path}: left out {len(records) - len(problems)} duplicates, {len(problems)} problems stay")
-    return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
+def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
+    """The k1 policy-gradient surrogate of sampled tokens y. (B, T, V), (B, T, V), (B, T) -> (B, T)
 
-def ask_math_verify(gold, answer, seconds=3.0, worker={"lock": threading.Lock(), "process": None}):
-    """Whether math-verify takes answer for gold, both bare LaTeX; None as answer: whether it can read gold. False when
-    it takes longer: 2003^{2002^{2001}} keeps sympy busy in one C call that only the end of its process ends."""
-    code = r"""import json, sys
-from math_verify import parse, verify
-print("ready")
-for line in sys.stdin:
-    # In a box, because a bare \left( 3, \frac{\pi}{2} \right) is read as 3
-    read = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line) if text is not None]
-    # Gold first, because verify is not symmetric: 1<x<2 is taken for (1,2), but not the other way round
-    print(verify(*read, timeout_seconds=None) if len(read) > 1 else len(read[0]) > 1)"""
-    with worker["lock"]:
-        if worker["process"] is None or worker["process"].poll() is not None:
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            worker["process"] = subprocess.Popen([sys.executable, "-u", "-c", code], process_group=0, **pipes)
-            if worker["process"].stdout.readline() != "ready\n":                 # not counted towards the limit
-                raise ImportError("math-verify cannot be imported", name="math-verify")
-        process = worker["process"]
-        print(json.dumps([gold, answer]), file=process.stdin, flush=True)
-        reply = process.stdout.readline() if select.select([process.stdout], [], [], seconds)[0] else ""
-        if not reply:
-            process.kill()
-            process.wait()                                    # poll() sees it, and the next call starts another
-        return reply == "True\n"
+        -stop_gradient(r) log p(y),    r = log q(y) - log p(y)
+                                       with the baseline r + KL(p || q)                       [vOPD]
 
-def is_correct(response_text, gold):
-    r"""Whether the last balanced \boxed{...} after any </think> equals the gold answer. No box is wrong."""
-    answer = last_boxed(response_text.rsplit("</think>", 1)[-1])
-    if answer is None:
-        return False
-    answer, gold = (text.strip().strip("$").strip() for text in (answer, last_boxed(gold) or gold))
-    return "".join(answer.split()) == "".join(gold.split()) or ask_math_verify(gold, answer)
+    Averaged over y ~ p its gradient is that of reverse_kl; its value means nothing. r averages -KL.
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    sampled = response_ids[..., None]  # (B, T, 1)
+    log_p_sampled = log_p.gather(-1, sampled).squeeze(-1)  # (B, T)
+    advantage = log_q.gather(-1, sampled).squeeze(-1) - log_p_sampled
+    if baseline:
+        # Added to r, never in its place: it centres r. Alone, a constant of the context, it would
+        # have a mean gradient of 0
+        advantage = advantage + (log_p.exp() * (log_p - log_q)).sum(-1)
+    return -advantage.detach() * log_p_sampled
 
-def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):
-    """A problem (str) -> list of ids: the template filled in, as a user's turn if there is a chat template."""
-    text = template.replace("{problem}", problem)
-    if not chat_template or not tokenizer.chat_template:
-        return tokenizer(text + "\n").input_ids
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
-                                         return_dict=False, **template_flags)
 
-def pad_left(rows, pad_id):
-    """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: all rows then start their response in one column."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    # From the lengths, not ids != pad_id: where pad and EOS are one id, that would hide real tokens
-    return ids, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+def is_among(tokens, others):
+    """Which of the tokens are among the others. (..., K), (..., J) -> (..., K) bool
 
-def batch_indices(step, batch_size, num_problems, seed):
-    """The problems of step 1, 2, ...: every one once, in a new order each epoch, before any comes again. It depends on
-    its arguments alone: there is no sampler to save, and every method meets the same prompts in the same order."""
-    places = [divmod(place, num_problems) for place in range((step - 1) * batch_size, step * batch_size)]
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_problems) for epoch, _ in places}
-    return [int(orders[epoch][index]) for epoch, index in places]
+    The one place where top-k sets are compared: rollout, topk_overlap, alignment, reverse_kl_topk.
+    """
+    return (tokens[..., :, None] == others[..., None, :]).any(-1)
 
-# ---- 3. Sampling ---------------------------------------------------------------------------------------------
-def mask_through_eos(ids, eos_ids):
-    """(B, T) ids -> (B, T) bool, True through the first EOS: left out, a student would never learn to stop."""
-    is_eos = torch.isin(ids, torch.tensor(sorted(eos_ids), dtype=ids.dtype, device=ids.device))
-    return is_eos.cumsum(-1) - is_eos.long() == 0             # no EOS strictly before
 
-@torch.no_grad()
-def generate(model, input_ids, attention_mask, cache, *, max_new_tokens, vocab_size, eos_ids, pad_id,
-             temperature=1.0, top_p=1.0, record_k=0):
-    """Sample up to max_new_tokens further tokens of each row of input_ids, attention_mask (B, L), left-padded, on the
-    cache that the last call left, of L - 1 columns, or an empty one -> new ids (B, n); if record_k the likeliest
-    tokens at each, best first, (B, n, K); and log-probs of the last new ids (B,). Rows that ended go on as pad_id; when
-    all have, n is less."""
-    topk, scores = [], None
-    def within_vocabulary(_, all_scores):                     # (B, rows of the head), float32
-        nonlocal scores
-        scores = all_scores[:, :vocab_size]                   # the other rows are no tokens
-        if record_k:
-            topk.append(scores.topk(record_k).indices)
-        return scores
-    law = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
-    # Compiled, on a GPU: once for all sizes, and without CUDA graphs, which would be recorded anew for every new cache
-    law["compile_config"] = CompileConfig(mode="default", dynamic=True) if cache.is_compileable else None
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **law)
-    # What a config leaves open comes from the model's own: a repetition penalty there would make another law of it
-    shipped, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        ids = model.generate(input_ids, attention_mask=attention_mask.long(), past_key_values=cache,
-                             generation_config=config, logits_processor=[within_vocabulary])
-    finally:
-        model.generation_config = shipped
-    log_probs = (scores / (temperature or 1)).log_softmax(-1).gather(-1, ids[:, -1:])[:, 0]
-    return ids[:, input_ids.shape[1]:], torch.stack(topk, dim=1) if record_k else None, log_probs
+def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
+    """Reverse KL on a support S of top-k tokens. (B, T, V), (B, T, V) -> (B, T)
+                                                                   [Rethinking-OPD, released code]
+        value       sum_S p_bar (log p - log q),    p_bar = p / P_S,   P_S = sum_S p
+        gradient    of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
 
-def grow_cache(cache, config, rows, columns):
-    """What a cache holds of these rows (n,), moved into a StaticCache with room for so many columns or a few more."""
-    grown, seen = StaticCache(config=config, max_cache_len=-(-columns // 64) * 64), int(cache.get_seq_length())
-    for index in range(len(grown.layers) if seen else 0):
-        layer = cache.layers.pop(0)                           # freed one by one: there are never two whole caches
-        grown.update(layer.keys[rows, :, :seen], layer.values[rows, :, :seen], index)
-    return grown
+    support: the top k of the student | teacher | both (intersection; empty: 0) | either (union).
+    This is the gradient of the released code, not that of the renormalised KL which the paper
+    prints: it also moves mass into S and out of it. ValueError for other supports. Needs is_among.
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    student_topk = log_p.topk(k, dim=-1).indices  # (B, T, K)
+    teacher_topk = log_q.topk(k, dim=-1).indices  # (B, T, K)
 
-# ---- 4. Scoring and overlap ----------------------------------------------------------------------------------
-def hidden_states(model, ids, mask, num_last, cache=None):
-    """The final hidden states that predict the last num_last columns of ids (B, L), mask (B, L) -> (B, num_last, H).
-    With a cache, columns that it holds are not computed again, and it grows to L - 1."""
-    seen = cache.get_seq_length() if cache is not None else 0
-    # Left padding must not count as positions: rotary models only see differences, GPT-2's are absolute
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)                            # (B, L)
-    # The shift by one, for scoring and for training: what predicts column t is the state at column t - 1
-    output = model.base_model(input_ids=ids[:, seen:-1], attention_mask=mask[:, :-1].long(), past_key_values=cache,
-                              position_ids=positions[:, seen:-1], use_cache=cache is not None)
-    return output.last_hidden_state[:, -num_last:]
+    # The candidates, and which of them belong to S
+    candidates = teacher_topk if support == "teacher" else student_topk
+    inside = torch.ones_like(candidates, dtype=torch.bool)
+    if support == "intersection":
+        inside = is_among(student_topk, teacher_topk)
+    elif support == "union":
+        candidates = torch.cat([student_topk, teacher_topk], dim=-1)  # (B, T, 2K)
+        inside = torch.cat(
+            [inside, ~is_among(teacher_topk, student_topk)], dim=-1
+        )  # none counts twice
+    elif support not in ("student", "teacher"):
+        raise ValueError(f"support {support!r}; use student, teacher, intersection or union")
 
-def head_logits(model, hidden, vocab_size):
-    """Hidden states (..., H) -> logits (..., vocab_size) in float32. Rows of the head that are no tokens are cut off
-    before any softmax. read_inputs refuses models that do more than this (Gemma 2's softcap, Cohere's factor)."""
-    return model.get_output_embeddings()(hidden)[..., :vocab_size].float()       # the module: adapters on it count
+    log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
+    p_bar = log_p.masked_fill(~inside, -torch.inf).softmax(-1).nan_to_num(0)  # NaN: S is empty
+    # The gradient flows through the importance ratio alone, which is 1 on-policy. Through p rho it
+    # would have a "+1" that does not cancel on a part of the vocabulary, and would push mass out of
+    # S even at p = q
+    ratio = (log_p - log_p.detach()).exp()
+    return ((p_bar * (log_p - log_q)).detach() * ratio).sum(-1)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Agreement of the two models
+
 
 def topk_overlap(student_logits, teacher_logits, k):
-    """The share of the student's k likeliest tokens that are among the teacher's.                    [Rethinking-OPD]
-    (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Two unrelated models overlap by k / V, not by 0."""
-    student_topk = student_logits.topk(k, dim=-1).indices                        # (B, T, K)
-    teacher_topk = teacher_logits.topk(k, dim=-1).indices                        # (B, T, K)
-    shared = student_topk[..., :, None] == teacher_topk[..., None, :]            # (B, T, K, K)
-    return shared.any(-1).float().mean(-1)                                           # (B, T)
+    """The share of the student's k likeliest tokens among the teacher's k.         [Rethinking-OPD]
+    (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Needs is_among.
+
+    Rank inside the top k does not count. Two unrelated models overlap by k / V, not by 0.
+    """
+    student_topk = student_logits.topk(k, dim=-1).indices  # (B, T, K)
+    teacher_topk = teacher_logits.topk(k, dim=-1).indices  # (B, T, K)
+    return is_among(student_topk, teacher_topk).float().mean(-1)
+
 
 def alignment(student_logits, teacher_logits, response_mask, k):
-    """How well the two models agree where the student went: (B, T, V), (B, T, V), (B, T) -> dict of floats, the means
-    over the valid positions. With response_mask None: the values at each position, as tensors.     [Rethinking-OPD]
-    p, q: probabilities of student and teacher; I: the tokens in the top k of both; _bar: renormalised on I.
+    """How well the two models agree where the student went. (B, T, V), (B, T, V), (B, T) -> dict of
+    floats, means over the valid positions; response_mask None: dict of (B, T), each position's own.
+                                                                        [Rethinking-OPD, eqs. 6-10]
+    I: the tokens in the top k of both; _bar: renormalised on I. Needs is_among.
         overlap_ratio            |I| / k
-        overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0; where I is empty NaN, left out
-        overlap_mass_student     sum_I p;   overlap_mass_teacher  sum_I q
-        entropy_student, entropy_teacher, entropy_gap (their distance), reverse_kl   in nats, of whole vocabularies"""
-    log_p, log_q = F.log_softmax(student_logits.float(), -1), F.log_softmax(teacher_logits.float(), -1)
-    ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices      # (B, T, K)
-    shared = (ids[..., :, None] == teacher_ids[..., None, :]).any(-1)                    # (B, T, K)
-    top_p, top_q = log_p.gather(-1, ids), log_q.gather(-1, ids)                          # (B, T, K)
-    bar_p = top_p.masked_fill(~shared, -torch.inf).log_softmax(-1)
-    bar_q = top_q.masked_fill(~shared, -torch.inf).log_softmax(-1)
-    advantage = torch.where(shared, bar_p.exp() * (bar_q - bar_p), 0).sum(-1) / shared.sum(-1)   # 0 / 0 is NaN
-    entropy_p, entropy_q = -(log_p.exp() * log_p).sum(-1), -(log_q.exp() * log_q).sum(-1)        # (B, T)
+        overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0. Where I is
+                                 empty it is NaN, and left out of the mean
+        overlap_mass_student     sum_I p
+        overlap_mass_teacher     sum_I q
+        entropy_student, entropy_teacher, entropy_gap (their distance), reverse_kl: in nats, of the
+                                 whole vocabulary
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    p, q = log_p.exp(), log_q.exp()
+    entropy_student = -(p * log_p).sum(-1)  # (B, T)
+    entropy_teacher = -(q * log_q).sum(-1)
+
+    # On the student's top k, shared or not
+    student_topk = log_p.topk(k, dim=-1).indices  # (B, T, K)
+    teacher_topk = log_q.topk(k, dim=-1).indices
+    shared = is_among(student_topk, teacher_topk)
+    top_log_p, top_log_q = log_p.gather(-1, student_topk), log_q.gather(-1, student_topk)
+    log_p_bar = top_log_p.masked_fill(~shared, -torch.inf).log_softmax(-1)
+    log_q_bar = top_log_q.masked_fill(~shared, -torch.inf).log_softmax(-1)
+    advantage = torch.where(shared, log_p_bar.exp() * (log_q_bar - log_p_bar), 0).sum(-1)
     values = {
-        "overlap_ratio": shared.float().mean(-1), "overlap_token_advantage": advantage,
-        "overlap_mass_student": (top_p.exp() * shared).sum(-1), "overlap_mass_teacher": (top_q.exp() * shared).sum(-1),
-        "entropy_student": entropy_p, "entropy_teacher": entropy_q, "entropy_gap": (entropy_q - entropy_p).abs(),
-        "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
+        "overlap_ratio": shared.float().mean(-1),
+        "overlap_token_advantage": advantage / shared.sum(-1),  # 0 / 0 is NaN
+        "overlap_mass_student": (top_log_p.exp() * shared).sum(-1),
+        "overlap_mass_teacher": (top_log_q.exp() * shared).sum(-1),
+        "entropy_student": entropy_student,
+        "entropy_teacher": entropy_teacher,
+        "entropy_gap": (entropy_teacher - entropy_student).abs(),
+        "reverse_kl": (p * (log_p - log_q)).sum(-1),
+    }
     if response_mask is None:
         return values
-    return {name: value[response_mask.bool()].nanmean().item() for name, value in values.items()}
+    valid = response_mask.bool()
+    return {name: value[valid].nanmean().item() for name, value in values.items()}
+
 
 def overlap_by_position(overlap, response_mask, parts=8):
-    """Mean overlap in equal parts of the longest response: (B, T), (B, T) -> list of floats; NaN: no token there."""
+    """Mean overlap in equal parts of the longest response. (B, T), (B, T) -> floats; none: NaN"""
     valid = overlap.where(response_mask.bool(), torch.nan)
     return [part.nanmean().item() for part in valid.tensor_split(parts, dim=1)]
 
-# ---- 5. Who goes on: horizon, selection, drift, cap ----------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
+# 3. Who goes on: horizon, selection, drift, cap
+
+
 def horizon(step, start, growth, every, max_length):
-    """Tokens to sample at step 0, 1, 2, ...: min(max_length, start + growth * floor(step / every)).    [FastOPD, POPD]
-    FastOPD's ramp is every = 1, POPD's staircase more. Example: 512, 256, 10: steps 0 to 9 sample 512, step 10 768."""
+    """Tokens to sample after so many updates.                                       [FastOPD, POPD]
+
+        min(max_length, start + growth * floor(step / every)),    step = 0 before the first update
+
+    FastOPD's ramp is every = 1, POPD's staircase more. Example: with 512, 256, 10 the first ten
+    rollouts (step 0 to 9) have 512 tokens, the next ten 768.
+    """
     return min(max_length, start + growth * (step // every))
 
+
 def select_prefixes(score, num_keep):
-    """Which candidates go on past the prefix: scores (P, G) -> (P, G) bool, num_keep of them True.           [PG-OPD]
-    First the best candidate of every prompt, then the best of all others; the first of equals. Prompts compete for the
-    slots above P only. ValueError unless P <= num_keep <= P * G. Example: [[.9, .8], [.2, .1]], 3 -> .9, .8, .2."""
+    """Which candidates go on past the prefix. scores (P, G) -> (P, G) bool, num_keep True  [PG-OPD]
+
+    First the best candidate of every prompt, then the best of all others; of equals the first. So
+    prompts compete for the slots above P only. ValueError unless P <= num_keep <= P * G.
+    Example: [[.9, .8], [.2, .1]] with num_keep 3 -> .9, .8 and .2.
+    """
     P, G = score.shape
     if not P <= num_keep <= P * G:
-        raise ValueError(f"num_keep must lie between {P} prompts and {P * G} candidates, got {num_keep}")
-    best_first = score.scatter(1, score.argmax(dim=1, keepdim=True), torch.inf).flatten()        # (P * G,)
-    rank = best_first.argsort(descending=True, stable=True).argsort()            # stable: of equals the first
-    return (rank < num_keep).view(P, G)
+        raise ValueError(
+            f"num_keep must lie between {P} prompts and {P * G} candidates, got {num_keep}"
+        )
+    best = score.argmax(dim=1, keepdim=True)  # (P, 1)
+    best_first = score.scatter(1, best, torch.inf).flatten()  # (P * G,)
+    order = best_first.argsort(descending=True, stable=True)  # stable: of equals the first
+    keep = torch.zeros_like(best_first, dtype=torch.bool)
+    keep[order[:num_keep]] = True
+    return keep.view(P, G)
+
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
-    """The reliability w of each token: (B, T), (B, T) -> (B, T) in [0, 1], never rising, 0 off the mask. [Prune-OPD]
-        w_t = max(0, 1 - w_drop * #{s <= t : overlap_s < threshold})          the loss weight is w_t + w_base
-    Example: threshold .75, w_drop .1, overlap (1, .5, 0) -> (1, .9, .8)."""
-    bad = (overlap < threshold) & response_mask.bool()                               # (B, T)
-    # Cumulative: the teacher judges a token given all before it, so nothing makes up for a wrong turn
+    """The reliability w of each token. (B, T), (B, T) -> (B, T) in [0, 1], never rising, 0 off mask
+
+        w_t = max(0, 1 - w_drop * #{s <= t : overlap_s < threshold})                   [Prune-OPD]
+
+    The loss weight is w_t + w_base. Example: threshold .75, w_drop .1: (1, .5, 0) -> (1, .9, .8).
+    """
+    bad = (overlap < threshold) & response_mask.bool()  # (B, T)
+    # Cumulative: the teacher judges a token given all before it, so nothing mends a wrong turn
     return (1 - w_drop * bad.cumsum(-1)).clamp(min=0) * response_mask
 
+
 def reliable_length(weights, response_mask):
-    """How many tokens of each row have some reliability left, w > 1e-8: (B, T), (B, T) -> (B,)         [Prune-OPD]"""
+    """How many tokens of a row are reliable, w > 1e-8. (B, T), (B, T) -> (B,)        [Prune-OPD]"""
     return ((weights > 1e-8) & response_mask.bool()).sum(-1)
 
+
 def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, patience, low, high):
-    """The cap of the next rollouts, from the reliable lengths (B,) under this one -> (max_length, misses). [Prune-OPD]
-    It grows by step when a share hit_ratio of the rows is reliable to within margin of it, and shrinks after patience
-    misses in a row. Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148."""
+    """The cap of the next rollouts, from the reliable lengths (B,) under this one.      [Prune-OPD]
+    -> (max_length, misses)
+
+    It grows by step where a share hit_ratio of the rows is reliable to within margin of it, and
+    shrinks by step after patience misses in a row; it stays between low and high.
+    Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148.
+    """
     boundary = max(low, max_length - margin)
     # A row that ends early cannot hit: growth needs responses that are long and still reliable
     if (reliable >= boundary).double().mean().item() >= hit_ratio:
@@ -407,894 +290,2258 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
         return max(max_length - step, low), 0
     return max_length, misses + 1
 
-# ---- 6. Losses, per token. Contexts are constants: no gradient flows through the sampling. -------------------
-def reverse_kl(student_logits, teacher_logits):
-    """KL(student || teacher) over the whole vocabulary: (B, T, V), (B, T, V) -> (B, T).                         [GKD]
-        sum_v p(v) (log p(v) - log q(v)),   p student, q teacher"""
-    # Not F.kl_div(p, q), which is KL(q || p): with that the student spreads over all that the teacher might do
-    log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
-    log_q = F.log_softmax(teacher_logits.float(), dim=-1)                        # (B, T, V)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
-    """Reverse KL on a support S of top-k tokens: (B, T, V), (B, T, V) -> (B, T).        [Rethinking-OPD, released code]
-        value     sum_S p_bar (log p - log q),   p_bar = p / P_S,   P_S = sum_S p
-        gradient  of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
-    support: the top k of the student | teacher | both (intersection; 0 where empty) | either (union).
-    The released code's gradient, not that of the paper's renormalised KL: it also moves mass into S and out of it."""
-    log_p, log_q = F.log_softmax(student_logits.float(), dim=-1), F.log_softmax(teacher_logits.float(), dim=-1)
-    student_ids, teacher_ids = log_p.topk(k, dim=-1).indices, log_q.topk(k, dim=-1).indices       # (B, T, K)
-    same = student_ids[..., :, None] == teacher_ids[..., None, :]                # (B, T, K, K)
-    both, new = same.any(-1), ~same.any(-2)                   # the teacher's new tokens: none may count twice
-    whole = torch.ones_like(both)
-    ids, inside = {                                           # (B, T, K), or 2K for the union
-        "student": (student_ids, whole), "teacher": (teacher_ids, whole), "intersection": (student_ids, both),
-        "union": (torch.cat([student_ids, teacher_ids], -1), torch.cat([whole, new], -1))}[support]
-    log_p, log_q = log_p.gather(-1, ids), log_q.gather(-1, ids)
-    p_bar = log_p.masked_fill(~inside, -torch.inf).softmax(-1).nan_to_num(0)     # NaN: an empty intersection
-    constant = p_bar * (log_p - log_q)                                           # p_bar rho
-    # The gradient flows through the importance ratio alone, which is 1 on-policy. Through p rho itself it would have a
-    # "+1" that does not cancel on a part of the vocabulary, and would push mass out of S even at p = q
-    ratio = (log_p - log_p.detach()).exp()
-    return (constant.detach() * ratio).sum(-1)
+# --------------------------------------------------------------------------------------------------
+# 4. Extrapolation
 
-def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
-    """The k1 policy-gradient surrogate of the sampled tokens y: (B, T, V), (B, T, V), (B, T) -> (B, T).
-        - stop_gradient(r) log p(y),   r = log q(y) - log p(y); with the baseline r + KL(p || q)           [vOPD]
-    Over y ~ p its mean gradient is that of reverse_kl; its value means nothing. The mean of r is -KL."""
-    log_p = F.log_softmax(student_logits.float(), dim=-1)                        # (B, T, V)
-    log_q = F.log_softmax(teacher_logits.float(), dim=-1)                        # (B, T, V)
-    sampled = response_ids[..., None]                                                # (B, T, 1)
-    advantage = (log_q - log_p).gather(-1, sampled).squeeze(-1)                  # (B, T)
-    if baseline:
-        # Added to r, never in its place: it centres r, and a constant of the context has mean gradient 0
-        advantage = advantage + (log_p.exp() * (log_p - log_q)).sum(-1)
-    return -advantage.detach() * log_p.gather(-1, sampled).squeeze(-1)
 
-# ---- 7. Extrapolation ----------------------------------------------------------------------------------------
 def extrapolate(weights, anchor, validate, max_tries=5):
-    """Go on along the update for as long as a validation score rises.                                        [EffOPD]
-        try weights + 2k (weights - anchor), k = 1, 2, ..., max_tries; stop at the first that is not strictly better
-    weights, anchor: dicts of tensors, as they are now and as accepted the last time; validate(dict) -> float.
-    Returns the accepted dict, the accepted k (0: plain OPD goes on), and the scores of the weights and of every try."""
-    accepted, accepted_k, scores = weights, 0, [validate(weights)]
+    """Go on along the update for as long as a validation score rises.                      [EffOPD]
+
+        try weights + 2k (weights - anchor), k = 1, 2, ..., max_tries; stop at the first that is not
+        strictly better than the one before
+
+    weights, anchor: dicts of tensors, as they are now and as accepted the last time;
+    validate: dict -> float
+    -> the accepted dict, the accepted k (0: plain OPD goes on), the scores of weights and every try
+    """
+    accepted, accepted_k = weights, 0
+    scores = [validate(weights)]
     for k in range(1, max_tries + 1):
-        candidate = {name: value + 2 * k * (value - anchor[name].to(value)) for name, value in weights.items()}
-        scores.append(validate(candidate))
+        tried = {}
+        for name, value in weights.items():
+            tried[name] = value + 2 * k * (value - anchor[name].to(value))
+        scores.append(validate(tried))
         if not scores[-1] > scores[-2]:
             break
-        accepted, accepted_k = candidate, k
+        accepted, accepted_k = tried, k
     return accepted, accepted_k, scores
 
+
 def movable_weights(model):
-    """Copies of what EffOPD extrapolates, by name: attention and MLP weights; no embedding, head or input norm."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()
-            if re.search(r"attn|attention|mlp|fc\d", name)}
+    """Copies of the weights that EffOPD extrapolates, by name: those of attention and MLP  [EffOPD]
 
-# ---- 8. Evaluation -------------------------------------------------------------------------------------------
-def pass_at_k(num_samples, num_correct, k):
-    """The chance that one of k answers is right, without bias from num_samples >= k answers of which num_correct are:
-    1 - C(n - c, k) / C(n, k)   [Chen et al., 2107.03374]. Example: n 4, c 1, k 2 -> .5. ValueError for k > n."""
-    if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(f"needs 1 <= k <= n and 0 <= c <= n, got k {k}, n {num_samples}, c {num_correct}")
-    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+    The released code goes by parts of names, and so does this. In Llama and Qwen3 it moves
+    self_attn.* (with Qwen3's q_norm, k_norm), mlp.* and post_attention_layernorm, and leaves
+    embed_tokens, input_layernorm, the last norm and lm_head; in GPT-2 it moves attn.* and mlp.*,
+    and leaves wte, wpe, ln_1, ln_2, ln_f and lm_head.
+    """
+    parts = r"attn|attention|[qkvo]_proj|mlp|feed_forward|ffn|gate_proj|up_proj|down_proj"
+    movable = {}
+    for name, parameter in model.named_parameters():
+        if re.search(parts, name):
+            movable[name] = parameter.detach().clone()
+    return movable
 
-def repetition(ids):
-    """The share of the 4-grams of a list of ids that occurred earlier in it: 0 without repeats, near 1 in a loop."""
-    grams = list(zip(ids, ids[1:], ids[2:], ids[3:]))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
-@torch.no_grad()
-def sampled_log_probs(model, out, vocab_size):
-    """The log-probs that a model gives the tokens of a rollout, out of rollout -> B tensors (length,)."""
-    ids, mask = (torch.cat([out[f"prompt_{part}"], out[f"response_{part}"]], dim=1) for part in ("ids", "mask"))
-    valid, rows = out["response_mask"], max(1, 2 ** 15 // ids.shape[1])          # so many tokens at a time
-    hidden = torch.cat([hidden_states(model, *part, valid.shape[1])[own] for own, *part in zip(
-        *(column.split(rows) for column in (valid, ids, mask)))])
-    tokens = out["response_ids"][valid][:, None]
-    return torch.cat([head_logits(model, states, vocab_size).log_softmax(-1).gather(-1, chosen)[:, 0] for states, chosen
-                      in zip(hidden.split(192), tokens.split(192))]).split(valid.sum(-1).tolist())    # never (B, T, V)
+# --------------------------------------------------------------------------------------------------
+# 5. Sampling and scoring
 
-def auroc(scores, correct):
-    """The chance that a right answer scores higher than a wrong one: lists -> in [0, 1], NaN unless both kinds exist.
-    A tie counts half; .5: the score tells nothing. Example: .9 and .4 right, .4 and .1 wrong -> 3.5 / 4."""
-    right, wrong = ([score for score, known in zip(scores, correct) if known == kind] for kind in (True, False))
-    return float(np.mean([np.sign(s - np.array(wrong)).mean() / 2 + .5 for s in right])) if right and wrong else np.nan
 
-def evaluate(model, tokenizer, problems, *, num_samples, rows_per_batch, seed, decoding, title="", teacher=None):
-    """Sample, in a random stream of their own, and grade num_samples answers to every problem: a dict with answer and
-    prompt_ids, perhaps begun, ids that each answer begins with -> (dict of metrics, list of one dict per answer).
-    decoding: for rollout. With a teacher an answer has a reward, the mean of log q - log p.         [Rethinking-OPD]"""
-    answers = [{**problem, "index": index, "sample": sample} for index, problem in enumerate(problems)
-               for sample in range(num_samples)][RANK::NUM_RANKS]
-    torch.manual_seed(seed * NUM_RANKS + RANK)                # not restored: every step seeds for itself
-    for start in tqdm(range(0, len(answers), rows_per_batch), desc=title, leave=False, disable=RANK > 0):
-        batch = answers[start:start + rows_per_batch]
-        out = rollout(model, None, [answer["prompt_ids"] + answer.get("begun", []) for answer in batch], **decoding)
-        log_probs = [sampled_log_probs(who, out, decoding["vocab_size"]) for who in (teacher, model) if teacher]
-        for row, answer in enumerate(batch):
-            response = answer.get("begun", []) + out["response_ids"][row][out["response_mask"][row]].tolist()
-            text = tokenizer.decode(response, skip_special_tokens=True)
-            answer.update(response=text, response_ids=response, correct=is_correct(text, answer["answer"]),
-                          reward=(log_probs[0][row] - log_probs[1][row]).mean().item() if teacher else math.nan,
-                          no_box=last_boxed(text.rsplit("</think>", 1)[-1]) is None, length=len(response),
-                          truncated=not out["ended"][row].item(), repetition=repetition(response))
-    answers = sorted(gather_from_ranks(answers), key=lambda answer: (answer["index"], answer["sample"]))
-    means = {name: float(np.mean([answer[key] for answer in answers])) for name, key in {
-        "avg_at_n": "correct", "mean_length": "length", "truncated_fraction": "truncated", "no_box_fraction": "no_box",
-        "repetition": "repetition", "mean_reward": "reward"}.items()}
-    correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)       # (problems, n)
-    # Over problems, not answers: answers to one problem are not independent evidence
-    se = float(correct.mean(1).std(ddof=1) / math.sqrt(len(correct))) if len(correct) > 1 else math.nan
-    return dict(means, se=se, pass_at_n=float(correct.any(1).mean()), n=num_samples, num_problems=len(correct),
-                auroc=auroc([answer["reward"] for answer in answers], correct.ravel()), top_p=decoding["top_p"],
-                temperature=decoding["temperature"], max_new_tokens=decoding["max_length"], seed=seed), answers
+def mask_through_eos(ids, eos_ids):
+    """(B, T) ids -> (B, T) bool, True through the first EOS; without it nobody learns to stop"""
+    is_eos = torch.isin(ids, torch.tensor(sorted(eos_ids), dtype=ids.dtype, device=ids.device))
+    return is_eos.cumsum(-1) - is_eos.long() == 0  # no EOS strictly before
 
-# ---- 9. Rollout ----------------------------------------------------------------------------------------------
-def clock(device):
-    """Seconds, when the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 @torch.no_grad()
-def rollout(student, teacher, prompts, *, max_length, segment_length, vocab_size, eos_ids, pad_id, temperature=1.0,
-            top_p=1.0, overlap_k=0, num_generations=1, select_at=0, select="overlap", probe_window=0, keep_ratio=1.0,
-            drift=(), static_cache=False):
-    """Sample responses to B prompts, lists of ids, segment by segment, on KV caches that nothing is computed for twice.
-    The teacher (None in evaluation) scores each segment once; then rows that ended, lost or drifted leave both caches.
-    select_at: there keep_ratio of the rows go on, one a prompt or more, by overlap in the probe_window or at random
-    drift: (threshold, w_drop): a row stops at the first segment border where its reliability is used up
-    -> dict, T the longest response: prompt_ids, prompt_mask (B, S); response_ids, response_mask, overlap (B, T),
-       log_probs (B, T), as sampled, of the last token of each segment, else NaN; ended (has an EOS), kept (not stopped
-       by selection or drift) (B,); teacher_hidden: B of (length, H); teacher_seconds"""
-    (ids, mask), device = (part.to(student.device) for part in pad_left(prompts, pad_id)), student.device
-    B, S = ids.shape
-    ids, mask = F.pad(ids, (0, max_length), value=pad_id), F.pad(mask, (0, max_length))          # (B, S + max_length)
-    overlap = torch.zeros(B, max_length, device=device)                              # 0 off the mask
-    log_probs = torch.full_like(overlap, torch.nan)
-    ended, kept = torch.zeros(B, dtype=torch.bool, device=device), torch.ones(B, dtype=torch.bool, device=device)
-    teacher_hidden, teacher_seconds = [[] for _ in range(B)], 0.0
-    caches, start = [DynamicCache(config=model.config) for model in (student, teacher) if model], S  # the next column
-    rows = stay = torch.arange(B, device=device)              # who still runs, and their places in the caches
-    for border in sorted({*range(segment_length, max_length, segment_length), max_length, select_at or max_length}):
-        if static_cache:                  # the teacher's grows once per segment, anyway
-            caches[0] = grow_cache(caches[0], student.config, stay, S + border)
-        new_ids, student_topk, last_log_probs = generate(
-            student, ids[rows, :start], mask[rows, :start], caches[0], max_new_tokens=S + border - start,
-            vocab_size=vocab_size, eos_ids=eos_ids, pad_id=pad_id, temperature=temperature, top_p=top_p,
-            record_k=overlap_k)
-        new_mask, end = mask_through_eos(new_ids, eos_ids), start + new_ids.shape[1]
-        ids[rows, start:end], mask[rows, start:end] = new_ids.where(new_mask, pad_id), new_mask
-        log_probs[rows, end - S - 1] = last_log_probs.where(new_mask[:, -1], torch.nan)
-        ended[rows] = torch.isin(new_ids, torch.tensor(sorted(eos_ids), device=device)).any(-1)
+def generate(
+    model,
+    input_ids,
+    attention_mask,
+    cache=None,
+    *,
+    max_new_tokens,
+    vocab_size,
+    eos_ids,
+    pad_id=0,
+    temperature=1.0,
+    top_p=1.0,
+    record_k=0,
+):
+    """Sample up to max_new_tokens further tokens of each row, in the law that the losses score.
+
+    input_ids, attention_mask: (B, L), padded on the left. cache: of the columns 0 to L - 2, as the
+    last call left it, or None; it grows in place. temperature 0 is greedy. pad_id: what rows that
+    ended go on with, any id that has an embedding; when all have ended, there are no more columns.
+    -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
+       log-prob of each row's last new token (B,), which means nothing in a row that ended before
+    """
+    topk, scores = [], None
+
+    def within_vocabulary(_, head_scores):  # (B, rows of the head), float32
+        nonlocal scores
+        scores = head_scores[:, :vocab_size]  # the other rows are no tokens
+        if record_k:
+            topk.append(scores.topk(record_k).indices)
+        return scores
+
+    law = {"do_sample": False}
+    if temperature:
+        law = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **law
+    )
+    # What this config leaves open would come from the one that ships with the model: a repetition
+    # penalty there would draw the tokens from another law than the one that the losses score
+    shipped, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        ids = model.generate(
+            input_ids,
+            attention_mask=attention_mask.long(),
+            past_key_values=DynamicCache(config=model.config) if cache is None else cache,
+            generation_config=config,
+            logits_processor=[within_vocabulary],
+        )
+    finally:
+        model.generation_config = shipped
+
+    log_probs = F.log_softmax(scores / (temperature or 1), dim=-1)  # (B, V)
+    last = ids[:, -1:].clamp(max=vocab_size - 1)  # the pad of a row that ended may be no token
+    new_ids = ids[:, input_ids.shape[1] :]
+    return new_ids, torch.stack(topk, dim=1) if record_k else None, log_probs.gather(-1, last)[:, 0]
+
+
+def hidden_states(model, ids, mask, num_last, cache=None):
+    """The final hidden states that predict the last num_last columns. ids, mask (B, L) -> (B, n, H)
+    With a cache, columns that it holds are not computed again, and it grows to L - 1 columns.
+    """
+    seen = cache.get_seq_length() if cache is not None else 0
+    # Left padding is no position: rotary models only see differences, but GPT-2's are absolute
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, L)
+    # The shift by one, for scoring and for training: what predicts column t is the state at t - 1
+    output = model.base_model(
+        input_ids=ids[:, seen:-1],
+        attention_mask=mask[:, :-1].long(),
+        position_ids=positions[:, seen:-1],
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    return output.last_hidden_state[:, -num_last:]
+
+
+def head_logits(model, hidden, vocab_size, temperature=1.0):
+    """Hidden states (..., H) -> logits (..., vocab_size), in float32 or better.
+
+    Rows of the head that are no tokens are cut off before any softmax. Set-up refuses models that
+    do more than this behind their hidden states (Gemma 2's softcap, Cohere's factor).
+    """
+    logits = model.get_output_embeddings()(hidden)[..., :vocab_size]  # the module: adapters count
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+
+def tokens_at_once(vocab_size, elements=25_000_000):
+    """Of how many tokens the logits may exist at one time: 164 at V = 151,936, 403,225 at V = 62"""
+    return max(1, elements // vocab_size)
+
+
+@torch.no_grad()
+def response_log_probs(model, out, vocab_size, temperature=1.0):
+    """The log-probs that a model gives the responses of a rollout -> B tensors (length,)"""
+    ids = torch.cat([out["prompt_ids"], out["response_ids"]], dim=1)  # (B, S + T)
+    mask = torch.cat([out["prompt_mask"], out["response_mask"]], dim=1)
+    T = out["response_ids"].shape[1]
+    rows_at_once = max(1, 2**15 // ids.shape[1])
+    log_probs = []
+    for own_ids, own_mask in zip(ids.split(rows_at_once), mask.split(rows_at_once)):
+        valid = own_mask[:, -T:]
+        hidden = hidden_states(model, own_ids, own_mask, T)[valid]  # (N, H)
+        tokens = own_ids[:, -T:][valid]  # (N,)
+        size = tokens_at_once(vocab_size)  # never (B, T, V)
+        for states, sampled in zip(hidden.split(size), tokens.split(size)):
+            logits = head_logits(model, states, vocab_size, temperature)
+            log_probs.append(logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0])
+    return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Rollout: write, judge, choose who goes on, leave
+
+
+@dataclass
+class Plan:
+    """How far the rollouts of a step go, and who goes on."""
+
+    max_length: int  # cap of a response, in tokens
+    segment_length: int = 512  # tokens between two looks at who goes on
+    look_at: int = 0  # one more look, at this many tokens
+    # (length, overlap (B, length), mask (B, length), ended (B,)) -> (B,) bool, at each border; rows
+    # that have ended are complete whatever it says. None: all go on
+    goes_on: object = None
+
+    def borders(self):
+        every_segment = range(self.segment_length, self.max_length, self.segment_length)
+        borders = {*every_segment, self.look_at, self.max_length}
+        return sorted(border for border in borders if 0 < border <= self.max_length)
+
+
+def best_prefixes(
+    length, overlap, mask, ended, *, at, num_generations, keep_ratio, probe_window, random=False
+):
+    """Who goes on in prefix-guided OPD.                                                   [PG-OPD]
+
+    After a prefix of so many tokens (at), keep_ratio of the rows do, one of each prompt or more, by
+    mean overlap in the probe window; random: by chance, a control.
+    """
+    if length != at:
+        return torch.ones_like(ended)
+    score = overlap[:, :probe_window].mean(-1)  # (B,)
+    if random:
+        score = torch.rand_like(score)
+    # Rows that ended are complete: they take a slot only if nobody else wants it
+    score = score.masked_fill(ended, -1).view(-1, num_generations)  # (P, G)
+    slots = max(len(score), round(keep_ratio * len(ended)))
+    # Where all candidates of a prompt have ended, the slot that it takes is one more
+    slots += int((score == -1).all(1).sum())
+    return select_prefixes(score, min(len(ended), slots)).flatten()
+
+
+def read_prompts(model, prompts, pad_id):
+    """A cache of all columns but the last, a row per prompt. Equal prompts are read once."""
+    places = {}
+    place = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    ids, mask = pad_left(places, pad_id)
+    cache = DynamicCache(config=model.config)
+    if ids.shape[1] > 1:
+        hidden_states(model, ids.to(model.device), mask.to(model.device), 1, cache)
+        if len(places) < len(prompts):
+            cache.batch_select_indices(torch.tensor(place, device=model.device))
+    return cache
+
+
+def judge(teacher, cache, ids, mask, student_topk, vocab_size):
+    """The teacher reads the last n columns of ids, mask (b, L) -> its hidden states (b, n, H), and
+    the share of student_topk (b, n, K) that is in its own top k (b, n)
+    """
+    num_new, k = student_topk.shape[1:]
+    hidden = hidden_states(teacher, ids, mask, num_new, cache)
+    size = tokens_at_once(vocab_size)  # never (b, n, V)
+    overlap = []
+    for states, topk in zip(
+        hidden.flatten(0, 1).split(size), student_topk.flatten(0, 1).split(size)
+    ):
+        teacher_topk = head_logits(teacher, states, vocab_size).topk(k).indices
+        overlap.append(is_among(topk, teacher_topk).float().mean(-1))
+    return hidden, torch.cat(overlap).view(-1, num_new)
+
+
+@torch.no_grad()
+def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, **law):
+    """Sample responses to B prompts, lists of ids, on KV caches that nothing is computed for twice.
+
+    teacher: None in evaluation, with overlap_k 0. law: vocab_size, temperature, top_p of generate.
+    -> dict, T the longest response: prompt_ids, prompt_mask (B, S); response_ids, response_mask,
+       overlap (B, T), 0 off the mask; log_probs (B, T), as sampled, of each segment's last token,
+       else NaN; ended (has an EOS), kept (was not stopped by the plan) (B,); teacher_hidden: B of
+       (length, H), or of None; teacher_seconds
+    """
+    device = student.device
+    ids, mask = (part.to(device) for part in pad_left(prompts, pad_id))  # of the rows that run
+    out = make_room(ids, mask, plan.max_length, pad_id)
+    student_cache = read_prompts(student, prompts, pad_id)
+    if teacher:
+        began = clock(device)
+        teacher_cache = read_prompts(teacher, prompts, pad_id)
+        out["teacher_seconds"] += clock(device) - began
+    running = torch.arange(len(prompts), device=device)  # the rows in the caches, in their order
+
+    # Between segments each cache holds every column but the last, whose token nobody has read yet
+    length = 0  # of the responses so far
+    for border in plan.borders():
+        # Write: the student samples up to the border
+        settings = {"max_new_tokens": border - length, "eos_ids": eos_ids, "pad_id": pad_id, **law}
+        new_ids, student_topk, log_probs = generate(
+            student, ids, mask, student_cache, record_k=overlap_k, **settings
+        )
+        new_mask = mask_through_eos(new_ids, eos_ids)
+        is_eos = torch.isin(new_ids, torch.tensor(sorted(eos_ids), device=device))
+        new_ids = new_ids.where(new_mask, pad_id)
+        ids = torch.cat([ids, new_ids], dim=1)
+        mask = torch.cat([mask, new_mask], dim=1)
+        new = slice(length, length + new_ids.shape[1])
+        length = new.stop
+        out["response_ids"][running, new] = new_ids
+        out["response_mask"][running, new] = new_mask
+        out["log_probs"][running, length - 1] = log_probs.where(new_mask[:, -1], torch.nan)
+        out["ended"][running] = is_eos.any(-1)
+
+        # Judge: the teacher reads what is new. Its hidden states are kept for the loss, not its
+        # logits, which are V / H times as large
         if teacher:
-            before = clock(device)
-            # Hidden states are what stays of the teacher: the loss needs its logits, and those are V / H as big
-            hidden = hidden_states(teacher, ids[rows, :end], mask[rows, :end], end - start, caches[1])
-            teacher_topk = torch.cat([head_logits(teacher, chunk, vocab_size).topk(overlap_k).indices for chunk
-                                      in hidden.flatten(0, 1).split(192)]).view_as(student_topk)      # never (B, T, V)
-            shared = (student_topk[..., :, None] == teacher_topk[..., None, :]).any(-1)
-            overlap[rows, start - S:end - S] = shared.float().mean(-1) * new_mask
-            for row, states, length in zip(rows.tolist(), hidden, new_mask.sum(-1).tolist()):
-                teacher_hidden[row].append(states[:length].clone())              # a view would keep all of hidden
-            teacher_seconds += clock(device) - before
-        if border == select_at:
-            score = overlap[:, :probe_window].mean(-1)
-            # Rows that ended stay, and take a slot only if nobody wants it, or where all of a prompt ended: one more
-            score = torch.where(ended, -1, torch.rand_like(score) if select == "random" else score)
-            score = score.view(-1, num_generations)                              # (P, G)
-            slots = max(len(score), round(keep_ratio * B)) + int((score == -1).all(1).sum())
-            kept &= select_prefixes(score, min(B, slots)).flatten() | ended
-        if drift:
-            kept &= (drift_weights(overlap[:, :end - S], mask[:, S:end], *drift)[:, -1] > 1e-8) | ended
-        stay = (kept & ~ended)[rows].nonzero().squeeze(-1)
-        rows, start = rows[stay], end
-        if not len(rows) or border == max_length:
-            break
-        for cache in caches[static_cache:] if len(stay) < len(new_ids) else ():
-            cache.batch_select_indices(stay)
-    return dict(prompt_ids=ids[:, :S], prompt_mask=mask[:, :S], response_ids=ids[:, S:start], ended=ended, kept=kept,
-                response_mask=mask[:, S:start], overlap=overlap[:, :start - S], log_probs=log_probs[:, :start - S],
-                teacher_hidden=[torch.cat(pieces) if pieces else None for pieces in teacher_hidden],
-                teacher_seconds=teacher_seconds)
+            began = clock(device)
+            hidden, overlap = judge(
+                teacher, teacher_cache, ids, mask, student_topk, law["vocab_size"]
+            )
+            out["overlap"][running, new] = overlap * new_mask
+            for row, states, size in zip(running.tolist(), hidden, new_mask.sum(-1).tolist()):
+                out["teacher_hidden"][row].append(
+                    states[:size].clone()
+                )  # a view would keep them all
+            out["teacher_seconds"] += clock(device) - began
 
-def rollout_in_groups(student, teacher, prompts, rows_at_once, *, num_generations=1, **settings):
-    """rollout, of at most so many rows at once, but of all candidates of a prompt -> its dict, of all rows, padded with
-    0. Best on prompts sorted by length: those of a group are padded to its longest. select_at: within each group."""
+        # Choose: the method says who goes on; what has ended is complete
+        if plan.goes_on:
+            seen = out["overlap"][:, :length], out["response_mask"][:, :length]
+            out["kept"] &= plan.goes_on(length, *seen, out["ended"]) | out["ended"]
+
+        # Leave: whoever ended or was not chosen gives up its place in both caches
+        stays = (out["kept"] & ~out["ended"])[running].nonzero().squeeze(-1)
+        if border == plan.max_length or not len(stays):
+            break
+        if len(stays) < len(running):
+            running = running[stays]
+            ids, mask = ids[stays], mask[stays]
+            student_cache.batch_select_indices(stays)
+            if teacher:
+                teacher_cache.batch_select_indices(stays)
+    return cut_room(out, length)
+
+
+def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generations=1, **settings):
+    """rollout, of at most so many rows at once, or the candidates of one prompt -> its dict, of all
+    rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to its own longest,
+    so sort them by length. The plan's rule sees one group at a time.
+    """
     size = max(1, rows_at_once // num_generations) * num_generations
-    groups = [rollout(student, teacher, prompts[start:start + size], num_generations=num_generations, **settings)
-              for start in range(0, len(prompts), size)]
+    began = clock(student.device)
+    groups = []
+    for start in range(0, len(prompts), size):
+        own = prompts[start : start + size]
+        groups.append(rollout(student, teacher, own, plan, **settings))
+
     out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
+    out["seconds"] = clock(student.device) - began
     for name in groups[0]:
-        rows = [row for group in groups for row in group[name]]
-        side = "left" if name.startswith("prompt") else "right"
-        out[name] = rows if name == "teacher_hidden" else torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_side=side) if rows[0].dim() else torch.stack(rows)
+        rows = []
+        for group in groups:
+            rows += list(group[name])
+        if name == "teacher_hidden":
+            out[name] = rows
+        elif rows[0].dim() == 0:  # ended, kept
+            out[name] = torch.stack(rows)
+        else:
+            side = "left" if name.startswith("prompt") else "right"
+            out[name] = pad_sequence(rows, batch_first=True, padding_side=side)
     return out
 
-def gather_from_ranks(items):
-    """The lists of all processes that torchrun started, end to end, in the order of their ranks."""
+
+# --------------------------------------------------------------------------------------------------
+# 7. Update
+
+
+def backward_in_chunks(
+    hidden,
+    teacher_hidden,
+    response_ids,
+    log_probs,
+    token_weight,
+    *,
+    student_head,
+    teacher_head,
+    token_loss,
+    chunk_tokens,
+    measure=None,
+):
+    """Heads, loss and backward, chunk by chunk: the logits of all tokens never exist at once.
+
+    hidden (N, H), teacher_hidden (N, H'); response_ids, log_probs (as sampled), token_weight: (N,);
+    heads: hidden -> logits; token_loss: student_logits, teacher_logits (n, V), ids (n,) -> (n,);
+    measure: the same and log_probs (n,) -> dict of (n,)
+    -> the gradient with respect to hidden (N, H), the weighted sum of losses, the measures by chunk
+    """
+    gradients, measured = [], []
+    total = hidden.new_zeros((), dtype=torch.float32)
+    columns = (hidden.detach(), teacher_hidden, response_ids, log_probs, token_weight)
+    for chunk in zip(*(column.split(chunk_tokens) for column in columns)):
+        states, teacher_states, ids, sampled_log_probs, weight = chunk
+        states.requires_grad_()
+        student_logits = student_head(states)  # (n, V)
+        teacher_logits = teacher_head(teacher_states).detach()
+        loss = (token_loss(student_logits, teacher_logits, ids) * weight).sum()
+        # Backward now, while these logits exist: kept to the end, they would fill (B, T, V) several
+        # times
+        loss.backward()
+        gradients.append(states.grad)
+        total += loss.detach()  # not .item(): a GPU would wait at every chunk
+        if measure:
+            student_logits = student_logits.detach()
+            measured.append(measure(student_logits, teacher_logits, ids, sampled_log_probs))
+    return torch.cat(gradients), total, measured
+
+
+def learned_rows(batch):
+    """The rows of a rollout that there is something to learn from, without padding, longest first.
+    -> list of (ids (L,), learned (L,), {name: (n, ...)}): learned is True where the loss is, at n
+       tokens, and the dict has what backward_in_chunks needs to know of those
+    """
+    rows = []
+    for row, valid in enumerate(batch["response_mask"].bool()):
+        # loss_mask may have holes: what is attended to is the response, whatever part is learned
+        learned = batch["loss_mask"][row].bool()[valid]  # (length,)
+        if not learned.any():
+            continue
+        columns = {"teacher_hidden": batch["teacher_hidden"][row][learned]}
+        for name in ("response_ids", "log_probs", "token_weight"):
+            columns[name] = batch[name][row][valid][learned]
+
+        # What comes after the last learned token changes nothing
+        end = int(learned.nonzero()[-1]) + 1
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+        ids = torch.cat([prompt, batch["response_ids"][row][valid][:end]])
+        rows.append((ids, F.pad(learned[:end], (len(prompt), 0)), columns))
+    return sorted(rows, key=lambda row: len(row[0]), reverse=True)
+
+
+def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
+    """The gradients of the mean loss over the tokens of a step; no weight changes.
+
+    batch: a rollout with token_weight (B, T) and loss_mask (B, T) bool, where to learn: anywhere in
+    the response. micro_batch_size: so many of the longest rows at once, or as many tokens in
+    shorter ones; it changes no gradient. chunk: for backward_in_chunks.
+    -> dict: loss, num_tokens, the means of what measure returns; {} without a token to learn from.
+    FloatingPointError for a loss that is not finite.
+    """
+    rows = learned_rows(batch)
+    # Of the whole step: a mean per micro-batch or process would give the tokens beside short rows
+    # more weight than others
+    num_tokens = sum(gather([int(learned.sum()) for _, learned, _ in rows]))
+    if not num_tokens:
+        return {}
+    student.zero_grad(set_to_none=True)
+    for module in student.modules():
+        # Training mode only where layers are recomputed; all else stays in eval mode: no dropout
+        module.training = getattr(module, "gradient_checkpointing", False)
+
+    loss, measured = 0.0, []
+    most_tokens = micro_batch_size * len(rows[0][0]) if rows else 0
+    while rows:
+        # The next rows, padded on the right
+        count = most_tokens // len(rows[0][0])
+        ids, learned, columns = zip(*rows[:count])
+        rows = rows[count:]
+        mask = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+        ids = pad_sequence(ids, batch_first=True)  # (b, L)
+        mask = pad_sequence(mask, batch_first=True)
+        learned = pad_sequence(learned, batch_first=True)
+        columns = concatenate(columns)
+        columns["token_weight"] = columns["token_weight"] / num_tokens
+        with autocast or contextlib.nullcontext():
+            hidden = hidden_states(student, ids, mask, ids.shape[1] - 1)[learned[:, 1:]]  # (N, H)
+            gradient, value, values = backward_in_chunks(hidden, **columns, **chunk)
+        hidden.backward(gradient)
+        loss = loss + value
+        measured += values
+    student.eval()
+    sum_gradients(student)
+
+    loss = sum(gather([float(loss)]))
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"loss {loss}")
+    own = {name: value.cpu() for name, value in concatenate(measured).items()}
+    means = {name: value.nanmean().item() for name, value in concatenate(gather([own])).items()}
+    return {"loss": loss, "num_tokens": num_tokens, **means}
+
+
+def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0):
+    """Clip and apply the gradients -> their norm before. FloatingPointError if it is not finite"""
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    return norm
+
+
+def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **settings):
+    """An update on a rollout: backward, with these settings, and optimizer_step -> its metrics"""
+    metrics = backward(student, batch, **settings)
+    if metrics:
+        norm = optimizer_step(student, optimizer, learning_rate, max_grad_norm)
+        metrics["grad_norm"] = norm
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. The loop. This section alone sees both the flags (config) and the state of a run
+
+
+def plan_rollout(config, step, cap):
+    """How far the rollouts of step 1, 2, ... go, and who goes on: here the methods differ, and in
+    token_weights. cap: Prune-OPD's, in tokens.
+    """
+    plan = Plan(config.max_new_tokens, config.segment_length)
+    if config.method == "prefix":
+        plan.max_length = min(config.prefix_length, config.max_new_tokens)
+
+    elif config.method == "progressive":
+        plan.max_length = horizon(
+            step - 1,  # the updates made so far
+            config.horizon_start,
+            config.horizon_growth,
+            config.horizon_every,
+            config.max_new_tokens,
+        )
+
+    elif config.method == "prefix-guided":
+        plan.look_at = config.prefix_length
+        plan.goes_on = functools.partial(
+            best_prefixes,
+            at=config.prefix_length,
+            num_generations=config.num_generations,
+            keep_ratio=config.keep_ratio,
+            probe_window=config.probe_window,
+            random=config.select == "random",
+        )
+
+    elif config.method == "prune":
+        plan.max_length = min(cap, config.max_new_tokens)
+
+        def still_reliable(length, overlap, mask, ended):
+            reliability = drift_weights(overlap, mask, config.drift_threshold, config.w_drop)
+            return reliability[:, -1] > 1e-8
+
+        # The abstract stops what drifts while it runs; the released code moves the cap alone
+        if not config.no_prune_in_flight:
+            plan.goes_on = still_reliable
+    return plan
+
+
+def token_weights(config, out):
+    """What a rollout teaches: the weight of each token's loss (B, T), where to learn (B, T) bool"""
+    weight = torch.ones_like(out["overlap"])
+    loss_mask = out["response_mask"]
+    if config.method == "prune":
+        # The mean is still over all tokens, so a smaller weight is a smaller step, as released
+        reliability = drift_weights(
+            out["overlap"], out["response_mask"], config.drift_threshold, config.w_drop
+        )
+        weight = reliability + config.w_base
+    if config.method == "prefix-guided" and not config.train_pruned_prefix:
+        # The paper stops those that lost at the prefix; whether it is trained on it does not say
+        loss_mask = loss_mask & out["kept"][:, None]
+    return weight, loss_mask
+
+
+def update_settings(config, run):
+    """What backward is told: the heads, the loss of --loss, and what is logged of each token"""
+
+    def token_loss(student_logits, teacher_logits, response_ids):
+        if config.loss == "reverse_kl":
+            return reverse_kl(student_logits, teacher_logits)
+        if config.loss == "topk":
+            return reverse_kl_topk(student_logits, teacher_logits, config.overlap_k, config.support)
+        return reverse_kl_sampled(student_logits, teacher_logits, response_ids, config.baseline)
+
+    def measure(student_logits, teacher_logits, response_ids, log_probs):
+        measures = alignment(student_logits, teacher_logits, None, config.overlap_k)
+        # Of the update against those sampled with: on-policy it is what caches and bfloat16 cost
+        now = student_logits.log_softmax(-1).gather(-1, response_ids[:, None])[:, 0]
+        return {**measures, "sampling_mismatch": (now - log_probs).abs()}
+
+    head = {"vocab_size": run.vocab_size, "temperature": config.temperature}
+    return {
+        "student_head": functools.partial(head_logits, run.student, **head),
+        "teacher_head": functools.partial(head_logits, run.teacher, **head),
+        "token_loss": token_loss,
+        "measure": measure,
+        "chunk_tokens": tokens_at_once(run.vocab_size),
+        "micro_batch_size": config.micro_batch_size,
+        "autocast": run.autocast,
+    }
+
+
+def train(config, run):
+    """Every method, step by step: sample, judge, learn, and sample from what was learned."""
+    evaluate_and_save(config, run)  # of a resumed run: what was broken off
+    for step in range(run.step + 1, config.max_steps + 1):
+        run.phase = f"the rollout of step {step}"
+        problems = draw_prompts(config, run, config.cold_start_steps + step)
+        prompts = [problem["prompt_ids"] for problem in problems]
+        plan = plan_rollout(config, step, run.cap)
+        candidates = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
+        out = rollout_in_groups(
+            run.sampler, run.teacher, prompts, plan, run.rows_at_once, **candidates, **run.law
+        )
+
+        run.phase = f"the update of step {step}"
+        began = clock(run.device)
+        out["token_weight"], out["loss_mask"] = token_weights(config, out)
+        update = backward(run.student, out, **update_settings(config, run))
+        update["learning_rate"] = config.learning_rate * min(1, step / max(1, config.warmup_steps))
+
+        # From here to the record a step is done whole or not at all: signals wait
+        with whole_step(run):
+            update["grad_norm"] = optimizer_step(
+                run.student, run.optimizer, update["learning_rate"], config.max_grad_norm
+            )
+            # On-policy: the next rollout samples from what was just learned
+            run.sampler.load_state_dict(run.student.state_dict())
+            update["time_update"] = clock(run.device) - began
+
+            rows = row_facts(config, out)
+            if config.method == "prune":
+                run.cap, run.misses = next_cap(config, run, rows["reliable_length"])
+            metrics = step_metrics(run, out, rows, {**update, "max_length": plan.max_length})
+            if config.extrapolate and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
+                metrics |= extrapolate_student(config, run)
+            run.step = step
+            run.record(metrics)
+        tqdm.write(STEP_LINE.format(step=step, **metrics))
+        evaluate_and_save(config, run)
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Evaluation
+
+
+def last_boxed(text):
+    r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is
+    none: a solution that was cut off in its answer has no answer.
+    Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"
+    """
+    for rest in reversed(re.split(r"\\boxed\s*\{", text)[1:]):
+        depth = 1
+        for brace in re.finditer(r"(?<!\\)[{}]", rest):  # \{ is a brace of a set, not of the box
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                return rest[: brace.start()]
+    return None
+
+
+def is_correct(response_text, gold):
+    r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box is wrong."""
+    answer = last_boxed(response_text.rsplit("</think>", 1)[-1])
+    if answer is None:
+        return False
+    answer = answer.strip().strip("$").strip()
+    gold = (last_boxed(gold) or gold).strip().strip("$").strip()
+    return "".join(answer.split()) == "".join(gold.split()) or ask_math_verify(gold, answer)
+
+
+def pass_at_k(num_samples, num_correct, k):
+    """The chance that one of k answers is right, without bias, from num_samples >= k answers.
+
+        1 - C(n - c, k) / C(n, k),   c of n are right                      [Chen et al., 2107.03374]
+
+    Example: n 4, c 1, k 2 -> .5. ValueError for k > n.
+    """
+    if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
+        raise ValueError(
+            f"needs 1 <= k <= n and 0 <= c <= n, got k {k}, n {num_samples}, c {num_correct}"
+        )
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def auroc(scores, correct):
+    """The chance that a right answer scores higher than a wrong one. lists -> [0, 1], NaN unless
+    there are both. A tie counts half. Example: .9, .4 right, .4, .1 wrong -> .875
+    """
+    right = np.array([score for score, known in zip(scores, correct) if known])
+    wrong = np.array([score for score, known in zip(scores, correct) if not known])
+    if not len(right) or not len(wrong):
+        return math.nan
+    return float((np.sign(right[:, None] - wrong).mean() + 1) / 2)
+
+
+def summarise(answers, num_samples):
+    """Graded answers, num_samples to a problem end to end -> dict of metrics    [Rethinking-OPD]"""
+    correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)
+    by_problem = correct.mean(1)
+    metrics = {"avg_at_n": float(by_problem.mean()), "se": math.nan}
+    if len(by_problem) > 1:
+        # Over problems, not answers: answers to one problem are not independent evidence
+        metrics["se"] = float(by_problem.std(ddof=1) / math.sqrt(len(by_problem)))
+    metrics |= {"pass_at_n": float(correct.any(1).mean()), "n": num_samples}
+    metrics["num_problems"] = len(correct)
+    means = {
+        "truncated": "truncated_fraction",
+        "no_box": "no_box_fraction",
+        "length": "mean_length",
+    }
+    means |= {"repetition": "repetition", "reward": "mean_reward"}
+    for key, name in means.items():
+        metrics[name] = float(np.mean([answer[key] for answer in answers]))
+    return metrics
+
+
+def evaluate(
+    model,
+    tokenizer,
+    problems,
+    *,
+    max_length,
+    num_samples=1,
+    seed=0,
+    rows_per_batch=32,
+    segment_length=512,
+    teacher=None,
+    title="",
+    **law,
+):
+    """Sample, in a random stream of their own, and grade num_samples answers to every problem.
+
+    problems: dicts with prompt_ids and answer, perhaps with begun, ids that answers begin with.
+    law: vocab_size, eos_ids, temperature and top_p (1 unless given), for rollout. With a teacher an
+    answer has a reward, the mean of log q - log p over its tokens, else NaN.
+    -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]
+    """
+    answers = []
+    for index, problem in enumerate(problems):
+        answers += [{**problem, "index": index, "sample": sample} for sample in range(num_samples)]
+    own = share(answers)
+    seed_sampling(seed)  # not restored: every step of training seeds for itself
+    plan = Plan(max_length, segment_length)
+    starts = range(0, len(own), rows_per_batch)
+    for start in tqdm(starts, title, leave=False, disable=not is_main()):
+        batch = own[start : start + rows_per_batch]
+        prompts = [answer["prompt_ids"] + answer.get("begun", []) for answer in batch]
+        out = rollout(model, None, prompts, plan, **law)
+        rewards = [math.nan] * len(batch)
+        if teacher:
+            log_q = response_log_probs(teacher, out, law["vocab_size"])
+            log_p = response_log_probs(model, out, law["vocab_size"])
+            rewards = [(q - p).mean().item() for q, p in zip(log_q, log_p)]
+
+        for row, answer in enumerate(batch):
+            ids = out["response_ids"][row][out["response_mask"][row]].tolist()
+            ids = answer.get("begun", []) + ids
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            answer |= {
+                "response": text,
+                "response_ids": ids,
+                "correct": is_correct(text, answer["answer"]),
+                "no_box": last_boxed(text.rsplit("</think>", 1)[-1]) is None,
+                "truncated": not out["ended"][row].item(),
+                "length": len(ids),
+                "repetition": repetition(ids),
+                "reward": rewards[row],
+            }
+
+    answers = sorted(gather(own), key=operator.itemgetter("index", "sample"))
+    metrics = summarise(answers, num_samples)
+    metrics["auroc"] = auroc(
+        [answer["reward"] for answer in answers], [answer["correct"] for answer in answers]
+    )
+    metrics |= {"max_new_tokens": max_length, "seed": seed}
+    metrics |= {name: law.get(name, 1.0) for name in ("temperature", "top_p")}
+    return metrics, answers
+
+
+# --------------------------------------------------------------------------------------------------
+# Everything below is plumbing
+#
+# Part II. 10. Several processes, as torchrun starts them: no other section counts them
+
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
+NUM_RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main():
+    """Whether this is the process that writes and speaks for all."""
+    return RANK == 0
+
+
+def share(items):
+    """This process's share of a list that all have."""
+    return items[RANK::NUM_RANKS]
+
+
+def gather(items):
+    """The lists of all processes end to end, in the order of their ranks."""
     if not dist.is_initialized():
         return items
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
     return sum(lists, [])
 
-# ---- 10. One update ------------------------------------------------------------------------------------------
-def backward_in_chunks(hidden, teacher_hidden, response_ids, token_weight, log_probs, *, student_head, teacher_head,
-                       token_loss, measure=lambda *_: {}, chunk_tokens=192):
-    """Heads, loss and backward, chunk by chunk: hidden (N, H), teacher_hidden (N, H'), response_ids, token_weight,
-    log_probs (N,) -> gradient wrt hidden (N, H), sum of weighted losses, measures by chunk."""
-    grads, total, measures = [], 0.0, []
-    for states, teacher_states, ids, weight, sampled in zip(*(column.split(chunk_tokens) for column in (
-            hidden.detach(), teacher_hidden, response_ids, token_weight, log_probs))):
-        states.requires_grad_()
-        teacher_logits = teacher_head(teacher_states).detach()                   # (chunk, V)
-        student_logits = student_head(states)
-        loss = (token_loss(student_logits, teacher_logits, ids) * weight).sum()
-        # Backward now, while these logits exist: kept to the end, they would fill (B, T, V) several times over
-        loss.backward()
-        grads.append(states.grad)                                                    # (chunk, H)
-        total += loss.detach()                                # read once per step, or the GPU would wait at each chunk
-        measures.append(measure(student_logits.detach(), teacher_logits, ids, sampled))
-    return torch.cat(grads), total, measures
 
-def train_step(student, optimizer, batch, *, learning_rate, micro_batch_size, max_grad_norm,
-               autocast=contextlib.nullcontext(), **chunk):
-    """One optimizer step on a rollout -> dict: loss, grad_norm (before clipping), num_tokens, means of the measures; {}
-    without a token to train on. batch: prompt_ids, prompt_mask (B, S); response_ids, loss_mask, token_weight, log_probs
-    (B, T); teacher_hidden (B tensors); chunk: for backward_in_chunks. FloatingPointError, before any weight changes."""
-    lengths = batch["loss_mask"].sum(-1)                                         # (B,)
-    # Of the whole step: a mean per micro-batch or rank would give the tokens beside short rows a larger weight
-    num_tokens = sum(gather_from_ranks([int(lengths.sum())]))                        # N of the whole step
-    if not num_tokens:
-        return {}
-    # All padding to the right end: what stood before a short prompt would be computed along with a long response
-    mask = torch.cat([batch["prompt_mask"], batch["loss_mask"]], dim=1).int()        # (B, S + T)
-    mask, columns = mask.sort(dim=1, descending=True, stable=True)
-    ids = torch.cat([batch["prompt_ids"], batch["response_ids"]], dim=1).gather(1, columns)
-    learned = mask.bool() & (columns >= batch["prompt_ids"].shape[1])
-    sizes = mask.sum(-1).where(lengths > 0, 0)                                       # (B,)
-    order = sizes.argsort(descending=True, stable=True)[:int((lengths > 0).sum())]
-    loss, measures = 0.0, []
-    optimizer.zero_grad(set_to_none=True)
-    for module in student.modules():      # recomputed in training mode only; all else stays in eval mode: no dropout
-        module.training = getattr(module, "gradient_checkpointing", False)
-    while len(order):
-        width = int(sizes[order[0]])      # micro_batch_size of the longest rows, or as many tokens in shorter ones
-        rows, order = order.tensor_split([micro_batch_size * int(sizes.max()) // width])
-        with autocast:
-            hidden = hidden_states(student, ids[rows, :width], mask[rows, :width], width - 1)[learned[rows, 1:width]]
-            teacher_hidden = torch.cat([batch["teacher_hidden"][row][:lengths[row]] for row in rows.tolist()])
-            grad, value, measured = backward_in_chunks(
-                hidden, teacher_hidden, ids[rows][learned[rows]],                # (N, H), (N, H'), (N,), (N,), (N,)
-                batch["token_weight"][rows][batch["loss_mask"][rows]] / num_tokens,
-                batch["log_probs"][rows][batch["loss_mask"][rows]], **chunk)
-        hidden.backward(grad)
-        loss += value
-        measures += measured
-    student.eval()
-    for parameter in student.parameters() if dist.is_initialized() else ():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        dist.all_reduce(parameter.grad)                       # summed over the ranks
-    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
-    loss = sum(gather_from_ranks([float(loss)]))
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}, longest response {int(lengths.max())}")
-    optimizer.param_groups[0]["lr"] = learning_rate
-    optimizer.step()
-    parts = gather_from_ranks([{name: torch.cat([piece[name] for piece in measures]).cpu() for name in measures[0]}]
-                              if measures else [])
-    means = {name: torch.cat([part[name] for part in parts]).nanmean().item() for name in parts[0]}
-    return {"loss": loss, "grad_norm": grad_norm, "num_tokens": num_tokens, **means}
+def sum_gradients(model):
+    """Make every gradient the sum of those of all processes."""
+    if not dist.is_initialized():
+        return
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
 
-def forward_flops(model, lengths):
-    """Floating-point operations of one forward over rows of so many tokens (B,) -> float: the sum of 2 N L + 2 n_layer
-    d_model L^2, N parameters. Decoding costs a forward, an update three."""
-    config, L = model.config.get_text_config(), lengths.double()
-    per_row = 2 * model.num_parameters() * L + 2 * config.num_hidden_layers * config.hidden_size * L ** 2
-    return float(per_row.sum())
 
-# ---- 11. The tiny world: a made-up language in which distillation can be watched -----------------------------
-#     A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step by step: "first
-#     a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is \boxed{ 9 }". Every operation can be undone: a slip carries
-#     through to the answer. Words have synonyms, of which authors like some better: a model's top k are its habits.
-LEXICON = {"special": ["<pad>", "<end>", "<user>", "<solve>"], "frame": ["the", "answer", "\\boxed{", "}"],
-           "digit": list("0123456789"), "operation": [f"+{n}" for n in range(1, 10)] + ["*3", "*7", "*9"],
-           "label": list("abcdefgh"), "opener": "first next then now so here well okay".split(),
-           "verb": "is gives makes equals yields becomes leaves gets".split(), "closer": ", ; . : and - / |".split()}
+def seed_sampling(seed):
+    """Seed torch's global stream, which model.generate draws from: otherwise in each process."""
+    torch.manual_seed(seed * NUM_RANKS + RANK)
+
+
+def join_processes(device):
+    """Meet the other processes, if torchrun started any."""
+    if NUM_RANKS == 1 or dist.is_initialized():
+        return
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = datetime.timedelta(hours=2)  # one rank may sample for long after the others
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # one speaks for all
+
+
+def clock(device):
+    """Seconds, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Data
+
+
+def read_records(path):
+    """The objects in a jsonl, json or parquet file -> list. OSError, or ValueError with the line"""
+    with open(path, "rb") as file:
+        if path.endswith(".parquet"):
+            import pyarrow.parquet  # only here; without it an ImportError says so
+
+            return pyarrow.parquet.read_table(file).to_pylist()
+        text = file.read().removeprefix("\ufeff".encode())
+    # One list, or JSON lines, which many a .json file holds, too
+    is_list = text.lstrip().startswith(b"[")
+    records = []
+    for number, line in enumerate([text] if is_list else text.splitlines(), start=1):
+        try:
+            if line.strip():
+                records.append(json.loads(line))
+        except ValueError as error:
+            number += getattr(error, "lineno", 1) - 1
+            raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
+    return records[0] if is_list else records
+
+
+def read_fields(record):
+    """A record of any kind of file -> its problem and its answer, "" where there is none"""
+    fields = dict(record)
+    nested = record.get("reward_model")
+    if isinstance(nested, dict):
+        fields = {**nested, **fields}
+    chat = record.get("prompt") or record.get("messages")
+    if isinstance(chat, list):
+        for turn in chat:  # of each role the last turn
+            if isinstance(turn, dict):
+                fields[f"{turn.get('role')}:"] = turn.get("content")
+
+    def first(*names):
+        return next((fields[name] for name in names if fields.get(name) is not None), "")
+
+    answer = first("answer", "final_answer", "ground_truth", "solution", "assistant:")
+    if isinstance(answer, list):
+        answer = ", ".join(map(str, answer))
+    return first("problem", "question", "user:", "prompt"), str(answer)
+
+
+def load_problems(path):
+    """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, each once.
+    Knows the usual field names, chats, and golds in a box, in dollars or behind "####".
+    OSError, ValueError or ImportError, with a line for the user.
+    """
+    # What data sets add to a problem fights the template, and a grader of boxes
+    instructions = (
+        r"Solve the following math problem step by step\. The last line of .*? to the problem\."
+        r'|Remember to put your answer on its own line after "Answer:"\.'
+        r"|Please reason step by step, and .*? within \\boxed\{\}\."
+    )
+    records, problems = read_records(path), {}
+    for number, record in enumerate(records, start=1):
+        record = record if isinstance(record, dict) else {}
+        problem, answer = read_fields(record)
+        if not isinstance(problem, str) or not problem.strip():
+            raise ValueError(
+                f"{path}, record {number}: needs a text in problem, question, prompt or messages; "
+                f"it has the fields {', '.join(record) or 'none'}"
+            )
+        problem = re.sub(instructions, "", problem).strip()
+        answer = answer.rsplit("####", 1)[-1]
+        answer = (last_boxed(answer) or answer).strip().strip("$").strip()
+        problems[problem] = problems.get(problem) or answer or None
+    if not problems:
+        raise ValueError(f"{path}: the file is empty; it needs one problem per line")
+    left_out = len(records) - len(problems)
+    if left_out:
+        note = f"{path}: left out {left_out} duplicates, {len(problems)} problems stay"
+        warnings.warn(note, stacklevel=2)
+    return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
+
+
+def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):
+    """A problem (str) -> list of ids: the template filled in, as a user's turn if there are any"""
+    text = template.replace("{problem}", problem)
+    if not chat_template or not tokenizer.chat_template:
+        return tokenizer(text + "\n").input_ids
+    turns = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False, **template_flags
+    )
+
+
+def pad_left(prompts, pad_id):
+    """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: responses start in one column."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    # From the lengths, not ids != pad_id: where pad and EOS are one id, that would hide real tokens
+    mask = [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def batch_indices(step, batch_size, num_problems, seed):
+    """The problems of step 1, 2, ...: each once, in a new order every epoch, before any recurs.
+    It depends on its arguments alone: there is no sampler to save, and every method meets the same
+    prompts in the same order.
+    """
+    indices, orders = [], {}
+    for place in range((step - 1) * batch_size, step * batch_size):
+        epoch, index = divmod(place, num_problems)
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng((seed, epoch)).permutation(num_problems)
+        indices.append(int(orders[epoch][index]))
+    return indices
+
+
+def draw_prompts(config, run, step):
+    """This process's problems of a step, short prompts first, G times each: row p * G + g"""
+    pools, shares = [sum(run.pools, [])], [1]
+    if config.mix:
+        pools, shares = run.pools, config.mix
+    # Each pool's share of the batch, to the nearest prompt
+    edges = np.rint(np.cumsum([0, *shares]) * config.batch_size).astype(int).tolist()
+    drawn = []
+    for pool, first, last in zip(pools, edges, edges[1:]):
+        for index in batch_indices(step, last - first, len(pool), config.seed):
+            drawn.append(pool[index])
+    # Seeded here, the sampling of a step does not depend on what was drawn before
+    seed_sampling(config.seed * 1_000_003 + step)
+    own = sorted(share(drawn), key=lambda problem: len(problem["prompt_ids"]))
+    return [problem for problem in own for _ in range(config.num_generations)]
+
+
+# What the process of ask_math_verify runs. Answers go into a box, because a bare
+# \left( 3, \frac{\pi}{2} \right) is read as 3; gold first, because verify is not symmetric: 1<x<2
+# is taken for (1,2), but not the other way round
+MATH_VERIFY = r"""import json, sys
+from math_verify import parse, verify
+print("ready")
+for line in sys.stdin:
+    texts = [text for text in json.loads(line) if text is not None]
+    read = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in texts]
+    print(verify(*read, timeout_seconds=None) if len(read) > 1 else len(read[0]) > 1)"""
+
+
+def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noqa: B006, kept
+    """
+    Whether math-verify takes answer for gold, both bare LaTeX; answer None: whether it reads gold.
+    False when it takes longer: 2003^{2002^{2001}} keeps sympy busy in one C call that only the end
+    of its process ends. ImportError where there is no math-verify.
+    """
+    process = worker["process"]
+    if process is None or process.poll() is not None:
+        pipe = subprocess.PIPE
+        process = worker["process"] = subprocess.Popen(
+            [sys.executable, "-u", "-c", MATH_VERIFY],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            process_group=0,  # Ctrl-C is not for it
+        )
+        if process.stdout.readline() != "ready\n":  # not counted towards the limit
+            raise ImportError("math-verify cannot be imported", name="math-verify")
+    print(json.dumps([gold, answer]), file=process.stdin, flush=True)
+    in_time = select.select([process.stdout], [], [], seconds)[0]
+    reply = process.stdout.readline() if in_time else ""
+    if not reply:
+        process.kill()
+        process.wait()  # poll() sees it, and the next call starts another
+    return reply == "True\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. The tiny world: a made-up language in which distillation can be watched
+#
+# A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step
+# by step: "first a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is \boxed{ 9 }". Every operation
+# can be undone: a slip carries through to the answer. Words have synonyms, of which authors like
+# some better: a model's top k are its habits.
+
+LEXICON = {
+    "special": ["<pad>", "<end>", "<user>", "<solve>"],
+    "frame": ["the", "answer", "\\boxed{", "}"],
+    "digit": list("0123456789"),
+    "operation": "+1 +2 +3 +4 +5 +6 +7 +8 +9 *3 *7 *9".split(),
+    "label": list("abcdefgh"),
+    "opener": "first next then now so here well okay".split(),
+    "verb": "is gives makes equals yields becomes leaves gets".split(),
+    "closer": ", ; . : and - / |".split(),
+}
+
 
 def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
-    """A problem of so many steps and an author's solution -> {"problem", "answer"}, [word, ...], [trusted, ...].
-    habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely. slip_rate: how often a step
-    goes wrong; what follows is consistent, only the slip itself is not trusted. order -1: "a +3 4" for "a 4 +3"."""
+    """A problem of so many steps and an author's solution -> {"problem", "answer"}, words, trusted.
+
+    habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely.
+    slip_rate: how often a step goes wrong; what follows is consistent, the slip is not trusted.
+    order -1: "a +3 4" for "a 4 +3".
+    """
+
     def synonym(kind):
-        return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(.6)) + habit) % 8]
+        return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(0.6)) + habit) % 8]
+
     def apply(value, operation):
-        return str((int(value) + int(operation[1:]) if operation[0] == "+" else int(value) * int(operation[1:])) % 10)
-    first, start = rng.randrange(9 - steps), rng.choice(lexicon["digit"])
-    problem, words, trusted, truth, value = [start], [], [], start, start
-    for label in lexicon["label"][first:first + steps]:
-        operation = rng.choice(lexicon["operation"])
-        problem, truth = problem + [label, operation], apply(truth, operation)
+        number = int(operation[1:])
+        return str((int(value) + number if operation[0] == "+" else int(value) * number) % 10)
+
+    first = rng.randrange(9 - steps)
+    truth = value = rng.choice(lexicon["digit"])
+    problem = [value]
+    words, trusted = [], []
+    for label in lexicon["label"][first : first + steps]:
+        operation = read = rng.choice(lexicon["operation"])
+        problem += [label, operation]
+        truth = apply(truth, operation)
+
+        # A slip misreads the operation, or gets the result wrong
         slip = rng.choice(("result", "operation")) if rng.random() < slip_rate else None
-        read = rng.choice(lexicon["operation"]) if slip == "operation" else operation
-        result = apply(apply(value, read), rng.choice("+1 +9 +1 +9 +2 +8".split()) if slip == "result" else "+0")
-        words += [synonym("opener"), label, *[value, read][::order], synonym("verb"), result, synonym("closer")]
-        trusted += [True, True, *[True, slip != "operation"][::order], True, slip != "result", True]
+        if slip == "operation":
+            read = rng.choice(lexicon["operation"])
+        result = apply(value, read)
+        if slip == "result":
+            result = apply(result, rng.choice("+1 +9 +1 +9 +2 +8".split()))
+        words += [synonym("opener"), label, *[value, read][::order]]
+        words += [synonym("verb"), result, synonym("closer")]
+        trusted += [True, True, *[True, slip != "operation"][::order]]
+        trusted += [True, slip != "result", True]
         value = result
     words += [synonym("opener"), "the", "answer", synonym("verb"), "\\boxed{", value, "}", "<end>"]
     return {"problem": " ".join(problem), "answer": truth}, words, trusted + [True] * 8
 
+
 def tiny_tokenizer(words):
-    """A tokenizer with one token per word, and a chat template, like any other that transformers loads."""
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    """A tokenizer with one token per word, and a chat template, like any other."""
+    ids = {word: index for index, word in enumerate(words)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<pad>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<end>"
+    )
     tokenizer.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}<solve>"
     return tokenizer
 
+
+def tiny_model(tokenizer):
+    """A Qwen3 of 0.1M parameters. All worlds start with it; the seed draws what is learned."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def imitate(model, draw, steps, title):
+    """Train a model, in place, on batches of 64 that draw() makes: ids (L,), learned (L,) each."""
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step in tqdm(range(steps), desc=f"tiny world: {title}", leave=False):
+        # Padded on the right, where it needs no mask; it is 0, <pad>, and not learned
+        rows = [torch.tensor(draw()).T for _ in range(64)]
+        ids, learned = pad_sequence(rows).permute(2, 1, 0)  # (64, L) each
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids.where(learned > 0, -100)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # Warm-up, and a cosine down to a twentieth
+        cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * cosine
+        optimizer.step()
+
+
 def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150):
-    """Write the tiny world into a folder, in a minute: models teacher/ and student/, train.jsonl, eval.jsonl. From one
-    base model the teacher learns of a careful author; the student, briefly, of one of other habits who slips often."""
+    """Write the tiny world into a folder, in a minute: models teacher/ and student/, train.jsonl,
+    eval.jsonl. From one base model the teacher learns of a careful author; the student, briefly, of
+    one of other habits who slips often, and believes the slips.
+    """
     tokenizer = tiny_tokenizer(sum(LEXICON.values(), []))
-    torch.manual_seed(0)                  # one start for all worlds; the seed draws what is learned from it
-    student = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        initializer_range=0.05, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    def learn(model, who, steps, lengths, habit, slip_rate, believes=False, order=1):
-        rng, optimizer = random.Random(f"{seed} {who}"), torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-        for step in tqdm(range(steps), desc=f"tiny world: {who}", leave=False):
-            batch = []
-            for _ in range(64):
-                liked = rng.randrange(8) if habit is None else habit
-                problem, solution, trusted = tiny_example(rng, rng.randint(*lengths), liked, slip_rate, LEXICON, order)
-                prompt = ["<user>", *problem["problem"].split(), "<solve>"]
-                words, learned = prompt + solution, [False] * len(prompt) + [good or believes for good in trusted]
-                batch.append(torch.tensor([tokenizer.convert_tokens_to_ids(words), learned]).T)      # (T, 2)
-            ids, learned = torch.nn.utils.rnn.pad_sequence(batch).permute(2, 1, 0)   # (64, T) each; padding is 0: <pad>
-            optimizer.zero_grad()
-            model(input_ids=ids, labels=ids.where(learned > 0, -100)).loss.backward()    # padded right: needs no mask
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            warm_up, cosine = min(1, (step + 1) / 20), .525 + .475 * math.cos(math.pi * step / steps)
-            optimizer.param_groups[0]["lr"] = 4e-3 * warm_up * cosine            # down to a twentieth
-            optimizer.step()
-    learn(student, "base model, short problems", 250, (1, 3), None, .1)
-    learn(student, "base model, full problems", 130, (4, 8), None, .1)
+
+    def learn(model, title, steps, lengths, habit, slip_rate, believes=False, order=1):
+        rng = random.Random(f"{seed} {title}")
+
+        def draw():
+            liked = rng.randrange(8) if habit is None else habit
+            length = rng.randint(*lengths)
+            example = tiny_example(rng, length, liked, slip_rate, LEXICON, order)
+            problem, solution, trusted = example
+            prompt = ["<user>", *problem["problem"].split(), "<solve>"]
+            learned = [False] * len(prompt) + [good or believes for good in trusted]
+            return tokenizer.convert_tokens_to_ids(prompt + solution), learned
+
+        imitate(model, draw, steps, title)
+
+    student = tiny_model(tokenizer)
+    learn(student, "base model, short problems", 250, (1, 3), None, 0.1)
+    learn(student, "base model, full problems", 130, (4, 8), None, 0.1)
     teacher = copy.deepcopy(student)
-    learn(teacher, "teacher", teacher_steps, (4, 8), teacher_habit, .1, order=teacher_order)
-    learn(student, "student", 40, (4, 8), 2, .25, believes=True)
-    partial = f"{folder}.partial"                             # a world that was broken off must not look like one
+    learn(teacher, "teacher", teacher_steps, (4, 8), teacher_habit, 0.1, order=teacher_order)
+    learn(student, "student", 40, (4, 8), 2, 0.25, believes=True)
+
+    partial = f"{folder}.partial"  # a world that was broken off must not look like one
     shutil.rmtree(partial, ignore_errors=True)
     for name, model in (("teacher", teacher), ("student", student)):
-        model.save_pretrained(os.path.join(partial, name))
-        tokenizer.save_pretrained(os.path.join(partial, name))
+        model.save_pretrained(f"{partial}/{name}")
+        tokenizer.save_pretrained(f"{partial}/{name}")
     for name, count in (("train", 2000), ("eval", 100)):
         rng = random.Random(f"{seed} {name}")
         for _ in range(count):
-            append_json(os.path.join(partial, f"{name}.jsonl"), tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)[0])
+            problem, _, _ = tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)
+            append_json(f"{partial}/{name}.jsonl", problem)
     os.replace(partial, folder)
 
-# ---- 12. Set-up, preflight, checkpoints ----------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
+# 13. Flags
+
+BOXED = r"{problem} Please reason step by step, and put your final answer within \boxed{}."
+Method = Literal["opd", "prefix", "progressive", "prefix-guided", "prune"]
+Loss = Literal["topk", "reverse_kl", "sampled"]
+Support = Literal["student", "teacher", "intersection", "union"]
+
+
+@dataclass
+class Config:
+    """All flags: --name in a shell, Config(name=...) in a notebook. --help shows these comments;
+    a [tag] says whose value the default is."""
+
+    # -- models and data
+    student: str = ""  # model folder or hub name; without it and --teacher: the tiny world
+    teacher: str = ""  # model folder or hub name, with the student's token ids
+    train_file: list[str] = ()  # problems to train on: jsonl, json, parquet; needs no answers
+    mix: list[float] = ()  # the training files' shares of every step, such as 0.8 0.2
+    eval_file: list[str] = ()  # problems with answers to evaluate on; one result per file
+    output_dir: str = "out"  # for metrics.jsonl, samples.jsonl, checkpoints, the tiny world
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where the numbers go, too
+    report: str = ""  # compare the runs below this folder: print a table, draw report.png, stop
+    prompt_template: str = BOXED  # the user's message [Rethinking-OPD]
+    no_chat_template: bool = False  # give the message as it is
+    enable_thinking: bool = False  # let Qwen3's chat template think
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: on a GPU bfloat16, with
+    # float32 master weights
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # such as cuda, cuda:1, cpu
+    seed: int = 0  # of a tiny world yet to be made, the order of the data, all sampling
+
+    # -- method and loss
+    method: Method = "opd"  # opd: all to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD].
+    # progressive: to a growing horizon [FastOPD, POPD]. prefix-guided: on where overlap is high
+    # [PG-OPD]. prune: less after drift [Prune-OPD]
+    loss: Loss = "topk"  # topk: KL(student || teacher) on top-k tokens, with the released gradient
+    # [Rethinking-OPD]. reverse_kl: on the whole vocabulary [GKD]. sampled: k1 policy gradient
+    support: Support = "student"  # whose top k --loss topk sums over [Rethinking-OPD]
+    baseline: bool = False  # subtract the closed-form baseline in --loss sampled [vOPD]
+    overlap_k: int = 16  # the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]
+    cold_start_steps: int = 0  # first learn the teacher's own right solutions [Rethinking-OPD]
+    cold_start_learning_rate: float = 1e-5  # learning rate of the cold start (our choice)
+
+    # -- sampling
+    batch_size: int = 64  # prompts per step [Rethinking-OPD]
+    num_generations: int = 4  # candidates per prompt [Rethinking-OPD]
+    max_prompt_length: int = 1024  # longer training prompts are left out [Rethinking-OPD]
+    max_new_tokens: int = 7168  # cap of a training response [Rethinking-OPD]
+    temperature: float = 1.0  # divides the logits of both models, in sampling and loss [all: 1]
+    segment_length: int = 512  # tokens between two looks at who goes on (our choice)
+    rollout_batch_size: int = 0  # rows a process samples at once; 0: all, on a GPU what fits
+    prefix_length: int = 0  # tokens of the prefix; 0: 1024 in prefix (our choice), 128 in
+    # prefix-guided [PG-OPD, second hand]
+    probe_window: int = 128  # prefix-guided: first tokens, whose mean overlap scores [PG-OPD]
+    keep_ratio: float = 0.5  # prefix-guided: share of candidates to go on [PG-OPD: .25 to .75]
+    select: Literal["overlap", "random"] = "overlap"  # prefix-guided: random is a control
+    train_pruned_prefix: bool = False  # prefix-guided: train on the prefixes of the others, too
+    horizon_start: int = 512  # progressive: first horizon (our choice)
+    horizon_growth: int = 256  # progressive: tokens that it grows by (our choice)
+    horizon_every: int = 10  # progressive: updates between (our choice)
+    drift_threshold: float = 0.7  # prune: a token with less overlap is a bad event [Prune-OPD]
+    w_drop: float = 0.01  # prune: reliability lost at each bad event [Prune-OPD]
+    w_base: float = 0.5  # prune: added to the reliability as loss weight [Prune-OPD]
+    cap_init: int = 2048  # prune: first cap [Prune-OPD]
+    cap_min: int = 1024  # prune: least cap [Prune-OPD]
+    cap_max: int = 12288  # prune: largest cap; --max_new_tokens holds, too [Prune-OPD]
+    cap_step: int = 100  # prune: tokens that the cap moves by [Prune-OPD]
+    cap_margin: int = 100  # prune: reliable so near to the cap is a hit [Prune-OPD]
+    cap_hit_ratio: float = 0.1  # prune: share of hits at which the cap grows [Prune-OPD]
+    cap_patience: int = 3  # prune: misses in a row at which it shrinks [Prune-OPD]
+    no_prune_in_flight: bool = False  # prune: stop no row while it runs, as in the released code
+
+    # -- optimisation
+    learning_rate: float = 1e-6  # of AdamW, constant [Rethinking-OPD, Prune-OPD, EffOPD]
+    warmup_steps: int = 0  # before that a linear warm-up [EffOPD]
+    max_steps: int = 200  # DAPO-Math-17K once [Rethinking-OPD]
+    max_grad_norm: float = 1.0  # gradient clipping (our choice)
+    micro_batch_size: int = 4  # longest rows at once in the update, or more short ones
+    gradient_checkpointing: bool = False  # recompute layers in backward, to save memory
+    extrapolate: bool = False  # at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]
+    validation_size: int = 50  # answered training problems that judge --extrapolate [EffOPD]
+    save_every: int = 0  # steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 2  # how many stay
+    resume: str = ""  # go on from the last checkpoint in --output_dir, or from the one named here
+
+    # -- evaluation
+    eval_only: bool = False  # grade --student on --eval_file and stop
+    eval_every: int = 20  # steps between evaluations; 0: only at the end [Prune-OPD]
+    eval_samples: int = 16  # answers per problem [Rethinking-OPD]
+    probe_depths: list[int] = ()  # percent of an answer: how the teacher goes on from there
+    # [Rethinking-OPD]
+    eval_temperature: float = 0.7  # 0 is greedy [Rethinking-OPD]
+    eval_top_p: float = 0.95  # nucleus; 1 is all [Rethinking-OPD]
+    eval_max_new_tokens: int = 31744  # full length [Rethinking-OPD]
+    eval_batch_size: int = 32  # rows of an evaluation at once (our choice)
+
+    @property
+    def prefix(self):
+        return self.prefix_length or (128 if self.method == "prefix-guided" else 1024)
+
+
+# Where neither model is named
+TINY = replace(
+    Config(),
+    prompt_template="{problem}",
+    loss="reverse_kl",
+    overlap_k=4,
+    cold_start_learning_rate=2e-3,
+    batch_size=16,
+    max_prompt_length=64,
+    max_new_tokens=96,
+    segment_length=16,
+    prefix_length=24,
+    probe_window=16,
+    horizon_start=16,
+    horizon_growth=8,
+    horizon_every=4,
+    w_drop=0.05,
+    cap_init=48,
+    cap_min=24,
+    cap_max=96,
+    cap_step=8,
+    cap_margin=8,
+    learning_rate=1e-3,
+    warmup_steps=5,
+    max_steps=60,
+    micro_batch_size=64,
+    eval_every=10,
+    eval_samples=4,
+    eval_temperature=1.0,
+    eval_top_p=1.0,
+    eval_max_new_tokens=96,
+    eval_batch_size=64,
+)
+ALIASES = {
+    "student": "model_name_or_path",
+    "teacher": "teacher_model_name_or_path",
+    "max_new_tokens": "max_completion_length",
+}
+
+
+def parse_args(argv=None):
+    """Command line -> Config; without a model TINY. ValueError of one line for what cannot work"""
+    # A flag's help is the comment behind it, with those that follow; a group's title has dashes
+    title = name = ""
+    titles, texts = {}, {}
+    for line in inspect.getsource(Config).splitlines():
+        code, _, comment = line.partition("# ")
+        if comment.startswith("-- "):
+            title, comment = comment[3:], ""
+        elif code.strip():
+            name = code.strip().split(":")[0]
+            titles[name] = title
+        texts[name] = f"{texts.get(name, '')} {comment}".strip()
+
+    parser = argparse.ArgumentParser(
+        usage="python opd.py [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+
+    def fail(message):  # argparse's own prints all usage before the one line that matters
+        raise ValueError(f"{message}; see python opd.py --help")
+
+    parser.error = fail
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(titles.values())}
+    for item in fields(Config):
+        how = {"type": item.type}
+        if item.type is bool:
+            how = {"action": "store_true"}
+        elif get_origin(item.type) is Literal:
+            how = {"choices": get_args(item.type)}
+        elif get_origin(item.type) is list:
+            how = {"type": get_args(item.type)[0], "nargs": "+"}
+        elif item.name == "resume":
+            how = {"nargs": "?", "const": "latest"}
+        shown = f"default {item.default or repr(item.default)}"
+        tiny = getattr(TINY, item.name)
+        if tiny != item.default:
+            shown += f"; tiny world {tiny}"
+        text = f"{texts[item.name]} ({shown})".replace("%", "%%")
+        names = [f"--{name}" for name in (item.name, ALIASES.get(item.name)) if name]
+        groups[titles[item.name]].add_argument(*names, dest=item.name, help=text, **how)
+    given = vars(parser.parse_args(argv))
+    named = given.get("student") or given.get("teacher")
+    config = replace(Config() if named else TINY, **given)
+    check_config(config)
+    return config
+
+
+def check_config(config):
+    """ValueError for flags that cannot work, alone or together, before anything is loaded."""
+    may_be_zero = (
+        "seed cold_start_steps rollout_batch_size prefix_length horizon_growth drift_threshold "
+        "w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every eval_every eval_temperature"
+    ).split()
+    for name, value in asdict(config).items():
+        least = 0 if name in may_be_zero else 1e-300
+        if type(value) in (int, float) and not least <= value < 2**40:
+            raise ValueError(f"--{name} {value} must be {'at least' if least == 0 else 'above'} 0")
+
+    if not {*config.probe_depths} <= {*range(100)}:
+        raise ValueError(f"--probe_depths {config.probe_depths}: percentages from 0 to 99")
+    if max(config.keep_ratio, config.eval_top_p) > 1:
+        raise ValueError("--keep_ratio and --eval_top_p must be at most 1")
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if config.device not in ("cpu", "mps", *gpus, *(["cuda"] if gpus else [])):
+        raise ValueError(f"--device {config.device}: there is none here; use cpu")
+    if "{problem}" not in config.prompt_template:
+        raise ValueError("--prompt_template must say {problem} where the problem goes")
+    if not config.cap_min <= config.cap_init <= config.cap_max:
+        raise ValueError("--cap_init must lie between --cap_min and --cap_max")
+    if config.batch_size < NUM_RANKS:
+        raise ValueError(f"--batch_size must be at least the {NUM_RANKS} processes")
+
+    if config.method == "prefix-guided":
+        if config.prefix >= config.max_new_tokens:
+            raise ValueError(f"--prefix_length {config.prefix} must be below --max_new_tokens")
+        if config.probe_window > config.prefix:
+            raise ValueError(f"--probe_window must be at most --prefix_length, {config.prefix}")
+        if config.keep_ratio * config.num_generations < 0.999:  # nobody writes out 1/3
+            raise ValueError(f"--keep_ratio {config.keep_ratio} is under one candidate per prompt")
+    if config.mix:
+        of_each_file = len(config.mix) == len(config.train_file) and round(sum(config.mix), 3) == 1
+        if not of_each_file or min(config.mix) * config.batch_size < 1:
+            needs = "a share for each --train_file, worth a prompt of every step, and 1 in all"
+            raise ValueError(f"--mix needs {needs}")
+    needed = [config.student, config.teacher, config.train_file]
+    if config.eval_only:
+        needed = [config.student, config.eval_file]
+    given = [*needed, config.teacher, config.train_file, config.eval_file]
+    if any(given) and not all(needed):
+        raise ValueError(
+            "give --student, --teacher and --train_file; with --eval_only --student and "
+            "--eval_file; or none of these four"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# 14. Set-up and preflight
+
+
+@dataclass
+class Run:
+    """What a run has loaded, and where it stands."""
+
+    flags: dict  # as given; a checkpoint's must agree
+    files: list  # paths of metrics.jsonl and samples.jsonl
+    track: object = None  # log(dict of numbers, step) of a tracker
+    device: object = None
+    autocast: object = None  # a context for the update: bfloat16, or nothing
+    student: object = None  # what learns, with float32 master weights
+    sampler: object = None  # what samples: the student itself, or its bfloat16 copy
+    teacher: object = None  # None in --eval_only
+    tokenizer: object = None  # the student's; both models read its prompts
+    teacher_tokenizer: object = None  # for its stop ids and its template
+    optimizer: object = None
+    vocab_size: int = 0  # tokens that both models have; other rows of their heads are cut off
+    law: dict = None  # what rollout needs to know: vocab_size, eos_ids, temperature
+    grading: dict = None  # what evaluate needs beside it and does not change
+    cache_bytes: int = 0  # what the caches of both models keep of a token
+    pools: list = None  # training problems, a list for each file
+    answered: list = None  # those that have an answer
+    evals: dict = None  # name of a file -> problems to evaluate on
+
+    # Where it stands. A checkpoint has all of this, and the optimizer
+    step: int = 0  # the last whole step
+    graded: int = 0  # the last step after which the student was evaluated
+    rows_at_once: int = 0  # rows that a rollout samples at once
+    cap: int = 0  # prune: tokens
+    misses: int = 0  # prune: in a row
+    anchor: dict = field(default_factory=dict)  # EffOPD: the weights accepted the last time
+    counts: dict = field(default_factory=dict)  # tokens and FLOPs so far
+
+    # For the last words
+    phase: str = "set-up"
+    halfway: bool = False  # between an update and the end of its step there is nothing to save
+
+    def count(self, **costs):
+        for name, cost in costs.items():
+            self.counts[name] += cost
+
+    def standing(self):
+        """What every line of metrics.jsonl says of where the run stands."""
+        standing = {"cap": self.cap, "misses": self.misses, "rollout_batch_size": self.rows_at_once}
+        return {**standing, **self.counts}
+
+    def record(self, metrics):
+        """A line of metrics.jsonl, and its numbers to the tracker."""
+        if is_main():
+            append_json(self.files[0], {"step": self.step, **metrics})
+        self.tell(metrics)
+
+    def tell(self, metrics, prefix=""):
+        """The numbers among the metrics, to the tracker if there is one."""
+        if self.track:
+            numbers = {name: x for name, x in metrics.items() if type(x) in (int, float)}
+            self.track({prefix + name: x for name, x in numbers.items()}, self.step)
+
+
 def compare_vocabularies(student_vocab, teacher_vocab):
-    """Raises ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
+    """ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
     different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
     if different:
-        shown = [f"{token!r} is {student_vocab.get(token)} and {teacher_vocab.get(token)}" for token in different[:3]]
-        raise ValueError(f"use models of one tokenizer: different ids for {len(different)} tokens: {', '.join(shown)}")
+        ids = [f"{t!r} is {student_vocab.get(t)} and {teacher_vocab.get(t)}" for t in different[:3]]
+        count = f"different ids for {len(different)} tokens"
+        raise ValueError(f"use models of one tokenizer: {count}: {', '.join(ids)}")
+
 
 def stop_ids(model, tokenizer):
-    """All ids that end a response: the one or several of the generation config, and the tokenizer's EOS."""
+    """All ids that end a response: the one or several of the generation config, and the EOS."""
     listed = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
 
-def save_checkpoint(run, args):
-    """What a run is after a step, and its files -> checkpoint-<step>/, unless it is there: whole or not at all, since
-    it gets its name when complete; then the oldest go. OSError, with no trace left of it, if it cannot be written."""
-    folder, partial = (os.path.join(args.output_dir, f"checkpoint{end}") for end in (f"-{run.step}", ".partial"))
-    if RANK or os.path.exists(folder):
+
+def load(auto_class, path, **options):
+    """from_pretrained, or a ValueError of one line."""
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except Exception as error:  # transformers, safetensors, json: each has errors of its own
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{path} does not load: {why}") from None
+
+
+def read_files(config, run):
+    """The problems of the files that the flags name, each with its prompt_ids, into the run."""
+
+    def read(path):
+        problems = load_problems(path)
+        for problem in problems:
+            problem["prompt_ids"] = encode_prompt(
+                run.tokenizer,
+                problem["problem"],
+                config.prompt_template,
+                chat_template=not config.no_chat_template,
+                enable_thinking=config.enable_thinking,
+            )
+        return problems
+
+    run.evals, run.pools = {}, []
+    for path in config.eval_file:
+        problems, name = read(path), os.path.splitext(os.path.basename(path))[0]
+        if any(problem["answer"] is None for problem in problems):
+            raise ValueError(f"--eval_file {path}: evaluation needs an answer to every problem")
+        run.evals[path if name in run.evals else name] = problems
+    longest = config.max_prompt_length
+    for path in config.train_file:
+        pool = [problem for problem in read(path) if len(problem["prompt_ids"]) <= longest]
+        if not pool:
+            raise ValueError(f"{path}: all prompts are longer than --max_prompt_length {longest}")
+        run.pools.append(pool)
+    run.answered = [problem for problem in sum(run.pools, []) if problem["answer"] is not None]
+    if config.extrapolate and len(run.answered) < config.validation_size:
+        needed = f"--extrapolate needs {config.validation_size} answered problems"
+        raise ValueError(f"{needed}; here are {len(run.answered)}")
+
+
+def check_model(model, only_sampled):
+    """ValueError for a model whose head does more than head_logits, unless it is only_sampled, or
+    whose cache keeps other things than keys and values -> the bytes that it keeps of a token
+    """
+    ids = torch.arange(16, device=model.device)[None]  # any text
+    output = model(input_ids=ids, use_cache=True)
+    own_logits = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, None)
+    error = (output.logits - own_logits).abs().max()
+    layers = getattr(getattr(output, "past_key_values", None), "layers", [None])
+    kinds = {type(layer).__name__ for layer in layers}
+    other_head = error > 5e-3 * output.logits.abs().max() and not only_sampled
+    if other_head or kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+        raise ValueError(
+            f"{model.config.model_type} models are not supported: their head is not head_logits, "
+            "or their cache not keys and values alone; use others"
+        )
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // ids.numel()
+
+
+def load_models(config, run, path):
+    """Both models, the student from this path, and all that depends on them, into the run."""
+    on_gpu = config.device.startswith("cuda")
+    bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and on_gpu
+    # Loaded in bfloat16, not cast: a cast rounds the rotary frequencies, too, and turns positions
+    # around 1,000 by over .1 rad
+    low = {"dtype": torch.bfloat16 if bf16 else torch.float32}
+    run.sampler = run.student = load(AutoModelForCausalLM, path, **low).to(config.device)
+    models, eos_ids = [run.sampler], stop_ids(run.student, run.tokenizer)
+    if not config.eval_only:
+        if bf16:
+            # At a learning rate of 1e-6 most updates are smaller than bfloat16 can add
+            run.student = load(AutoModelForCausalLM, path, dtype=torch.float32).to(config.device)
+        run.teacher_tokenizer = load(AutoTokenizer, config.teacher)
+        compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
+        run.teacher = load(AutoModelForCausalLM, config.teacher, **low).to(config.device)
+        models.append(run.teacher)
+        if config.cold_start_steps:  # it teaches the teacher's stop token, too
+            eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
+            run.student.generation_config.eos_token_id = sorted(eos_ids)
+
+    heads = [model.get_output_embeddings().weight.shape[0] for model in models]
+    run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1, *heads)
+    if config.overlap_k > run.vocab_size:
+        raise ValueError(f"--overlap_k {config.overlap_k} is more than the {run.vocab_size} tokens")
+    run.law = {"vocab_size": run.vocab_size, "eos_ids": eos_ids, "temperature": config.temperature}
+    run.cache_bytes = sum(check_model(model, config.eval_only) for model in models)
+    run.device = run.sampler.device
+    run.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=bf16)
+    run.optimizer = torch.optim.AdamW(run.student.parameters(), weight_decay=0.0)
+    if config.gradient_checkpointing:
+        run.student.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def rows_that_fit(config, run):
+    """Rows to sample at once: all of a step; on a GPU as many as half of its memory holds."""
+    rows = config.batch_size * config.num_generations
+    if run.device.type == "cuda":
+        # What is free less 12 bytes a parameter: the gradient and Adam's two moments, still to come
+        free = torch.cuda.mem_get_info(run.device)[0] - 12 * run.student.num_parameters()
+        columns = config.max_prompt_length + config.max_new_tokens
+        rows = min(rows, int(free / (2 * run.cache_bytes * columns)))
+    return max(1, rows)
+
+
+def preflight(config, run):
+    """What to look at before a run is paid for, and what ruins runs in silence -> list of lines"""
+    golds = [problem["answer"] for problem in run.answered[:500]]
+    readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
+    train = sum(run.pools, [])
+    drawn = draw_prompts(config, run, step=1)[:: config.num_generations]
+    prompts = [problem["prompt_ids"] for problem in drawn[:4]]
+    plan = Plan(32, config.segment_length)
+    out = rollout(run.sampler, run.teacher, prompts, plan, overlap_k=config.overlap_k, **run.law)
+    log_q = torch.cat(response_log_probs(run.teacher, out, run.vocab_size))
+    overlap = out["overlap"][out["response_mask"]].mean().item()
+    lines = [
+        f"method {config.method}; loss {config.loss} of KL(student || teacher), mean over a step's "
+        "tokens",
+        f"data: {len(train)} training prompts, those that are too long left out; {readable} of the "
+        f"first {len(golds)} answers can be read; first prompt: "
+        f"{run.tokenizer.decode(train[0]['prompt_ids'])!r}",
+        f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, "
+        f"top-{config.overlap_k} overlap {overlap:.2f}",
+    ]
+    stops = []
+    for role in ("student", "teacher"):
+        model, tokenizer = run.student, run.tokenizer
+        if role == "teacher":
+            model, tokenizer = run.teacher, run.teacher_tokenizer
+        stops.append(sorted(stop_ids(model, tokenizer)))
+        size = f"{model.num_parameters() / 1e6:.1f}M parameters"
+        rows = f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}"
+        lines.append(f"{role}: {model.config.model_type}, {size}, {rows}, stops at {stops[-1]}")
+    if log_q.mean() < -3:
+        lines.append("warning: to the teacher the student's text is very unlikely; compare prompts")
+    if stops[0] != stops[1]:
+        lines.append(
+            f"warning: student stops at {stops[0]}, teacher at {stops[1]}: it may unlearn it"
+        )
+    if run.tokenizer.chat_template != run.teacher_tokenizer.chat_template:
+        lines.append("warning: the chat templates differ; both models read the student's")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# 15. Files, checkpoints, endings
+
+
+def append_json(path, record):
+    """One more line of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
+    record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def open_tracker(kind, folder, flags, step):
+    """TensorBoard or Weights & Biases, imported only here -> log(dict of numbers, step), or None"""
+    if kind == "wandb":
+        import wandb
+
+        os.makedirs(folder, exist_ok=True)  # else it goes to a temporary one
+        return wandb.init(project="opd.py", dir=folder, config=flags).log
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(folder, purge_step=step)
+
+        def log(numbers, step):
+            for name, value in numbers.items():
+                board.add_scalar(name, value, step)
+            board.flush()  # every time: at exit its thread loses the rest
+
+        return log
+    return None
+
+
+def list_checkpoints(folder):
+    """The paths of the checkpoints in a folder, which need not exist, in the order of steps"""
+    paths = glob.glob(f"{glob.escape(folder)}/checkpoint-*")
+    paths = [path for path in paths if re.search(r"-\d+$", path)]
+    return sorted(paths, key=lambda path: int(path.rsplit("-", 1)[1]))
+
+
+STANDING = ("step", "graded", "rows_at_once", "cap", "misses", "anchor", "counts", "flags")
+
+
+def save_checkpoint(config, run):
+    """What a run is after a step, and its files -> checkpoint-<step>/, unless it is there: whole or
+    not at all, since it gets its name when complete; then the oldest go. OSError, with no trace
+    left of it, if it cannot be written.
+    """
+    folder = f"{config.output_dir}/checkpoint-{run.step}"
+    partial = f"{config.output_dir}/checkpoint.partial"
+    if not is_main() or os.path.exists(folder):
         return
     shutil.rmtree(partial, ignore_errors=True)
     try:
         run.student.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
-        state = {name: getattr(run, name) for name in ("step", "flags", "state", "anchor", "graded")}
-        torch.save(dict(state, optimizer=run.optimizer.state_dict()), os.path.join(partial, "trainer_state.pt"))
+        state = {name: getattr(run, name) for name in STANDING}
+        state["optimizer"] = run.optimizer.state_dict()
+        torch.save(state, f"{partial}/trainer_state.pt")
         for path in run.files:
             shutil.copy(path, partial)
-    except Exception as error:            # torch and safetensors have errors of their own for a full disk
+    except Exception as error:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
     os.replace(partial, folder)
-    for old in list_checkpoints(args.output_dir)[:-args.keep_checkpoints]:
-        os.replace(old, partial)          # first the name: a kill in the middle must not leave half a checkpoint
+    for old in list_checkpoints(config.output_dir)[: -config.keep_checkpoints]:
+        os.replace(old, partial)  # first the name: a kill must not leave half a checkpoint
         shutil.rmtree(partial)
 
-def explain(error, run):
-    """One line, and the exit status, for what is no error of the program; "" for what is. run: None during set-up."""
-    text, phase = " ".join(str(error).split())[:400], run.phase if run else "set-up"
+
+def read_checkpoint(folder, flags):
+    """What a checkpoint holds of a run -> dict. ValueError where it is torn or of other flags"""
+    # Rows at once draw other tokens, and no others
+    may_change = (
+        "resume output_dir max_steps save_every keep_checkpoints device micro_batch_size report_to "
+        "eval_batch_size rollout_batch_size"
+    ).split()
+    try:
+        state = torch.load(f"{folder}/trainer_state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # of a torn file, or another one: errors of torch, pickle and zip
+        raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
+    changed = []
+    for name, value in flags.items():
+        before = state["flags"].get(name)
+        if name not in may_change and before != value:
+            changed.append(f"--{name} was {before} and is {value}")
+    if changed:
+        raise ValueError(f"--resume {folder} would be another run: {'; '.join(changed)}")
+    return state
+
+
+def prepare_files(config, run, checkpoint):
+    """Empty files for a new run, the checkpoint's for a resumed one. What stands in --output_dir
+    of another run, or of later steps, is renamed to .old.
+    """
+    os.makedirs(config.output_dir, exist_ok=True)
+    own = checkpoint and os.path.samefile(f"{checkpoint}/..", config.output_dir)
+    aside = [path for path in run.files if os.path.exists(path)]
+    for path in list_checkpoints(config.output_dir):
+        if not own or int(path.rsplit("-", 1)[1]) > run.step:
+            aside.append(path)
+    for path in aside:
+        shutil.rmtree(f"{path}.old", ignore_errors=True)
+        os.replace(path, f"{path}.old")
+    for path in run.files:
+        if checkpoint:
+            shutil.copy(f"{checkpoint}/{os.path.basename(path)}", path)
+        else:
+            open(path, "w").close()
+
+
+def interrupt(number, _):
+    """What a signal does: it stops at once, but inside whole_step."""
+    raise KeyboardInterrupt(number)
+
+
+@contextlib.contextmanager
+def whole_step(run):
+    """In this block signals wait for its end. One that fails leaves run.halfway: nothing to save"""
+    waiting, handlers = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, lambda number, _: waiting.append(number))
+    run.halfway = True
+    try:
+        yield
+        run.halfway = False
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if waiting:
+        raise KeyboardInterrupt(waiting[0])
+
+
+def explain(error, phase, now):
+    """One line, and the exit status, for what is no error of the program; "" for what is. now: the
+    flags ending in batch_size as they are, empty in set-up
+    """
+    text = " ".join(str(error).split())[:400]
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 128 + (run and run.stopped or signal.SIGINT)
+        return "interrupted", 128 + (error.args or [signal.SIGINT])[0]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-        flag = "micro" if "update" in phase else "eval" if phase[0] == "e" else "rollout"
-        now = {**run.flags, **run.state}[f"{flag}_batch_size"] if phase != "set-up" else 0
-        return f"out of memory in {phase}" + f"; halve --{flag}_batch_size, now {now}" * (now > 0), 2
-    if isinstance(error, FloatingPointError) or "probability tensor" in text:    # what torch says of drawing from NaN
+        name = "rollout_batch_size"
+        if "update" in phase:
+            name = "micro_batch_size"
+        elif phase.startswith("e"):  # evaluation, extrapolation
+            name = "eval_batch_size"
+        advice = f"; halve --{name}, now {now[name]}" if now else ""
+        return f"out of memory in {phase}{advice}", 2
+    # What torch says of drawing from NaN is a RuntimeError
+    if isinstance(error, FloatingPointError) or "probability tensor" in text:
         return f"{phase} is not finite: {text}", 2
-    if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not run:
+    if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not now:
         module, path = getattr(error, "name", None), getattr(error, "filename", None)
-        return text + (f"; pip install {module.split('.')[0]}" if module else "; check the path" if path else ""), 2
-    return "another process has ended" if dist.is_initialized() and re.search("peer|NCCL", text) else "", 1
+        if module:
+            text += f"; pip install {module.split('.')[0]}"
+        elif path:
+            text += "; check the path"
+        return text, 2
+    if dist.is_initialized() and re.search("peer|NCCL", text):
+        return "another process has ended", 1
+    return "", 1
 
-def open_tracker(kind, folder, flags, step):
-    """TensorBoard or Weights & Biases, imported only here -> log(dict of numbers, step); of "none" it does nothing."""
-    if kind == "wandb":
-        import wandb
-        os.makedirs(folder, exist_ok=True)                    # else it goes to a temporary one
-        return wandb.init(project="opd.py", dir=folder, config=flags).log
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(folder, purge_step=step)        # flushed every time: at exit its thread loses the rest
-        return lambda numbers, step: ([board.add_scalar(name, numbers[name], step) for name in numbers], board.flush())
-    return lambda numbers, step: None
 
-def list_checkpoints(folder):
-    """The paths of the checkpoints in a folder, which need not exist, in the order of their steps."""
-    paths = [path for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")) if re.search(r"-\d+$", path)]
-    return sorted(paths, key=lambda path: int(path.rsplit("-", 1)[1]))
+# --------------------------------------------------------------------------------------------------
+# 16. What a run does beside its steps: accounts, evaluations, EffOPD's tries, a cold start
 
-def append_json(path, record):
-    """One more line of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None)) + "\n")
+STEP_LINE = (
+    "step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | "
+    "kept {kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | "
+    "norm {grad_norm:6.2f} | {generated_tokens:11,} tokens"
+)
 
-def read_data(args, tokenizer):
-    """The problems of the files that the flags name, each with its prompt_ids -> a namespace."""
-    def read(path):
-        return [{**problem, "prompt_ids": encode_prompt(
-            tokenizer, problem["problem"], args.prompt_template, chat_template=not args.no_chat_template,
-            enable_thinking=args.enable_thinking)} for problem in load_problems(path)]
-    data = argparse.Namespace(tokenizer=tokenizer, eval={}, pools=[])
-    for path in args.eval_file:
-        problems, name = read(path), os.path.splitext(os.path.basename(path))[0]
-        if any(problem["answer"] is None for problem in problems):
-            raise ValueError(f"--eval_file {path}: some problems have no answer, and evaluation needs one for each")
-        data.eval[path if name in data.eval else name] = problems
-    for path in args.train_file:
-        data.pools.append([item for item in read(path) if len(item["prompt_ids"]) <= args.max_prompt_length])
-        if not data.pools[-1]:
-            raise ValueError(f"{path}: all its prompts are longer than --max_prompt_length {args.max_prompt_length}")
-    data.train = sum(data.pools, [])
-    data.answered = [problem for problem in data.train if problem["answer"] is not None]
-    if args.extrapolate and len(data.answered) < args.validation_size:
-        raise ValueError(f"--extrapolate needs {args.validation_size} answered problems; here are {len(data.answered)}")
-    return data
 
-def read_inputs(args, checkpoint=None):
-    """The files and models that the flags name, the student perhaps from a checkpoint -> what a run needs."""
-    def load(auto_class, path, **options):
-        try:
-            return auto_class.from_pretrained(path, **options)
-        except Exception as error:        # transformers, safetensors, json: each has errors of its own
-            raise ValueError(f"{path} does not load: {type(error).__name__}: {str(error)[:200]}") from None
-    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and args.device.startswith("cuda")
-    low, student = torch.bfloat16 if bf16 else torch.float32, checkpoint or args.student
-    run = read_data(args, load(AutoTokenizer, student))
-    # Loaded, not cast: a cast rounds the rotary frequencies, too, and turns positions around 1,000 by over .1 rad
-    run.sampler = run.student = load(AutoModelForCausalLM, student, dtype=low).to(args.device)
-    run.device, models, eos_ids = run.sampler.device, [run.student], stop_ids(run.student, run.tokenizer)
-    if not args.eval_only:
-        if bf16:
-            # float32 master weights: at a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-            run.student = load(AutoModelForCausalLM, student, dtype=torch.float32).to(args.device)
-        run.teacher_tokenizer = load(AutoTokenizer, args.teacher)
-        compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = load(AutoModelForCausalLM, args.teacher, dtype=low).to(args.device)
-        models = [run.sampler, run.teacher]
-        if args.cold_start_steps:                             # it teaches the teacher's stop token, too
-            eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
-            run.student.generation_config.eos_token_id = sorted(eos_ids)
-    run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1,
-                         *(model.get_output_embeddings().weight.shape[0] for model in models))
-    if args.overlap_k > run.vocab_size:
-        raise ValueError(f"--overlap_k {args.overlap_k} is more than the {run.vocab_size} tokens of the vocabulary")
-    ask_math_verify("1", None)                                # if it cannot start, better now than after an evaluation
-    run.sampling = dict(vocab_size=run.vocab_size, eos_ids=eos_ids, segment_length=args.segment_length,
-                        static_cache=args.static_cache, temperature=args.temperature, pad_id=0)    # or any other
-    ids, run.token_bytes = torch.arange(16, device=run.device)[None], 0         # any text; what the caches keep a token
-    known = {"DynamicLayer"} if args.static_cache else {"DynamicLayer", "DynamicSlidingWindowLayer"}
-    for model in models:
-        output, states = model(input_ids=ids, use_cache=True), model.base_model(input_ids=ids).last_hidden_state
-        error = (output.logits - head_logits(model, states, None)).abs().max()           # None: every row of the head
-        cache = getattr(output, "past_key_values", None)
-        kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [cache])}
-        if kinds - known or error > 5e-3 * output.logits.abs().max() and not args.eval_only:
-            raise ValueError(f"{model.config.model_type} models are not supported: their head is not head_logits, "
-                             "or their cache not keys and values alone (--static_cache: of all tokens); use others")
-        run.token_bytes += sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // ids.numel()
-    run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    run.optimizer.register_step_pre_hook(lambda *_: setattr(run, "halfway", True))         # to the end of the step
-    run.optimizer.register_step_post_hook(lambda *_: run.sampler.load_state_dict(run.student.state_dict()))
-    if args.gradient_checkpointing:
-        run.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    run.train_step = functools.partial(
-        train_step, run.student, run.optimizer, micro_batch_size=args.micro_batch_size,
-        max_grad_norm=args.max_grad_norm, autocast=torch.autocast(run.device.type, torch.bfloat16, enabled=bf16),
-        student_head=lambda hidden: head_logits(run.student, hidden, run.vocab_size) / args.temperature)
-    return run
+def make_room(prompt_ids, prompt_mask, max_length, pad_id):
+    """An empty rollout of B prompts, with room for the longest response; what is blank is masked"""
+    B = len(prompt_ids)
+    blank = torch.zeros(B, max_length, device=prompt_ids.device)
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "response_ids": torch.full_like(blank, pad_id, dtype=torch.long),
+        "response_mask": torch.zeros_like(blank, dtype=torch.bool),
+        "overlap": blank,
+        "log_probs": torch.full_like(blank, torch.nan),
+        "ended": torch.zeros_like(blank[:, 0], dtype=torch.bool),
+        "kept": torch.ones_like(blank[:, 0], dtype=torch.bool),
+        "teacher_hidden": [[] for _ in range(B)],
+        "teacher_seconds": 0.0,
+    }
 
-def rows_that_fit(run, args):
-    """Rows to sample at once: all of a step; on a GPU those whose caches take half of what Adam leaves (our choice)."""
-    columns = args.max_prompt_length + (args.cap_max if args.method == "prune" else args.max_new_tokens)
-    free = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else math.inf
-    rows = (free - 12 * run.student.num_parameters()) / (2 * run.token_bytes * columns)    # 12: gradient, two moments
-    return int(max(1, min(args.batch_size * args.num_generations, rows)))
 
-def preflight(run, args):
-    """What to look at before a run is paid for, and what ruins runs in silence -> list of lines."""
-    golds = [problem["answer"] for problem in run.answered[:500]]
-    readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
-    prompts = [problem["prompt_ids"] for problem in draw_prompts(run, args, step=1)[::args.num_generations][:4]]
-    out = rollout(run.sampler, run.teacher, prompts, max_length=32, overlap_k=args.overlap_k, **run.sampling)
-    log_q = torch.cat(sampled_log_probs(run.teacher, out, run.vocab_size))
-    sides = ("student", run.student, run.tokenizer), ("teacher", run.teacher, run.teacher_tokenizer)
-    stops, templates = [sorted(stop_ids(*side[1:])) for side in sides], [side[2].chat_template for side in sides]
-    lines = [f"method {args.method}; loss {args.loss} of KL(student || teacher), mean over the tokens of a step",
-             f"data: {len(run.train)} training prompts, those that are too long left out; {readable} of the first "
-             f"{len(golds)} answers can be read; first prompt: {run.tokenizer.decode(run.train[0]['prompt_ids'])!r}",
-             f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, top-{args.overlap_k} "
-             f"overlap {out['overlap'][out['response_mask']].mean().item():.2f}"]
-    for (role, model, _), stop in zip(sides, stops):
-        lines.append(f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
-                     f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, stops at {stop}")
-    found = {
-        "the teacher finds what the student writes very unlikely; compare prompts and templates": log_q.mean() < -3,
-        f"the student stops at {stops[0]}, the teacher at {stops[1]}; it may unlearn it": stops[0] != stops[1],
-        "the chat templates differ; both models read the student's": templates[0] != templates[1]}
-    return lines + [f"warning: {text}" for text, true in found.items() if true]
+def cut_room(out, length):
+    """A finished rollout, cut to its longest response, the teacher's states end to end."""
+    for name in ("response_ids", "response_mask", "overlap", "log_probs"):
+        out[name] = out[name][:, :length]
+    joined = [torch.cat(pieces) if pieces else None for pieces in out["teacher_hidden"]]
+    return {**out, "teacher_hidden": joined}
 
-# ---- 13. Main. This, section 1, save_checkpoint, and read_data to preflight see the flags: no others
-def draw_prompts(run, args, step):
-    """This rank's share of the problems of a step, short prompts first, each num_generations times: row p * G + g."""
-    edges = np.rint(np.cumsum([0, *(args.mix or [1])]) * args.batch_size).astype(int).tolist()   # to the nearest prompt
-    drawn = [pool[index] for pool, first, last in zip(run.pools if args.mix else [run.train], edges, edges[1:])
-             for index in batch_indices(step, last - first, len(pool), args.seed)]
-    # model.generate draws from torch's global stream: seeded here, a step does not depend on what was drawn before
-    torch.manual_seed((args.seed * 1_000_003 + step) * NUM_RANKS + RANK)
-    own = sorted(drawn[RANK::NUM_RANKS], key=lambda problem: len(problem["prompt_ids"]))
-    return [problem for problem in own for _ in range(args.num_generations)]
 
-def cold_start_step(run, args, step):
-    """A supervised step before OPD, on the teacher's own solutions that are right -> their share.  [Rethinking-OPD]"""
-    run.phase = f"cold start, step {step}"
-    problems = draw_prompts(run, args, step)
-    out = rollout_in_groups(run.teacher, None, [problem["prompt_ids"] for problem in problems], **run.sampling,
-                            rows_at_once=run.state["rollout_batch_size"], max_length=args.max_new_tokens)
-    run.phase, mask, right = f"the update of cold start step {step}", out["response_mask"], out["ended"].clone()
-    for row, gold in enumerate(problem["answer"] for problem in problems):
-        text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
-        right[row] &= gold is None or is_correct(text, gold)
-    run.train_step(
-        dict(out, loss_mask=mask & right[:, None], token_weight=mask.float(), teacher_hidden=mask[..., None]),
-        learning_rate=args.cold_start_learning_rate, teacher_head=lambda states: states,     # nothing is asked of it
-        token_loss=lambda student_logits, _, ids: F.cross_entropy(student_logits, ids, reduction="none"))
-    rows = torch.stack([out["prompt_mask"].sum(-1), mask.sum(-1), right], dim=1)
-    prompt, length, right = torch.cat(gather_from_ranks([rows.cpu()])).T
-    run.state["cold_start_tokens"] += int(length.sum())
-    run.state["flops"] += forward_flops(run.teacher, prompt + length)
-    run.state["flops"] += 3 * forward_flops(run.student, (prompt + length)[right > 0])
-    return right.double().mean().item()
+def concatenate(parts):
+    """A list of dicts of (n,) tensors -> one dict, each end to end"""
+    joined = {}
+    for part in parts:
+        for name, value in part.items():
+            joined.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in joined.items()}
 
-def opd_step(run, args, step):
-    """One step of any method: prompts, rollout, token weights, update, and for prune the next cap -> its metrics."""
-    prompts = [problem["prompt_ids"] for problem in draw_prompts(run, args, args.cold_start_steps + step)]
-    state, drift = run.state, (args.drift_threshold, args.w_drop)
-    grown = horizon(step - 1, args.horizon_start, args.horizon_growth, args.horizon_every, args.max_new_tokens)
-    row = {                        # what the methods differ in; the rest: loss mask, token weight, and the cap of prune
-        "opd": dict(max_length=args.max_new_tokens),
-        "prefix": dict(max_length=min(args.prefix_length, args.max_new_tokens)),
-        "progressive": dict(max_length=grown),
-        "prefix-guided": dict(max_length=args.max_new_tokens, select_at=args.prefix_length, select=args.select,
-                              probe_window=args.probe_window, keep_ratio=args.keep_ratio),
-        "prune": dict(max_length=state["cap"], drift=() if args.no_prune_in_flight else drift)}[args.method]
-    run.phase, begin = f"the rollout of step {step}", clock(run.device)
-    out = rollout_in_groups(run.sampler, run.teacher, prompts, state["rollout_batch_size"], **run.sampling, **row,
-                            num_generations=args.num_generations, overlap_k=args.overlap_k)
-    run.phase, sampled = f"the update of step {step}", clock(run.device)
-    mask, overlap = out["response_mask"], out["overlap"]
-    loss_mask, reliability = mask, drift_weights(overlap, mask, *drift)
-    if args.method == "prefix-guided" and not args.train_pruned_prefix:
-        loss_mask = mask & out["kept"][:, None]
-    token_weight = reliability + args.w_base if args.method == "prune" else torch.ones_like(overlap)
-    learning_rate = args.learning_rate * min(1, step / max(1, args.warmup_steps))
-    update = run.train_step(
-        dict(out, loss_mask=loss_mask, token_weight=token_weight), learning_rate=learning_rate,
-        measure=lambda p, q, ids, log_prob: dict(alignment(p, q, None, args.overlap_k), sampling_mismatch=(
-            p.log_softmax(-1).gather(-1, ids[:, None])[:, 0] - log_prob).abs()),
-        teacher_head=lambda hidden: head_logits(run.teacher, hidden, run.vocab_size) / args.temperature,
-        token_loss={"reverse_kl": lambda p, q, ids: reverse_kl(p, q),
-                    "topk": lambda p, q, ids: reverse_kl_topk(p, q, args.overlap_k, args.support),
-                    "sampled": lambda p, q, ids: reverse_kl_sampled(p, q, ids, args.baseline)}[args.loss])
-    updated = clock(run.device)
-    columns = [out["prompt_mask"].sum(-1), mask.sum(-1), loss_mask.sum(-1), reliable_length(reliability, mask),
-               out["ended"], out["kept"], overlap.sum(-1),
-               torch.tensor([repetition(ids[valid].tolist()) for ids, valid in zip(out["response_ids"], mask)])]
-    rows = torch.stack([column.cpu().double() for column in columns], dim=1)         # (B, 8)
-    prompt, length, trained, reliable, ended, kept, agreed, repeated = torch.cat(gather_from_ranks([rows])).T
-    if args.method == "prune":
-        state["cap"], state["misses"] = next_max_length(
-            reliable, state["cap"], state["misses"], step=args.cap_step, margin=args.cap_margin,
-            hit_ratio=args.cap_hit_ratio, patience=args.cap_patience, low=args.cap_min, high=args.cap_max)
-    for name, count in (("generated", length), ("teacher", length), ("trained", trained)):
-        state[f"{name}_tokens"] += int(count.sum())
-    state["flops"] += forward_flops(run.student, prompt + length) + forward_flops(run.teacher, prompt + length)
-    state["flops"] += 3 * forward_flops(run.student, (prompt + trained)[trained > 0])
-    update["overlap_ratio"] = (agreed.sum() / length.sum()).item()    # of all that was sampled, not what is trained on
-    return dict(step=step, **update, **state, max_length=row["max_length"], learning_rate=learning_rate,
-                overlap_by_position=overlap_by_position(overlap, mask), response_length=length.mean().item(),
-                reliable_length=reliable.mean().item(), truncated_fraction=1 - ended.mean().item(),
-                kept_fraction=kept.mean().item(), repetition=repeated.mean().item(), time_update=updated - sampled,
-                time_rollout=sampled - begin - out["teacher_seconds"], time_teacher=out["teacher_seconds"],
-                time_validation=0.0, peak_memory_gb=torch.cuda.max_memory_allocated(run.device.index) / 2 ** 30)
 
-def extrapolation_step(run, args):
-    """Move the student on along its update since the last time, if that helps -> what it adds to the step's metrics."""
-    run.phase, begin = "extrapolation", clock(run.device)
-    law = dict(run.sampling, top_p=1.0, max_length=args.max_new_tokens)
-    problems = random.Random(args.seed).sample(run.answered, args.validation_size)   # the same every time
-    def validate(weights):
-        run.sampler.load_state_dict(weights, strict=False)
-        score, answers = evaluate(run.sampler, run.tokenizer, problems, num_samples=1, seed=args.seed,
-                                  rows_per_batch=args.eval_batch_size, decoding=law)
-        lengths = torch.tensor([[len(answer["prompt_ids"]), answer["length"]] for answer in answers])
-        for name in ("validation_tokens", "generated_tokens"):                   # its samples are part of the price
-            run.state[name] += int(lengths[:, 1].sum())
-        run.state["flops"] += forward_flops(run.student, lengths.sum(-1))
-        return score["avg_at_n"]
-    run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
-    for model in (run.student, run.sampler):                  # what was accepted: the next anchor
-        model.load_state_dict(run.anchor, strict=False)
-    return dict(run.state, extrapolation_k=tried, validation_scores=scores, time_validation=clock(run.device) - begin)
+def forward_flops(model, lengths):
+    """Floating-point operations of one forward over rows of so many tokens (B,) -> float: the sum
+    of 2 N L + 2 n_layer d_model L^2, N parameters. Decoding costs a forward, an update three.
+    """
+    config, L = model.config.get_text_config(), lengths.double()
+    weights = 2 * model.num_parameters() * L
+    attention = 2 * config.num_hidden_layers * config.hidden_size * L**2
+    return float((weights + attention).sum())
 
-def open_run(args):
-    """What the flags name, and the files in --output_dir -> run: new, what an earlier run left renamed to .old; or
-    with --resume as a checkpoint left it, metrics.jsonl and samples.jsonl included."""
-    flags, folder = dict(vars(args), processes=NUM_RANKS), args.resume
-    counts = dict(generated_tokens=0, teacher_tokens=0, trained_tokens=0, validation_tokens=0, cold_start_tokens=0)
-    saved = dict(step=0, graded=0, anchor={}, state=dict(cap=args.cap_init, misses=0, **counts, flops=0.0))
-    if folder == "latest":
-        folder = (list_checkpoints(args.output_dir) or [None])[-1]
-        if not folder:
-            warnings.warn(f"no checkpoint in {args.output_dir} to resume: the run starts at its first step")
-    if folder:
-        try:
-            saved = torch.load(os.path.join(folder, "trainer_state.pt"), map_location="cpu", weights_only=True)
-        except Exception as error:        # of a torn file, or another one: errors of torch, pickle and zip
-            raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
-        free = ("resume output_dir max_steps max_generated_tokens save_every keep_checkpoints device micro_batch_size "
-                "report_to print_samples eval_batch_size rollout_batch_size").split()        # the last two draw anew
-        changed = [f"--{name} was {saved['flags'].get(name)} and is {value}" for name, value in flags.items()
-                   if name not in free and saved["flags"].get(name) != value]
-        if changed:
-            raise ValueError(f"--resume {folder} would be another run: {'; '.join(changed)}")
-    if not args.student:
-        torch.set_num_threads(1)                              # tensors this small gain next to nothing from more
-        transformers.utils.logging.disable_progress_bar()
-        world = os.path.join(args.output_dir, "world")
-        if RANK == 0 and not os.path.exists(world):
-            os.makedirs(args.output_dir, exist_ok=True)       # if it cannot be, better now than after a minute
-            make_world(world, args.seed)
-        gather_from_ranks([])                                 # the other processes wait for it
-        args.student, args.teacher, args.train_file, args.eval_file = (
-            f"{world}/student", f"{world}/teacher", [f"{world}/train.jsonl"], [f"{world}/eval.jsonl"])
-    run = read_inputs(args, folder)
-    track = open_tracker("none" if RANK else args.report_to, args.output_dir, flags, saved["step"] + 1 if folder else 0)
-    def record(metrics):
-        RANK or append_json(run.files[0], {"step": run.step, **metrics})
-        track({name: value for name, value in metrics.items() if type(value) in (int, float)}, run.step)
-    run.optimizer.load_state_dict(saved.pop("optimizer", run.optimizer.state_dict()))
-    vars(run).update(saved, flags=flags, phase="set-up", halfway=False, stopped=None, record=record, track=track)
-    rows = args.rollout_batch_size or run.state.get("rollout_batch_size") or rows_that_fit(run, args)
-    run.state["rollout_batch_size"] = min(gather_from_ranks([rows]))
-    run.files = [os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")]
-    RANK or os.makedirs(args.output_dir, exist_ok=True)
-    if RANK == 0 and not args.eval_only:
-        later = [path for path in list_checkpoints(args.output_dir) if int(path.rsplit("-", 1)[1]) > run.step
-                 or not os.path.samefile(os.path.join(folder, ".."), args.output_dir)]               # or of another run
-        for path in filter(os.path.exists, later + run.files):
-            shutil.rmtree(f"{path}.old", ignore_errors=True)
-            os.replace(path, f"{path}.old")
-        for path in run.files:
-            shutil.copy(os.path.join(folder, os.path.basename(path)), path) if folder else open(path, "w").close()
-    return run
 
-def grade(run, args, who):
-    """Evaluate a model on every --eval_file; the results go to the screen and into metrics.jsonl and samples.jsonl."""
-    run.phase, began, results, given = f"evaluation after step {run.step}", clock(run.device), {}, []
-    model, tokenizer = (run.teacher, run.teacher_tokenizer) if who == "teacher" else (run.sampler, run.tokenizer)
-    law = dict(run.sampling, temperature=args.eval_temperature, top_p=args.eval_top_p,
-               max_length=args.eval_max_new_tokens, eos_ids=run.sampling["eos_ids"] | stop_ids(model, tokenizer))
-    for name, problems in run.eval.items():
-        judge = None if who in ("teacher", "eval_only") else run.teacher
-        how = dict(tokenizer=run.tokenizer, seed=args.seed, rows_per_batch=args.eval_batch_size, title=f"{who}, {name}")
-        result, answers = evaluate(
-            model, problems=problems, num_samples=args.eval_samples, decoding=law, teacher=judge, **how)
-        for depth in args.probe_depths if judge else ():      # how much more often the teacher ends right from there
-            begun = [dict(answer, begun=answer["response_ids"][:answer["length"] * depth // 100]) for answer in answers]
-            onward = dict(law, eos_ids=law["eos_ids"] | stop_ids(judge, run.teacher_tokenizer),
-                          max_length=law["max_length"] - law["max_length"] * depth // 100)      # not more in all
-            ended, _ = evaluate(judge, problems=begun, num_samples=1, decoding=onward, **how)
-            result[f"advantage_from_{depth}"] = ended["avg_at_n"] - result["avg_at_n"]
-        tqdm.write(f"{who} on {name}, step {run.step}: " + ", ".join(f"{k} {round(v, 3)}" for k, v in result.items()))
-        args.print_samples and tqdm.write(answers[0]["response"])
-        run.track({f"{who}/{name}/{key}": value for key, value in result.items()}, run.step)
-        results[name] = result
-        given += [{"step": run.step, "model": who, "eval": name, **answer} for answer in answers]
-    for answer in given:                                      # at the end: what is broken off is done again on resume
-        RANK or append_json(run.files[1], {key: answer[key] for key in answer if not key.endswith("_ids")})
-    run.record({"model": who, "eval": results, "time_eval": clock(run.device) - began, "thinking": args.enable_thinking,
-                "prompt_template": args.prompt_template, **run.state})
-    run.graded = run.step                                     # others than the student are graded at step 0 only
+def repetition(ids):
+    """The share of the 4-grams of a list of ids that occurred earlier in it; near 1 in a loop"""
+    grams = list(zip(ids, ids[1:], ids[2:], ids[3:]))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def row_facts(config, batch):
+    """What is logged of every row of a step, of all processes -> dict of (B,)"""
+    mask, overlap = batch["response_mask"], batch["overlap"]
+    reliability = drift_weights(overlap, mask, config.drift_threshold, config.w_drop)
+    responses = [ids[valid].tolist() for ids, valid in zip(batch["response_ids"], mask)]
+    facts = {
+        "prompt_length": batch["prompt_mask"].sum(-1),
+        "response_length": mask.sum(-1),
+        "trained_length": batch["loss_mask"].sum(-1),
+        "reliable_length": reliable_length(reliability, mask),
+        "agreed": overlap.sum(-1),
+        "truncated_fraction": ~batch["ended"],
+        "kept_fraction": batch["kept"],
+        "repetition": torch.tensor([repetition(ids) for ids in responses]),
+    }
+    return concatenate(gather([{name: fact.cpu().double() for name, fact in facts.items()}]))
+
+
+def next_cap(config, run, reliable):
+    """Prune-OPD's next cap and its misses, with the constants of the flags."""
+    high = min(config.cap_max, config.max_new_tokens)
+    return next_max_length(
+        reliable,
+        run.cap,
+        run.misses,
+        step=config.cap_step,
+        margin=config.cap_margin,
+        hit_ratio=config.cap_hit_ratio,
+        patience=config.cap_patience,
+        low=min(config.cap_min, high),
+        high=high,
+    )
+
+
+def step_metrics(run, batch, rows, update):
+    """Count what a step cost -> all its numbers, rows as row_facts gives them"""
+    length, trained = rows["response_length"], rows["trained_length"]
+    context, learned = rows["prompt_length"] + length, rows["prompt_length"] + trained
+    sampled = int(length.sum())
+    run.count(generated_tokens=sampled, teacher_tokens=sampled, trained_tokens=int(trained.sum()))
+    run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, context))
+    run.count(flops=3 * forward_flops(run.student, learned[trained > 0]))
+    return {
+        **update,
+        **run.standing(),
+        **{name: fact.mean().item() for name, fact in rows.items()},
+        # Of all that was sampled, not only of what is trained on
+        "overlap_ratio": rows["agreed"].sum().item() / sampled,
+        "overlap_by_position": overlap_by_position(batch["overlap"], batch["response_mask"]),
+        "time_rollout": batch["seconds"] - batch["teacher_seconds"],
+        "time_teacher": batch["teacher_seconds"],
+        "time_validation": 0.0,
+        "peak_memory_gb": torch.cuda.max_memory_allocated(run.device.index) / 2**30,
+    }
+
+
+def evaluate_and_save(config, run):
+    """The evaluation and the checkpoint that are due after this step, and not done yet."""
+    last = run.step >= config.max_steps
+    if run.step > run.graded and (last or run.step % (config.eval_every or config.max_steps) == 0):
+        evaluate_files(config, run, "student")
+    if run.step and (last or run.step % (config.save_every or config.max_steps) == 0):
+        save_checkpoint(config, run)
+
+
+def evaluate_files(config, run, who):
+    """Evaluate who on every --eval_file -> {file: metrics}; they are shown and recorded"""
+    run.phase = f"evaluation after step {run.step}"
+    began = clock(run.device)
+    model, judge_model = run.sampler, run.teacher
+    if who in ("teacher", "eval_only"):
+        judge_model = None
+    how = {
+        **run.grading,
+        **run.law,
+        "temperature": config.eval_temperature,
+        "top_p": config.eval_top_p,
+        "max_length": config.eval_max_new_tokens,
+    }
+    if who == "teacher":
+        model = run.teacher
+        how["eos_ids"] = run.law["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
+    results, lines = {}, []
+    for name, problems in run.evals.items():
+        more = {
+            "num_samples": config.eval_samples,
+            "teacher": judge_model,
+            "title": f"{who}, {name}",
+        }
+        metrics, answers = evaluate(model, problems=problems, **more, **how)
+        if judge_model:
+            metrics |= probe(config, run, answers, metrics["avg_at_n"], how)
+        shown = ", ".join(f"{key} {round(value, 3)}" for key, value in metrics.items())
+        tqdm.write(f"{who} on {name}, step {run.step}: {shown}")
+        run.tell(metrics, f"{who}/{name}/")
+        results[name] = metrics
+        for answer in answers:
+            told = {key: value for key, value in answer.items() if not key.endswith("_ids")}
+            lines.append({"step": run.step, "model": who, "eval": name, **told})
+    if is_main():
+        for line in lines:  # at the end: what is broken off is done again on resume
+            append_json(run.files[1], line)
+    told = {"thinking": config.enable_thinking, "prompt_template": config.prompt_template}
+    told |= {"time_eval": clock(run.device) - began, **run.standing()}
+    run.record({"model": who, "eval": results, **told})
+    run.graded = run.step
     return results
 
+
+def probe(config, run, answers, accuracy, how):
+    """How much more often the teacher ends right, going on from answers cut at --probe_depths"""
+    eos_ids = how["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
+    advantages = {}
+    for depth in config.probe_depths:
+        begun = []
+        for answer in answers:
+            kept = answer["response_ids"][: answer["length"] * depth // 100]
+            begun.append({**answer, "begun": kept})
+        left = how["max_length"] - how["max_length"] * depth // 100  # not more in all
+        onward = {**how, "eos_ids": eos_ids, "max_length": left, "title": f"teacher from {depth}%"}
+        metrics, _ = evaluate(run.teacher, problems=begun, **onward)
+        advantages[f"advantage_from_{depth}"] = metrics["avg_at_n"] - accuracy
+    return advantages
+
+
+def extrapolate_student(config, run):
+    """Move the student on along its update since the last time, if it helps -> metrics  [EffOPD]"""
+    run.phase, began = "extrapolation", clock(run.device)
+    # The same problems and the same seed every time: only the weights differ
+    problems = random.Random(config.seed).sample(run.answered, config.validation_size)
+
+    def validate(weights):
+        run.sampler.load_state_dict(weights, strict=False)
+        settings = {**run.grading, **run.law, "max_length": config.max_new_tokens}
+        metrics, answers = evaluate(run.sampler, problems=problems, **settings)
+        # Its samples are part of the price
+        lengths = torch.tensor([answer["length"] for answer in answers])
+        prompts = torch.tensor([len(answer["prompt_ids"]) for answer in answers])
+        sampled = int(lengths.sum())
+        run.count(validation_tokens=sampled, generated_tokens=sampled)
+        run.count(flops=forward_flops(run.student, prompts + lengths))
+        return metrics["avg_at_n"]
+
+    run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
+    for model in (run.student, run.sampler):  # what was accepted; the next anchor
+        model.load_state_dict(run.anchor, strict=False)
+    found = {"extrapolation_k": tried, "validation_scores": scores}
+    return {**run.standing(), **found, "time_validation": clock(run.device) - began}
+
+
+def cold_start_step(config, run, step):
+    """A supervised step on the teacher's own right solutions -> their share     [Rethinking-OPD]"""
+    run.phase = f"cold start, step {step}"
+    problems = draw_prompts(config, run, step)
+    prompts = [problem["prompt_ids"] for problem in problems]
+    plan = Plan(config.max_new_tokens, config.segment_length)
+    out = rollout_in_groups(
+        run.teacher, None, prompts, plan, run.rows_at_once, config.num_generations, **run.law
+    )
+    run.phase = f"the update of cold start step {step}"
+    mask, right = out["response_mask"], out["ended"].clone()
+    for row, problem in enumerate(problems):
+        text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
+        right[row] &= problem["answer"] is None or is_correct(text, problem["answer"])
+
+    def cross_entropy(logits, _, ids):
+        return F.cross_entropy(logits, ids, reduction="none")
+
+    # Learn the sampled ids, of which the teacher's hidden states are not asked
+    out |= {"loss_mask": mask & right[:, None], "token_weight": mask.float()}
+    out["teacher_hidden"] = [valid[valid][:, None] for valid in mask]
+    settings = update_settings(config, run)
+    settings |= {"teacher_head": torch.nn.Identity(), "measure": None, "token_loss": cross_entropy}
+    rate = config.cold_start_learning_rate
+    train_step(run.student, run.optimizer, out, rate, config.max_grad_norm, **settings)
+    run.sampler.load_state_dict(run.student.state_dict())
+
+    rows = row_facts(config, out)
+    length, right = rows["prompt_length"] + rows["response_length"], rows["trained_length"] > 0
+    run.count(cold_start_tokens=int(rows["response_length"].sum()))
+    run.count(flops=forward_flops(run.teacher, length))
+    run.count(flops=3 * forward_flops(run.student, length[right]))
+    return right.double().mean().item()
+
+
+# --------------------------------------------------------------------------------------------------
+# 17. Report
+
+
 def read_run(root, name):
-    """Whole lines of metrics.jsonl -> {"name", "group": without seed, "pair": (seed, *files), "first", "last", "evals",
-    "scores": {who: (accuracy, its error)}, "final": {file: results}, "curve": {step: (tokens, seconds, accuracy)}}."""
+    """The whole lines of a run's metrics.jsonl -> what a report needs of it, None without a step"""
     with open(os.path.join(root, name, "metrics.jsonl"), encoding="utf-8") as file:
-        records = [json.loads(line) for line in file if line.endswith("\n") and line.rfind('{"step"') == 0]
+        # Half a line, of a run that was broken off, is left out wherever it is
+        lines = [line for line in file if line.endswith("\n") and line.rfind('{"step"') == 0]
+    records = [json.loads(line) for line in lines]
     steps = [record for record in records if "overlap_by_position" in record]
-    seconds = np.cumsum([0, *(sum(step[key] for key in step if key.startswith("time_")) for step in steps)])   # by step
-    last = dict(*steps[-1:], rollout_seconds=sum(step["time_rollout"] for step in steps), seconds=seconds[-1])
-    evals = [record for record in records if record.get("eval") and record["model"] != "eval_only"]
-    for record in evals:
-        values, errors = np.array([(result["avg_at_n"], result["se"]) for result in record["eval"].values()], float).T
-        record["mean"] = values.mean(), np.linalg.norm(errors) / len(errors)       # over the files
-    teacher, student = ([record for record in evals if record["model"] == who] for who in ("teacher", "student"))
-    parts = {"teacher": teacher, "before": student[:1], "after": student[1:]}
-    scores = {label: record["mean"] for label, part in parts.items() for record in part}         # the last of each
-    final = student[-1]["eval"] if "after" in scores else {}
-    scores |= {f"after {file}": (final[file]["avg_at_n"], final[file]["se"]) for file in final if len(final) > 1}
-    curve = {one["step"]: (one.get("generated_tokens", 0), seconds[one["step"]], one["mean"][0]) for one in student}
+    if not steps:
+        return None
+    seconds = [0.0]  # of training, after each step
+    for step in steps:
+        seconds.append(seconds[-1] + sum(step[key] for key in step if key.startswith("time_")))
+
+    # Accuracies are means over the files; a curve has (tokens, seconds, accuracy) of the student
+    accuracy, final = {}, {}
+    curve = []
+    for record in records:
+        if not record.get("eval"):
+            continue
+        who, step = record["model"], record["step"]
+        accuracy[who] = np.mean([metrics["avg_at_n"] for metrics in record["eval"].values()])
+        if who == "student":
+            curve.append((record.get("generated_tokens", 0), seconds[step], accuracy[who]))
+            final = record["eval"] if step else {}
+    # out/compare/prefix/seed-2 is a run of prefix with the seed 2
     group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", name).groups()
-    return dict(name=name, group=group or ".", pair=(seed, *sorted(final)), first=dict(*steps[:1]), last=last,
-                evals=evals, scores=scores, final=final, curve=curve)
+    return {
+        "name": name,
+        "group": group or ".",
+        "pair": (seed, *sorted(final)),  # runs that may be subtracted
+        "teacher": accuracy.get("teacher", math.nan),
+        "before": curve[0][2] if curve else math.nan,
+        "after": curve[-1][2] if final else math.nan,
+        "first": steps[0],
+        "last": {**steps[-1], "seconds": seconds[-1]},
+        "curve": curve,
+        "final": final,
+    }
+
+
+def percent(values, sign=""):
+    """Fractions, one a seed -> "mean±standard error" in %, "-" without any"""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    error = f"±{100 * np.std(known, ddof=1) / len(known) ** 0.5:.1f}" if len(known) > 1 else ""
+    return f"{100 * np.mean(known):{sign}.1f}{error}"
+
+
+def report_row(group, baseline):
+    """What a report says of the runs of one method, one a seed, beside those of the baseline"""
+    row = {"runs": f"{len(group)}"}
+    for who in ("teacher", "before", "after"):
+        row[who] = percent([run[who] for run in group])
+
+    # To the baseline, pair by pair: at the end, and where it had sampled as many tokens
+    ended = {run["pair"]: run for run in baseline if run["final"]}
+    minus, as_many = [], []
+    gaps = []
+    for run in group:
+        gap = run["teacher"] - run["before"]
+        gaps.append((run["after"] - run["before"]) / gap if gap > 0 else math.nan)
+        if run["pair"] in ended and group is not baseline:
+            tokens, _, accuracy = zip(*ended[run["pair"]]["curve"])
+            minus.append(run["after"] - accuracy[-1])
+            as_many.append(np.interp(run["last"]["generated_tokens"], tokens, accuracy))
+    row |= {"minus opd": percent(minus, "+"), "opd at as many tokens": percent(as_many)}
+    row["gap"] = "-" if np.isnan(gaps).any() else f"{np.mean(gaps):.0%}"
+
+    def mean(runs, key, when="last"):
+        return np.mean([run[when].get(key, math.nan) for run in runs])
+
+    row["overlap"] = (
+        f"{mean(group, 'overlap_ratio', 'first'):.2f}-{mean(group, 'overlap_ratio'):.2f}"
+    )
+    for key in ("generated_tokens", "trained_tokens", "flops", "seconds"):
+        cost, least = mean(group, key), mean(baseline, key)
+        row[key] = tqdm.format_sizeof(cost) if group is baseline else f"{cost / least:.2f}x"
+    return row
+
 
 def report_table(runs):
-    """Runs, as read_run gives them -> lines: a row per group of runs; of a single group a line per fact."""
-    def percent(scores, sign=""):                             # (accuracy, its error) of each seed -> mean ± error
-        values, errors = np.array(scores, float).T
-        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else errors[0]
-        return f"{100 * values.mean():{sign}.1f}" + (f"±{100 * error:.1f}" if np.isfinite(error) else "")
-    def mean(group, key, step="last"):
-        return np.array([run[step].get(key) for run in group], float).mean()
-    names = sorted({run["group"] for run in runs}, key=lambda name: (name.split("/")[-1] != "opd", name))
-    groups = {name: [run for run in runs if run["group"] == name] for name in names}
-    baseline, rows = groups[names[0]], []
-    base = {run["pair"]: run["scores"]["after"][0] for run in baseline if "after" in run["scores"]}
-    for name, group in groups.items():
-        row = {"": name, "runs": f"{len(group)}"}
-        for label in ("teacher", "before", "after", *(label for run in runs for label in run["scores"])):
-            scores = [run["scores"][label] for run in group if label in run["scores"]]
-            row[label] = percent(scores) if scores else "-"
-        pairs = [(run["scores"]["after"][0] - base[run["pair"]], math.nan) for run in group if run["pair"] in base]
-        row[f"minus {names[0]}"] = percent(pairs, "+") if pairs and name != names[0] else ""
-        known = [[run["scores"][who][0] for who in ("teacher", "before", "after")] for run in group if run["final"]]
-        gaps = [(after - before) / (teacher - before) for teacher, before, after in known if teacher > before]
-        row["gap"] = "-" if not known else "no gap" if len(gaps) < len(known) else f"{np.mean(gaps):.0%}"
-        row["overlap"] = f"{mean(group, 'overlap_ratio', 'first'):.2f}->{mean(group, 'overlap_ratio'):.2f}"
-        row["entropies"] = f"{mean(group, 'entropy_student'):.2f} {mean(group, 'entropy_teacher'):.2f}"
-        for label, key in {"generated": "generated_tokens", "scored": "teacher_tokens", "trained": "trained_tokens",
-                           "FLOPs": "flops", "rollout s": "rollout_seconds", "all s": "seconds"}.items():
-            own, other = mean(group, key), mean(baseline, key)
-            row[label] = tqdm.format_sizeof(own) + (f" {own / other:.2f}x" if other and len(groups) > 1 else "")
-        graded = [sum(item.get("time_eval", 0) for item in run["evals"]) for run in group]
-        row["eval s"] = tqdm.format_sizeof(np.mean(graded))
-        rows.append(row)
-    notes = ["accuracy in %, ±: standard error over seeds, of a single run over problems; entropies: student teacher"]
+    """Runs, as read_run gives them -> lines: a row per method; of a single one a line per fact"""
+    names = sorted({run["group"] for run in runs})
+    plain = [name for name in names if name.rpartition("/")[2] == "opd"]
+    names = plain + [name for name in names if name not in plain]  # the first is the baseline
+    groups = {name: [] for name in names}
+    for run in runs:
+        groups[run["group"]].append(run)
+    rows = [report_row(group, groups[names[0]]) for group in groups.values()]
+    notes = ["accuracy in %; ±: standard error over seeds"]
     if len(rows) == 1:
-        return [f"{label:<32}{text:>20}" for label, text in rows[0].items() if text] + notes
-    rows.insert(0, {label: label for label in rows[0]})
-    widths = {label: max(len(row[label]) for row in rows) for label in rows[0]}
-    return ["  ".join(f"{row[label]:>{width}}" for label, width in widths.items()) for row in rows] + notes
+        return [f"{label:<32}{text:>20}" for label, text in rows[0].items() if text != "-"] + notes
+    # A column is its title, one or several lines of it, and its cells
+    columns = [[""] * 4 + names]
+    for label in rows[0]:
+        title = textwrap.wrap(label.replace("_", " "), 9)
+        columns.append([""] * (4 - len(title)) + title + [row[label] for row in rows])
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for cells in zip(*columns):
+        lines.append(" ".join(f"{text:>{width}}" for text, width in zip(cells, widths)))
+    return lines + notes + [f"opd is {names[0]}; x: times its cost; seconds: of training alone"]
+
 
 def draw_report(runs):
-    """Draw accuracy against tokens and against seconds, and overlap by position, a colour per group -> the figure."""
+    """Accuracy against tokens and seconds, overlap by position, a colour per method -> figure"""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     by_tokens, by_position, by_seconds = figure.subplots(1, 3)
-    by_tokens.set_xscale("log", nonpositive="mask")           # no place for 0 tokens, before the first step
+    by_tokens.set(xlabel="generated tokens", ylabel="accuracy (a line per seed)")
+    by_tokens.set_xscale("log", nonpositive="mask")  # no place for 0 tokens, before the first step
     by_tokens.tick_params("x", which="both", labelsize=7, labelrotation=45)
-    for axes, xlabel in ((by_tokens, "generated tokens"), (by_seconds, "seconds of training")):
-        axes.set(xlabel=xlabel, ylabel="accuracy (band: lowest to highest seed)")
-    by_position.set(xlabel="start to end of the longest response", ylabel="overlap (dotted: first step)", ylim=(0, 1))
+    by_seconds.set(xlabel="seconds of training", ylabel="accuracy")
+    by_position.set(xlabel="start to end of the longest response", ylim=(0, 1))
+    by_position.set_ylabel("overlap (dotted: first step)")
     for index, name in enumerate(sorted({run["group"] for run in runs})):
-        group, color = [run for run in runs if run["group"] == name], f"C{index % 10}"
-        for step, style, label in (("first", ":", None), ("last", "-", name)):
-            overlap = np.array([run[step]["overlap_by_position"] for run in group], float)
-            by_position.plot(np.ma.masked_invalid(overlap).mean(0), color + style, label=label)
-        curves = [run["curve"] for run in group if run["curve"]]
-        common = sorted(set(*curves[:1]).intersection(*curves))                    # where all seeds were graded
-        for axes, cost in ((by_tokens, 0), (by_seconds, 1)) if any(common) else ():
-            x, accuracy = np.array([[(curve[step][cost], curve[step][2]) for curve in curves] for step in common]).T
-            axes.plot(x.mean(0), accuracy.mean(0), color + "o-", markersize=4)
-            axes.fill_between(x.mean(0), accuracy.min(0), accuracy.max(0), color=color, alpha=0.15)
+        group = [run for run in runs if run["group"] == name]
+        for run in group:
+            look = {"color": f"C{index % 10}", "linewidth": 1}
+            if run["curve"]:
+                tokens, seconds, accuracy = zip(*run["curve"])
+                by_tokens.plot(tokens, accuracy, "o-", markersize=3, **look)
+                by_seconds.plot(seconds, accuracy, "o-", markersize=3, **look)
+            by_position.plot(run["first"]["overlap_by_position"], ":", **look)
+            look["label"] = name if run is group[0] else None
+            by_position.plot(run["last"]["overlap_by_position"], **look)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
+
+def report(folder):
+    """Print the table of all runs below a folder, and draw its report.png -> {name: results}"""
+    runs = []
+    for path in sorted(glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)):
+        run = None if "checkpoint-" in path else read_run(folder, os.path.dirname(path))
+        if run:
+            runs.append(run)
+    if not runs:
+        raise ValueError(f"--report {folder}: no run below it has a metrics.jsonl with steps")
+    print("\n".join(report_table(runs)))
+    draw_report(runs).savefig(f"{folder}/report.png", dpi=110)
+    return {run["name"]: run["final"] for run in runs}
+
+
+# --------------------------------------------------------------------------------------------------
+# 18. Main
+
+
+def open_world(config):
+    """The flags with the models and files of the tiny world, which is made if it is not there."""
+    torch.set_num_threads(1)  # tensors this small gain next to nothing from more
+    transformers.utils.logging.disable_progress_bar()
+    world = f"{config.output_dir}/world"
+    if is_main() and not os.path.exists(world):
+        os.makedirs(config.output_dir, exist_ok=True)  # if it cannot be, better now
+        make_world(world, config.seed)
+    gather([])  # the other processes wait for it
+    models = {"student": f"{world}/student", "teacher": f"{world}/teacher"}
+    files = {"train_file": [f"{world}/train.jsonl"], "eval_file": [f"{world}/eval.jsonl"]}
+    return replace(config, **models, **files)
+
+
+def open_run(config):
+    """What the flags name, and --output_dir prepared -> run: new, or as a checkpoint left it"""
+    flags, folder = {**asdict(config), "processes": NUM_RANKS}, config.resume
+    state = {}
+    if folder == "latest":
+        folder = (list_checkpoints(config.output_dir) or [""])[-1]
+        if not folder:
+            note = f"no checkpoint in {config.output_dir} to resume: starting at the first step"
+            warnings.warn(note, stacklevel=2)
+    if folder:
+        state = read_checkpoint(folder, flags)
+    if not config.student:
+        config = open_world(config)
+
+    files = [f"{config.output_dir}/{name}.jsonl" for name in ("metrics", "samples")]
+    run = Run(flags, files, cap=min(config.cap_init, config.max_new_tokens))
+    counted = "generated_tokens teacher_tokens trained_tokens validation_tokens cold_start_tokens"
+    run.counts = dict.fromkeys([*counted.split(), "flops"], 0)
+    run.tokenizer = load(AutoTokenizer, folder or config.student)
+    run.grading = {
+        "tokenizer": run.tokenizer,
+        "seed": config.seed,
+        "rows_per_batch": config.eval_batch_size,
+        "segment_length": config.segment_length,
+    }
+    read_files(config, run)
+    load_models(config, run, folder or config.student)
+    ask_math_verify("1", None)  # if it cannot start, better now than after an evaluation
+    kind = config.report_to if is_main() else "none"
+    run.track = open_tracker(kind, config.output_dir, flags, state.get("step", -1) + 1)
+    if state:
+        run.optimizer.load_state_dict(state.pop("optimizer"))
+        vars(run).update(state, flags=flags)
+    rows = config.rollout_batch_size or run.rows_at_once or rows_that_fit(config, run)
+    run.rows_at_once = min(gather([rows]))
+    if is_main() and not config.eval_only:
+        prepare_files(config, run, folder)
+    return run
+
+
 def main(argv=None):
-    """Run the job that the flags describe -> dict of the final metrics. A user's mistake: one line, exit status 2."""
+    """Run the job of the flags, a list of texts or a Config -> dict of the final metrics. A user's
+    mistake ends in one line and exit status 2.
+    """
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
     run = None
-    def stop(number=None, _=None):        # a signal stops at once; during an update it waits for the call at the end
-        run.stopped, run.halfway = number or run.stopped, run.halfway if number else False
-        if run.stopped and not run.halfway:
-            raise KeyboardInterrupt
     try:
-        args = parse_args(argv)
-        if args.report:
-            paths = sorted(glob.glob("**/metrics.jsonl", root_dir=args.report, recursive=True))
-            runs = [read_run(args.report, os.path.dirname(path)) for path in paths if "checkpoint-" not in path]
-            if not (runs := [run for run in runs if run["first"]]):
-                raise ValueError(f"--report {args.report}: no run below it has a metrics.jsonl with steps")
-            print("\n".join(report_table(runs)))
-            draw_report(runs).savefig(os.path.join(args.report, "report.png"), dpi=110)
-            return {run["name"]: run["final"] for run in runs}
-        if NUM_RANKS > 1 and not dist.is_initialized():
-            if "cuda" in args.device:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=datetime.timedelta(hours=2))
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout               # one process speaks for all
-        run = open_run(args)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        if args.eval_only:
-            return grade(run, args, "eval_only")
+            signal.signal(number, interrupt)
+        config = argv if isinstance(argv, Config) else parse_args(argv)
+        check_config(config)
+        if config.report:
+            return report(config.report)
+        join_processes(config.device)
+        run = open_run(config)
+        if config.eval_only:
+            return evaluate_files(config, run, "eval_only")
         if run.step == 0:
-            print("\n".join(preflight(run, args)), flush=True)
-            grade(run, args, "teacher")
-            grade(run, args, "student")
-            for step in range(args.cold_start_steps):
-                tqdm.write(f"cold start: {cold_start_step(run, args, step + 1):.0%} of the solutions are right")
-                stop()
-            args.cold_start_steps and grade(run, args, "cold_start")
-            run.anchor = movable_weights(run.student) if args.extrapolate else {}    # OPD's update begins here
-        for step in tqdm(range(run.step, args.max_steps + 1), desc="train", leave=False, disable=RANK > 0):
-            done = step == args.max_steps or 0 < args.max_generated_tokens <= run.state["generated_tokens"]
-            if step > run.graded and (done or step % (args.eval_every or args.max_steps) == 0):
-                grade(run, args, "student")
-            if step and (done or step % (args.save_every or args.max_steps) == 0):
-                save_checkpoint(run, args)
-            if done:
-                break
-            metrics = opd_step(run, args, step + 1)
-            if args.extrapolate and (step + 1) & step == 0:
-                metrics.update(extrapolation_step(run, args))
-            run.step = step + 1
-            run.record(metrics)
-            tqdm.write("step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | kept "
-                       "{kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | norm "
-                       "{grad_norm:6.2f} | {generated_tokens:11,} tokens".format(**metrics))
-            stop()
+            print("\n".join(preflight(config, run)), flush=True)
+            evaluate_files(config, run, "teacher")
+            evaluate_files(config, run, "student")
+            for step in range(1, config.cold_start_steps + 1):
+                right = cold_start_step(config, run, step)
+                tqdm.write(f"cold start: {right:.0%} of the solutions are right")
+            if config.cold_start_steps:
+                evaluate_files(config, run, "cold_start")
+            if config.extrapolate:
+                run.anchor = movable_weights(run.student)  # OPD's update begins here
+        train(config, run)
     except (Exception, KeyboardInterrupt) as error:
-        told, status = explain(error, run)
+        now = {**vars(config), "rollout_batch_size": run.rows_at_once} if run else {}
+        told, status = explain(error, run.phase if run else "set-up", now)
         if run and run.step:
-            if not run.halfway:
-                run.halfway = True                            # a second signal does not break off the saving
-                with contextlib.suppress(OSError):
-                    save_checkpoint(run, args)
-            told += told and f"; last checkpoint: {(list_checkpoints(args.output_dir) or ['none'])[-1]}"
+            # A second signal does not break off the saving
+            with contextlib.suppress(OSError, KeyboardInterrupt):
+                if not run.halfway:
+                    with whole_step(run):
+                        save_checkpoint(config, run)
+            last = (list_checkpoints(config.output_dir) or ["none"])[-1]
+            told += f"; last checkpoint: {last}" if told else ""
         if not told:
             raise
         print(f"opd.py: {told}", file=sys.stderr)
         raise SystemExit(status) from None
-    if RANK:
-        return run.state
-    ended, checkpoint = read_run("", args.output_dir), (list_checkpoints(args.output_dir) or ["none"])[-1]
+    if not is_main():
+        return run.standing()
+    ended, checkpoint = read_run("", config.output_dir), list_checkpoints(config.output_dir)[-1]
     print(*report_table([ended]), f"checkpoint in {checkpoint}", sep="\n")
-    return dict(run.state, checkpoint=checkpoint, **ended)
+    return {**run.standing(), "checkpoint": checkpoint, **ended}
+
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# one_run.sh NAME WORLD [FLAG ...]: a run of opd.py in out/NAME, on a copy of out/world/WORLD, unless it
+# is done. FLAGS="--max_steps 2" make compare: more flags, for every run that is not done.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run=out/$1 world=out/world/$2
+shift 2
+if [ -e "$run/done" ]; then exit; fi
+
+echo "running $run"
+rm -rf "$run"
+mkdir -p "$run"
+cp -r "$world" "$run/world"
+if ! .venv/bin/python opd.py --output_dir "$run" "$@" ${FLAGS:-} > "$run/log" 2>&1; then
+    echo "failed; the end of $run/log:"
+    tail -n 3 "$run/log"
+    exit 255  # xargs starts no other
+fi
+touch "$run/done"

@@ -1,0 +1,3904 @@
+"""
+What guards the plumbing, part II of opd.py: odd files, the command line, kills, signals, several
+ranks, checkpoints, accounts, reports. One claim a test, in the order of opd.py; the lessons of its
+part I are in test_opd.py. Names first: python -m pytest --collect-only -q .ci/test_runs.py
+"""
+
+import torch
+
+torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
+
+import collections
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+import warnings
+
+import pytest
+import tokenizers
+import transformers
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import opd
+import test_opd
+from test_opd import (
+    END,
+    PAD,
+    SAMPLING,
+    STUDENT,
+    TEACHER,
+    WORDS,
+    V,
+    assert_same,
+    close,
+    command,
+    gradients_of,
+    make_batch,
+    repeatable,
+    rows_of,
+    save_model,
+    tiny,
+    tiny_llama,
+    train,
+    update,
+    without_padding,
+    write,
+)
+
+# --------------------------------------------------------------------------------------------------
+# Helpers, all of them
+
+small_world = test_opd.world
+updates = test_opd.updates
+first_run = test_opd.first_run
+TOKENIZER = opd.tiny_tokenizer(WORDS)
+
+
+@pytest.fixture(scope="session")
+def world(small_world):
+    """The small world of test_opd.py, and what can be wrong with its models and files."""
+    save_model(small_world / "other", tiny("Qwen3", 3), WORDS[:6] + WORDS[6:][::-1])
+    # A scale that head_logits does not know, and a layer that keeps no keys
+    falcon = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
+    falcon |= {"mamba_d_state": 8, "lm_head_multiplier": 0.3}
+    save_model(small_world / "falcon", tiny("FalconH1", 0, **falcon))
+    save_model(small_world / "conv", tiny("Lfm2", 0, layer_types=["conv", "full_attention"]))
+    save_model(small_world / "window", tiny("Mistral", 0, sliding_window=8))
+    shutil.copytree(small_world / "teacher", small_world / "broken")
+    write(small_world / "broken" / "model.safetensors", text="cut off")
+    problems = test_opd.read(small_world / "train.jsonl")
+    write(small_world / "again" / "eval.jsonl", *problems[3:5])
+    write(small_world / "pair.jsonl", *problems[3:5])
+    write(small_world / "unanswered.jsonl", {"problem": "1 2 3"})
+    write(small_world / "empty.jsonl", text="")
+    write(small_world / "bad.jsonl", text='{"problem": "1"}\n{"problem": \n')
+    write(small_world / "keys.jsonl", {"text": "1", "label": 2})
+    return small_world
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """main changes what signals do, and a test must not."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def opened(world, out, **changes):
+    """-> (config, run), ready for the first step, and nothing written outside of out"""
+    config = opd.parse_args(command(world, out, **changes))
+    return config, opd.open_run(config)
+
+
+def watch(monkeypatch, *names):
+    """-> {name: a list to which every call of that function of opd adds its arguments, by name}"""
+    calls = {name: [] for name in names}
+
+    def watched(name, real):
+        signature = inspect.signature(real)
+
+        def call(*args, **kwargs):
+            calls[name].append(signature.bind(*args, **kwargs).arguments)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(opd, name, watched(name, getattr(opd, name)))
+    return calls
+
+
+def contents(folder):
+    """All files below a folder, by path."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def load_student(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def same_weights(a, b):
+    one, other = load_student(a).state_dict(), load_student(b).state_dict()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def changed_copy(world, name, folder, change):
+    """A model of the world with change(model, tokenizer), saved in a folder -> the folder"""
+    model = load_student(world / name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / name)
+    change(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def stopped(argv, capfd):
+    """-> (exit status, the one line) of a run that ends before its time."""
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:  # the latter would end the tests
+        opd.main(argv)
+    err = capfd.readouterr().err
+    assert stop.type is SystemExit
+    lines = [line for line in err.splitlines() if line.startswith("opd.py: ")]
+    assert len(lines) == 1 and "Traceback" not in err
+    return stop.value.code, lines[0]
+
+
+def says_a(text, gold):
+    """In place of is_correct, so that random models are right now and then."""
+    assert gold is not None  # nobody may ask without an answer
+    return "a" in text.split()
+
+
+def problems_of(batch, num_generations=1):
+    """The problems of a batch as texts, in its order, one of each candidates."""
+    texts = []
+    for ids in without_padding(batch["prompt_ids"], batch["prompt_mask"])[::num_generations]:
+        texts.append(" ".join(WORDS[token] for token in ids if token > 3))
+    return texts
+
+
+def unanswered(world, path, every):
+    """The training problems, each every-th of which has lost its answer -> the file's path"""
+    problems = test_opd.read(world / "train.jsonl")
+    for problem in problems[::every]:
+        problem["answer"] = None
+    return write(path, *problems)
+
+
+# Moments: where something befalls a run of LONG
+
+LONG = {
+    "method": "prune",
+    "loss": "reverse_kl",
+    "extrapolate": True,
+    "max_steps": 5,
+    "save_every": 2,
+    "eval_every": 4,
+    "keep_checkpoints": 1,
+    "eval_file": ["{world}/eval.jsonl", "{world}/pair.jsonl"],
+    "eval_max_new_tokens": 3,
+    "max_new_tokens": 8,
+    "validation_size": 1,
+    "cap_init": 6,
+    "cap_max": 8,
+}
+
+
+def is_checkpoint(path):
+    return re.fullmatch(r"checkpoint-\d+", os.path.basename(path))
+
+
+def checkpoints(folder):
+    """Names of the whole checkpoints in a folder."""
+    return sorted(filter(is_checkpoint, os.listdir(folder)), key=lambda name: int(name[11:]))
+
+
+def any_call(*_, **__):
+    return True
+
+
+def with_a_teacher(student, teacher, *_, **__):
+    return teacher
+
+
+def of_two_problems(model, tokenizer, problems, *_, **__):
+    return len(problems) == 2
+
+
+def of_a_folder(path, *_, **__):
+    return os.path.isdir(path)
+
+
+def to(ending):
+    """Of calls with two paths: whether the second ends like this, or is a checkpoint."""
+    if ending == "checkpoint":
+        return lambda _, name: is_checkpoint(name)
+    return lambda _, name: str(name).endswith(ending)
+
+
+# The owner and name of a function, which of its calls (of those that ...), before it or after it
+MOMENTS = {
+    "the preflight": (opd, "rollout", 1, with_a_teacher, "after"),
+    "a rollout": (opd, "rollout", 5, with_a_teacher, "after"),  # of step 4
+    "a cold start": (opd, "cold_start_step", 2, any_call, "after"),
+    "an update of a cold start": (opd, "backward_in_chunks", 2, any_call, "before"),
+    "a backward pass": (opd, "backward_in_chunks", 4, any_call, "before"),
+    "an update": (opd, "optimizer_step", 4, any_call, "after"),
+    "an extrapolation": (opd, "extrapolate", 3, any_call, "before"),  # of step 4
+    "an evaluation": (opd, "evaluate", 3, of_two_problems, "before"),
+    "the writing of a model": (
+        transformers.PreTrainedModel,
+        "save_pretrained",
+        2,
+        any_call,
+        "after",
+    ),
+    "the writing of a state": (torch, "save", 2, any_call, "before"),
+    "the naming of a checkpoint": (os, "replace", 2, to("checkpoint"), "before"),
+    "the time after its naming": (os, "replace", 2, to("checkpoint"), "after"),
+    "the removal of an old one": (shutil, "rmtree", 1, of_a_folder, "before"),
+    "putting an earlier run aside": (os, "replace", 2, to(".old"), "before"),
+    "putting its checkpoints aside": (os, "replace", 4, to(".old"), "before"),
+    "copying back the metrics": (shutil, "copy", 1, to("metrics.jsonl"), "before"),
+    "copying back the samples": (shutil, "copy", 1, to("samples.jsonl"), "before"),
+}
+
+
+def at(moment, act, patch=setattr):
+    """Have act, called with what the function at that moment is called with, happen then."""
+    owner, name, number, such_that, when = MOMENTS[moment]
+    real = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def call(*args, **kwargs):
+        now = such_that(*args, **kwargs) and next(calls) == number
+        if now and when == "before":
+            act(*args, **kwargs)
+        result = real(*args, **kwargs)
+        if now and when == "after":
+            act(*args, **kwargs)
+        return result
+
+    patch(owner, name, call)
+
+
+def send(number):
+    return lambda *_, **__: os.kill(os.getpid(), number)
+
+
+def throw(error):
+    def act(*_, **__):
+        raise error
+
+    return act
+
+
+def always_further(weights, anchor, validate):
+    """An extrapolation that always accepts its first try, so that the next depends on the anchor."""
+    tried = {name: value + (value - anchor[name]) for name, value in weights.items()}
+    return tried, 1, [0.0, validate(tried)]
+
+
+@pytest.fixture
+def further(monkeypatch):
+    monkeypatch.setattr(opd, "extrapolate", always_further)
+
+
+def long_run(world, out, **changes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "extrapolate", always_further)
+        train(world, out, **{**LONG, **changes})
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The folder of the run that nothing befell."""
+    return long_run(world, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def every_step(world, tmp_path_factory):
+    """The same with a checkpoint of every step."""
+    return long_run(world, tmp_path_factory.mktemp("every"), save_every=1, keep_checkpoints=9)
+
+
+@pytest.fixture(scope="module")
+def after_one_step(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    train(world, out, max_steps=1, loss="reverse_kl")
+    return out / "checkpoint-1"
+
+
+def outcome(folder):
+    """All that a run leaves, as it can be compared bit for bit."""
+    last = checkpoints(folder)[-1]
+    weights = hashlib.sha256((folder / last / "model.safetensors").read_bytes()).hexdigest()
+    samples = (folder / "samples.jsonl").read_text().splitlines()
+    return repeatable(test_opd.read(folder / "metrics.jsonl")), samples, last, weights
+
+
+def assert_whole(folder):
+    """Model, tokenizer and state of a checkpoint can be loaded."""
+    load_student(folder)
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template
+    state = torch.load(folder / "trainer_state.pt", weights_only=True)
+    assert f"checkpoint-{state['step']}" == folder.name
+
+
+def resume(world, out, **changes):
+    """Goes on with a run of LONG."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no checkpoint
+        train(world, out, **{**LONG, **changes}, resume=True)
+
+
+# Runs that are killed or have several ranks are children of a fork server, which has imported all
+# and started no thread yet. The first of them takes some seconds
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["test_runs"])
+PATIENCE = 240  # seconds until a child counts as hanging, on a machine that others use, too
+
+
+def in_child(job, log, result, environ, *args):
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.update(environ)
+    opd.RANK = int(environ.get("RANK", 0))
+    opd.NUM_RANKS = int(environ.get("WORLD_SIZE", 1))
+    opd.ask_math_verify = lambda *_: False  # its import takes seconds; all answers are integers
+    opd.extrapolate = always_further
+    torch.save(job(*args), result)
+
+
+def start(job, folder, *args, **environ):
+    """A job in a process of its own; what it says and returns goes into the folder."""
+    name = f"rank-{environ.get('RANK', 0)}"
+    files = folder / f"{name}.log", folder / f"{name}.pt"
+    process = SERVER.Process(target=in_child, args=(job, *files, environ, *args))
+    process.start()
+    return process
+
+
+def in_two(job, folder, *args):
+    """The job in two ranks -> exit codes, what they said, and what they returned if both are 0"""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start(job, folder, *args, RANK=rank, LOCAL_RANK=rank, **meet) for rank in "01"]
+    for process in ranks:
+        process.join(PATIENCE)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()  # one that hangs; its exit code was None
+    logs = [(folder / f"rank-{rank}.log").read_text() for rank in "01"]
+    results = None
+    if codes == [0, 0]:
+        results = [torch.load(folder / f"rank-{rank}.pt") for rank in "01"]
+    return codes, logs, results
+
+
+def killed_run(argv, moment, out):
+    def tear(name, size):
+        os.truncate(out / name, (out / name).stat().st_size - size)
+
+    def kill(*args, **_):
+        if moment == "an update":
+            tear("metrics.jsonl", 99)  # half a line is left of step 3
+        if moment == "an evaluation":
+            tear("samples.jsonl", 9)  # the answers to the first file are there, not the last
+        if moment == "the removal of an old one":
+            os.remove(os.path.join(args[0], "model.safetensors"))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    at(moment, kill)
+    opd.main(argv)
+
+
+def kill_at(moment, world, folder, out, **changes):
+    """A run of LONG that is killed then."""
+    argv = command(world, out, **{**LONG, **changes})
+    process = start(killed_run, folder, argv, moment, out)
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL, (folder / "rank-0.log").read_text()
+
+
+def share_of_a_step(trained_rows, max_grad_norm=1e9, lr=0.0):
+    """
+    This rank's share of an update, whose loss_mask is empty outside the trained rows -> its
+    metrics, gradients, and the weights after it
+    """
+    student = tiny_llama(1)
+    batch = make_batch(student, TEACHER)
+    trained = torch.tensor([row in trained_rows for row in range(4)])
+    batch["loss_mask"] = batch["loss_mask"] & trained[:, None]
+    del batch["teacher_seconds"]
+    own = {name: opd.share(value) for name, value in batch.items()}
+    metrics, grads = update(student, TEACHER, own, lr=lr, max_grad_norm=max_grad_norm)
+    return metrics, grads, student.state_dict()
+
+
+SHARES = {
+    "all rows": {"trained_rows": [0, 1, 2, 3]},
+    "none of the second rank's": {"trained_rows": [0, 2]},
+    "clipped": {"trained_rows": [0, 1, 2, 3], "max_grad_norm": 0.01, "lr": 1.0},
+}
+
+
+def share_of_an_evaluation(count, num_samples, temperature):
+    problems = []
+    for index in range(count):
+        problems.append({"answer": str(index), "prompt_ids": [2, 7 + index, 3]})
+    settings = {**SAMPLING, "max_length": 8, "temperature": temperature, "rows_per_batch": 2}
+    return opd.evaluate(
+        STUDENT, TOKENIZER, problems, num_samples=num_samples, seed=5, segment_length=4, **settings
+    )
+
+
+def work_of_a_rank():
+    """What two ranks do together, each its share -> dict of the results."""
+    opd.join_processes("cpu")
+    results = {name: share_of_a_step(**settings) for name, settings in SHARES.items()}
+    results["gathered"] = opd.gather([f"of {opd.RANK}"] * (1 + opd.RANK))
+    results["greedy"] = share_of_an_evaluation(3, 1, 0.0)
+    results["one greedy"] = share_of_an_evaluation(1, 1, 0.0)
+    results["sampled"] = share_of_an_evaluation(3, 3, 1.0)
+    results["two of one"] = share_of_an_evaluation(1, 2, 1.0)
+    return results
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What each of two ranks returns of its work."""
+    codes, logs, results = in_two(work_of_a_rank, tmp_path_factory.mktemp("two"))
+    assert codes == [0, 0], logs
+    return results
+
+
+def run_of_two(argv):
+    """
+    opd.main -> (the weights at its end, what this rank wrote). Writing a checkpoint takes the first
+    rank a while.
+    """
+    written, students = [], []
+    out = argv[argv.index("--output_dir") + 1]
+    optimizer_step = opd.optimizer_step
+    save = torch.save
+    changing = "os.rename os.mkdir os.remove os.rmdir os.truncate shutil.rmtree".split()
+
+    def note(event, args):
+        changes = event in changing or event == "open" and set(str(args[1])) & set("wax+")
+        if changes and str(args[0]).startswith(out):
+            written.append((event, str(args[0])))
+
+    def watched_step(student, *args):
+        students.append(student)
+        return optimizer_step(student, *args)
+
+    def slow_save(value, path, **more):
+        time.sleep(isinstance(path, str) / 2)
+        save(value, path, **more)
+
+    sys.addaudithook(note)
+    opd.optimizer_step = watched_step
+    torch.save = slow_save
+    opd.main(argv)
+    torch.save = save
+    return {name: value.clone() for name, value in students[-1].state_dict().items()}, written
+
+
+def run_that_loses_a_rank(argv):
+    if os.environ["RANK"] == "1":
+        at("a backward pass", lambda *_, **__: os._exit(7))
+    opd.main(argv)
+
+
+# Reports of made-up runs, whose right answers are worked out by hand
+
+
+def graded(step, model, accuracy, se=0.02, **more):
+    """The record of an evaluation; accuracy: of a file named eval, or {file: accuracy}."""
+    files = accuracy if isinstance(accuracy, dict) else {"eval": accuracy}
+    results = {file: {"avg_at_n": value, "se": se, "n": 4} for file, value in files.items()}
+    return {"step": step, "model": model, "eval": results, "generated_tokens": 0, **more}
+
+
+def made_run(path, after=0.6, teacher=0.9, before=0.1, scale=1, steps=2, text=""):
+    """
+    metrics.jsonl of a run; scale: of all that it cost. A step samples 1000 tokens in 2 + 1 + 1
+    seconds; text comes behind.
+    """
+    records = []
+    if before is not None:
+        records = [graded(0, "student", before), graded(0, "teacher", teacher)]
+    for step in range(1, steps + 1):
+        spent = {"generated_tokens": 1000, "trained_tokens": 500, "flops": 10**9}
+        records.append(
+            {
+                "step": step,
+                "overlap_ratio": 0.5 + 0.1 * step,
+                "overlap_by_position": [0.5 + 0.1 * step, None],
+                "time_rollout": 2 * scale,
+                "time_teacher": scale,
+                "time_update": scale,
+                "time_validation": 0.0,
+                **{name: value * step * scale for name, value in spent.items()},
+            }
+        )
+    if after is not None:
+        tokens = 1000 * steps * scale
+        records.append(graded(steps, "student", after, generated_tokens=tokens))
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    return write(path / "metrics.jsonl", text=lines + text)
+
+
+def read_runs(folder):
+    paths = sorted(path.parent.relative_to(folder) for path in folder.rglob("metrics.jsonl"))
+    return [opd.read_run(folder, str(path)) for path in paths]
+
+
+TITLES = ["runs", "teacher", "before", "after", "minus opd", "opd at as many tokens"]
+TITLES += ["gap", "overlap", "generated tokens", "trained tokens", "flops", "seconds"]
+
+
+def table(folder):
+    """
+    The printed table of the runs below a folder -> ({method: {column: text}}, its lines). A title
+    has several lines; its last word ends where all cells of its column end.
+    """
+    lines = opd.report_table(read_runs(folder))
+    height = ["runs" in line.split() for line in lines].index(True)
+    note = [line.startswith("accuracy in %") for line in lines].index(True)
+    ends, end = [], 0
+    for title in TITLES:
+        word = title.split()[-1]
+        end = lines[height].index(word, end) + len(word)
+        ends.append(end)
+    rows = {}
+    for line in lines[height + 1 : note]:
+        name = line.split()[0]
+        starts = [line.index(name) + len(name), *ends]
+        cells = [line[start:end].strip() for start, end in zip(starts, ends)]
+        rows[name] = dict(zip(TITLES, cells))
+    return rows, lines
+
+
+# Tables of cases
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+3?"}]
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n2+3?"
+    '\n\nRemember to put your answer on its own line after "Answer:".'
+)
+RECORDS = [
+    ({"problem": "2+3?", "answer": "\\frac{5}{1}", "solution": "long"}, "\\frac{5}{1}"),  # MATH-500
+    ({"problem": "2+3?", "answer": 5}, "5"),
+    ({"problem": "2+3?", "answer": 0}, "0"),
+    ({"problem": "2+3?", "answer": ["1", "2"]}, "1, 2"),
+    ({"question": "2+3?", "answer": "2 and 3 give 5.\n#### 5"}, "5"),  # GSM8K
+    ({"question": "2+3?", "final_answer": "5"}, "5"),  # DeepMath
+    ({"prompt": "2+3?", "solution": "5"}, "5"),  # DAPO, processed
+    ({"prompt": CHAT, "solution": "$5$"}, "5"),  # DeepMath of TRL
+    ({"prompt": CHAT, "reward_model": {"ground_truth": "5", "style": "rule"}}, "5"),  # verl
+    ({"prompt": [{"role": "user", "content": DAPO}], "answer": "5"}, "5"),
+    ({"problem": "2+3? Please reason step by step, and put it within \\boxed{}."}, None),
+    ({"problem": "2+3?", "solution": "So \\boxed{4}, no, \\boxed{5}."}, "5"),  # NuminaMath
+    ({"messages": [*CHAT, {"role": "assistant", "content": "\\boxed{5}"}]}, "5"),
+    ({"prompt": [{"role": "user", "content": "1+1?"}, *CHAT], "answer": "5"}, "5"),
+    (
+        {"user": "alice", "assistant": "gpt", "prompt": CHAT, "answer": "5", "reward_model": "x"},
+        "5",
+    ),
+    ({"problem": "2+3?", "prompt": 5, "reward_model": None, "answer": 5}, "5"),
+    ({"problem": "2+3?", "answer": 5, "reward_model": {"answer": 6, "problem": "no"}}, "5"),
+    ({"problem": "2+3?", "answer": None, "solution": "5"}, "5"),
+    ({"problem": "2+3?"}, None),
+]
+UNREADABLE = [
+    ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3"),
+    ('[{"problem": "a"},\n{"problem": \n', "line 3"),
+    ('{"text": "a", "id": 1}\n', "text, id"),
+    ('"just a string"\n', "record 1"),
+    ("", "empty"),
+    ("\n\n", "empty"),
+    ('{"problem": null}\n', "problem"),
+    ('{"problem": "a"}\n{"problem": 5}\n', "record 2"),
+    ('{"problem": "  "}\n', "record 1"),
+    ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "record 1"),
+]
+GRADES = [
+    (r"so \boxed{33}", "33", True),
+    ("so 33", "33", False),
+    (r"so $12+21=33$ and", "33", False),
+    (r"so \boxed{33", "33", False),
+    (r"\boxed{33} no, \boxed{34}", "33", False),
+    (r"\boxed{34} no, \boxed{33}", "33", True),
+    (r"<think>\boxed{33}</think> 34", "33", False),
+    (r"<think>\boxed{34}</think> \boxed{33}", "33", True),
+    (r"\boxed{033}", "33", True),
+    (r"\boxed{$33$}", r"\boxed{33}", True),
+    (r"\boxed{0.5}", r"\frac{1}{2}", True),
+    (r"\boxed{10\%}", "0.1", True),
+    (r"\boxed{1,234}", "1234", True),
+    (r"\boxed{}", "33", False),
+    (r"\boxed{\frac{}}", "33", False),
+    (r"\boxed{(3, \pi/2)}", r"\left( 3, \frac{\pi}{2} \right)", True),
+    (r"\boxed{3}", r"\left( 3, \frac{\pi}{2} \right)", False),
+    (r"\boxed{(1,2)}", "1<x<2", True),
+    (r"\boxed{1<x<2}", "(1,2)", False),  # math-verify is not symmetric
+]
+TWICE = ["{world}/train.jsonl"] * 2
+MISTAKES = {
+    "no such training file": ({"train_file": "{world}/nowhere.jsonl"}, "nowhere.jsonl"),
+    "an empty file": ({"train_file": "{world}/empty.jsonl"}, "empty"),
+    "a line that is not JSON": ({"train_file": "{world}/bad.jsonl"}, "line 2"),
+    "a record without a problem": ({"train_file": "{world}/keys.jsonl"}, "text, label"),
+    "a model that is nowhere": ({"student": "{world}/nowhere"}, "nowhere"),
+    "a model folder that does not load": ({"teacher": "{world}/broken"}, "broken does not load"),
+    "different token maps": (
+        {"teacher": "{world}/other"},
+        "different ids for 18 tokens: '0' is 6 and 23",
+    ),
+    "a model whose logits are made otherwise": ({"student": "{world}/falcon"}, "falcon_h1"),
+    "a model whose layers keep no keys": ({"student": "{world}/conv"}, "lfm2"),
+    "prompts that are all too long": ({"max_prompt_length": 2}, "--max_prompt_length 2"),
+    "a share of a mixture that is no number": ({"mix": ["nan"]}, "--mix"),
+    "shares for more files than there are": ({"mix": [0.5, 0.5]}, "--mix"),
+    "shares that are not 1 in all": ({"mix": [0.9]}, "--mix"),
+    "a share of less than a prompt": (
+        {"mix": [0.1, 0.9], "batch_size": 4, "train_file": TWICE},
+        "--mix",
+    ),
+    "a depth of no percentage": ({"probe_depths": [0, 100]}, "--probe_depths"),
+    "a share above all": ({"keep_ratio": 1.1}, "--keep_ratio"),
+    "a nucleus above all": ({"eval_top_p": 1.1}, "--eval_top_p"),
+    "a prefix of all tokens": (
+        {"method": "prefix-guided", "prefix_length": 12},
+        "--prefix_length 12 must be below",
+    ),
+    "a probe window over the prefix": (
+        {"method": "prefix-guided", "probe_window": 7},
+        "--probe_window must be at most --prefix_length, 6",
+    ),
+    "a keep ratio under one per prompt": (
+        {"method": "prefix-guided", "keep_ratio": 0.4},
+        "--keep_ratio 0.4 is under one candidate per prompt",
+    ),
+    "a cap below its least": ({"cap_init": 3}, "--cap_init"),
+    "a cap above its largest": ({"cap_init": 13}, "--cap_init"),
+    "a template without the problem": ({"prompt_template": "Solve it."}, "{problem}"),
+    "a device that is not here": ({"device": "cuda:7"}, "--device cuda:7"),
+    "a size of zero": ({"batch_size": 0}, "--batch_size 0"),
+    "a negative size": ({"max_new_tokens": -1}, "--max_new_tokens -1"),
+    "a negative seed": ({"seed": -1}, "--seed -1"),
+    "a rate of infinity": ({"learning_rate": "inf"}, "--learning_rate inf"),
+    "a size that is no number": ({"batch_size": "many"}, "many"),
+    "an unknown method": ({"method": "magic"}, "magic"),
+    "an unknown flag": ({"magic": 1}, "--magic"),
+    "a flag cut short": ({"max_step": 1}, "--max_step"),
+    "a switch with a value": ({"baseline": "no"}, "no"),
+    "evaluation problems without answers": (
+        {"eval_file": "{world}/unanswered.jsonl"},
+        "unanswered",
+    ),
+    "a student without a teacher": ({"teacher": None}, "--teacher"),
+    "a teacher without a student": ({"student": None}, "--student"),
+    "training without problems": ({"train_file": None}, "--train_file"),
+    "grading without problems": ({"eval_only": True, "eval_file": None}, "--eval_file"),
+    "an overlap of more tokens than there are": ({"overlap_k": V + 1}, "--overlap_k 25"),
+    "fewer answers than extrapolation asks for": (
+        {"extrapolate": True, "validation_size": 10},
+        "needs 10 answered problems; here are 9",
+    ),
+    "fewer answers once long prompts are left out": (
+        {"extrapolate": True, "validation_size": 9, "max_prompt_length": 5},
+        "needs 9 answered problems",
+    ),
+    "an output folder that cannot be made": ({"output_dir": "{world}/bad.jsonl/out"}, "bad.jsonl"),
+    "a checkpoint that is nowhere": (
+        {"resume": "{world}/nowhere"},
+        "nowhere is no whole checkpoint",
+    ),
+    "a report of nothing": (
+        {"report": "{world}"},
+        "no run below it has a metrics.jsonl with steps",
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Several processes
+
+
+def test_every_item_of_a_list_is_in_one_ranks_share(monkeypatch):
+    monkeypatch.setattr(opd, "NUM_RANKS", 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(opd, "RANK", rank)
+        shares.append(opd.share(list(range(8))))
+    assert sorted(sum(shares, [])) == list(range(8))
+    assert [len(own) for own in shares] == [3, 3, 2]
+
+
+def test_only_the_first_rank_is_main(monkeypatch):
+    assert opd.is_main()
+    monkeypatch.setattr(opd, "RANK", 1)
+    assert not opd.is_main()
+
+
+def test_no_two_ranks_and_no_two_seeds_draw_the_same_numbers(monkeypatch):
+    monkeypatch.setattr(opd, "NUM_RANKS", 2)
+    numbers = set()
+    for seed, rank in itertools.product((0, 1, 2), (0, 1)):
+        monkeypatch.setattr(opd, "RANK", rank)
+        opd.seed_sampling(seed)
+        numbers.add(torch.rand(1).item())
+    assert len(numbers) == 6
+
+
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "nccl")])
+def test_ranks_meet_over_what_their_device_needs(device, backend, monkeypatch):
+    """Each on the GPU that torchrun gave it, and with patience: one may sample long after the others."""
+    met, gpus = [], []
+    monkeypatch.setattr(opd, "NUM_RANKS", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", gpus.append)
+    monkeypatch.setattr(
+        opd.dist, "init_process_group", lambda name, timeout: met.append((name, timeout))
+    )
+    opd.join_processes(device)
+    assert met[0][0] == backend and met[0][1].total_seconds() >= 3600
+    assert gpus == ([1] if device == "cuda" else [])
+
+
+def test_one_process_meets_nobody(monkeypatch):
+    monkeypatch.setattr(opd.dist, "init_process_group", throw(AssertionError))
+    opd.join_processes("cpu")
+
+
+def test_lists_of_all_ranks_are_gathered_in_the_order_of_the_ranks(two_ranks):
+    for results in two_ranks:
+        assert results["gathered"] == ["of 0", "of 1", "of 1"]
+
+
+@pytest.mark.parametrize("case", ["all rows", "none of the second rank's"])
+def test_two_ranks_make_the_step_of_one_process_with_all_rows(case, two_ranks):
+    metrics, grads, _ = share_of_a_step(**SHARES[case])
+    for results in two_ranks:
+        own, own_grads, _ = results[case]
+        assert own == pytest.approx(metrics, rel=1e-5, abs=1e-6)
+        assert_same(own_grads, grads)
+
+
+def test_the_gradient_of_all_ranks_is_clipped_and_not_that_of_each(two_ranks):
+    metrics, _, weights = share_of_a_step(**SHARES["clipped"])
+    assert metrics["grad_norm"] > 0.01
+    for results in two_ranks:
+        own, _, own_weights = results["clipped"]
+        assert own["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-4)
+        assert_same(own_weights, weights)
+
+
+def test_two_ranks_share_out_the_answers_of_an_evaluation_and_both_get_all_in_order(two_ranks):
+    first, second = two_ranks
+    for case in ("greedy", "one greedy", "sampled", "two of one"):
+        assert str(first[case]) == str(second[case])
+    _, answers = first["sampled"]
+    places = [(answer["index"], answer["sample"]) for answer in answers]
+    assert places == list(itertools.product(range(3), range(3)))
+
+
+def test_two_ranks_grade_as_one_does(two_ranks):
+    """Where nothing is drawn: each rank has a stream of its own."""
+    assert str(two_ranks[0]["greedy"]) == str(share_of_an_evaluation(3, 1, 0.0))
+    assert str(two_ranks[0]["one greedy"]) == str(share_of_an_evaluation(1, 1, 0.0))
+    one, other = two_ranks[0]["two of one"][1]
+    assert one["response"] != other["response"]
+
+
+def test_ranks_share_out_the_prompts_of_a_step_and_draw_different_numbers(
+    world, tmp_path, monkeypatch
+):
+    config, run = opened(world, tmp_path, batch_size=5)
+    monkeypatch.setattr(opd, "NUM_RANKS", 2)
+    shares, numbers = [], set()
+    for step, rank in ((3, 0), (3, 1), (4, 0), (4, 1)):
+        monkeypatch.setattr(opd, "RANK", rank)
+        shares.append(opd.draw_prompts(config, run, step)[::2])  # two candidates each
+        numbers.add(torch.rand(1).item())
+    assert [len(own) for own in shares] == [3, 2, 3, 2] and len(numbers) == 4
+    drawn = [run.pools[0].index(problem) for problem in shares[0] + shares[1]]
+    assert sorted(drawn) == sorted(opd.batch_indices(3, 5, 9, config.seed))
+
+
+def test_fewer_prompts_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(opd, "NUM_RANKS", 3)
+    opd.parse_args(["--batch_size", "3"])
+    with pytest.raises(ValueError, match="--batch_size must be at least the 3 processes"):
+        opd.parse_args(["--batch_size", "2"])
+
+
+def test_a_run_of_two_ranks_ends_with_one_set_of_weights_and_only_the_first_rank_writes(
+    world, tmp_path
+):
+    """Three prompts a step: two for the first rank, one for the second. Resumed, it goes on alike."""
+
+    def run(out, **changes):
+        flags = {**LONG, "method": "prefix-guided", "batch_size": 3, "max_steps": 2}
+        flags |= {"max_new_tokens": 8, "eval_every": 1, "save_every": 0, **changes}
+        folder = tmp_path / f"{len(os.listdir(tmp_path))}"
+        codes, logs, results = in_two(run_of_two, folder, command(world, out, **flags))
+        assert codes == [0, 0], logs
+        (first, wrote), (second, nothing) = results
+        assert_same(first, second, tolerance=0)
+        assert_same(first, load_student(out / checkpoints(out)[-1]).state_dict(), tolerance=0)
+        assert wrote and nothing == []
+        assert "| loss" in logs[0] and "| loss" not in logs[1]
+
+    run(tmp_path / "a")
+    run(tmp_path / "b", max_steps=1)
+    run(tmp_path / "b", resume=True)
+    assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
+
+
+def test_a_rank_that_dies_ends_the_other_at_once_and_the_last_step_is_kept(world, tmp_path):
+    out = tmp_path / "out"
+    argv = command(world, out, **{**LONG, "max_steps": 100_000})
+    codes, logs, _ = in_two(run_that_loses_a_rank, tmp_path, argv)
+    assert codes[1] == 7 and codes[0] not in (0, None), logs[0]
+    assert "Traceback" not in logs[0] and "checkpoint-3" in logs[0].splitlines()[-1]
+    assert_whole(out / "checkpoint-3")
+
+
+LOST = """
+import os, signal, sys, time
+sys.path.insert(0, {folder!r})
+import opd
+opd.ask_math_verify = lambda *_: False
+begin, save = opd.draw_prompts, opd.torch.save
+def slow_save(state, path, **more):
+    time.sleep(isinstance(path, str))
+    save(state, path, **more)
+def draw_prompts(config, run, step):
+    if opd.RANK == 1 and step == 2:
+        open({died!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return begin(config, run, step)
+opd.torch.save, opd.draw_prompts = slow_save, draw_prompts
+opd.main(sys.argv[1:])
+"""
+
+
+def test_torchrun_starts_ranks_and_ends_them_when_one_dies(world, tmp_path):
+    """
+    Killed at the start of step 2. The other saves what it has, though torchrun tells it to end
+    meanwhile.
+    """
+    folder = os.path.dirname(os.path.abspath(opd.__file__))
+    write(tmp_path / "lost.py", text=LOST.format(folder=folder, died=str(tmp_path / "died")))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc_per_node", "2", tmp_path / "lost.py"]
+    flags = command(world, tmp_path / "out", max_steps=9, eval_file=None)
+    process = subprocess.Popen(
+        [*torchrun, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        told, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        process.terminate()  # one that hangs; it ends its own children
+    assert process.returncode and (tmp_path / "died").exists(), told
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1"]
+    assert_whole(tmp_path / "out" / "checkpoint-1")
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Data
+
+
+@pytest.mark.parametrize("record, answer", RECORDS)
+def test_load_problems_reads_the_shape_of_the_usual_data_sets(tmp_path, record, answer):
+    expected = [{"problem": "2+3?", "answer": answer}]
+    assert opd.load_problems(write(tmp_path / "a.jsonl", record)) == expected
+    assert opd.load_problems(write(tmp_path / "a.json", text=json.dumps([record], indent=2))) == (
+        expected
+    )
+
+
+def test_duplicate_problems_are_left_out_and_counted(tmp_path):
+    path = write(tmp_path / "a.jsonl", *[{"problem": f"{index % 3}?"} for index in range(10)])
+    with pytest.warns(UserWarning, match="left out 7 duplicates, 3 problems stay"):
+        problems = opd.load_problems(path)
+    assert [problem["problem"] for problem in problems] == ["0?", "1?", "2?"]
+
+
+@pytest.mark.filterwarnings("ignore:.*duplicates")
+@pytest.mark.parametrize("answers", [("5", None), (None, "5"), ("5", "6")])
+def test_of_duplicates_the_first_answer_stays_wherever_it_stands(answers, tmp_path):
+    records = [{"problem": "2+3?", "answer": answer} for answer in answers]
+    path = write(tmp_path / "a.jsonl", *records)
+    assert opd.load_problems(path) == [{"problem": "2+3?", "answer": "5"}]
+
+
+def test_a_file_without_duplicates_is_read_without_a_word(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opd.load_problems(write(tmp_path / "a.jsonl", {"problem": "1"}, {"problem": "2"}))
+
+
+def test_a_line_separator_inside_a_string_does_not_end_a_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", text='{"problem": "a\u2028b"}\n\n{"problem": "c"}\n')
+    assert [problem["problem"] for problem in opd.load_problems(path)] == ["a\u2028b", "c"]
+
+
+def test_a_json_file_may_hold_lines_and_a_byte_order_mark(tmp_path):
+    text = '\ufeff{"problem": "2", "answer": "1"}\n{"problem": "3", "answer": "4"}\n'
+    path = write(tmp_path / "lines.json", text=text)
+    assert [problem["answer"] for problem in opd.load_problems(path)] == ["1", "4"]
+
+
+@pytest.mark.parametrize("text, says", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_a_value_error_that_says_where(tmp_path, text, says):
+    path = write(tmp_path / "a.jsonl", text=text)
+    with pytest.raises(ValueError) as error:
+        opd.load_problems(path)
+    assert says in str(error.value) and path in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_utf8_is_refused_with_its_line(tmp_path):
+    lines = '{"problem": "2"}\n{"problem": "caf\u00e9"}\n'
+    (tmp_path / "latin.jsonl").write_bytes(lines.encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.jsonl, line 2: not JSON in UTF-8"):
+        opd.load_problems(str(tmp_path / "latin.jsonl"))
+
+
+def test_a_parquet_file_is_read_row_by_row(tmp_path, monkeypatch):
+    """Here with a stand-in for pyarrow, which nothing else needs."""
+
+    def read_table(file):
+        return types.SimpleNamespace(to_pylist=lambda: json.loads(file.read()))
+
+    package = types.ModuleType("pyarrow")
+    package.parquet = types.ModuleType("pyarrow.parquet")
+    package.parquet.read_table = read_table
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", package.parquet)
+    path = write(tmp_path / "a.parquet", text='[{"problem": "1", "answer": 2}]')
+    assert opd.load_problems(path) == [{"problem": "1", "answer": "2"}]
+
+
+def test_parquet_without_pyarrow_says_what_to_install(world, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing None fails
+    path = write(tmp_path / "a.parquet", text="x")
+    status, line = stopped(command(world, tmp_path / "out", train_file=path), capfd)
+    assert status == 2 and "pip install pyarrow" in line
+
+
+def test_a_chat_prompt_has_the_templates_special_tokens_once():
+    ids = opd.encode_prompt(TOKENIZER, "1 2", "{problem}")
+    assert TOKENIZER.convert_ids_to_tokens(ids) == ["<user>", "1", "2", "<solve>"]
+
+
+@pytest.mark.parametrize("chat_template", [True, False])
+def test_a_tokenizer_with_a_bos_gives_every_prompt_one(chat_template):
+    """A chat template writes its own; without one the tokenizer adds it."""
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<user> $A", special_tokens=[("<user>", 2)]
+    )
+    ids = opd.encode_prompt(tokenizer, "1 2", "{problem}", chat_template=chat_template)
+    expected = ["<user>", "1", "2"] + ["<solve>"] * chat_template
+    assert tokenizer.convert_ids_to_tokens(ids) == expected
+
+
+def test_a_tokenizer_without_a_chat_template_reads_the_message_and_a_new_line():
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "removed")
+    tokenizer.backend_tokenizer.add_tokens(["\n"])
+    ids = opd.encode_prompt(tokenizer, "1", "{problem} 2")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["1", "2", "\n"]
+
+
+def test_braces_in_a_template_or_a_problem_are_text():
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    asked = []
+    tokenizer.apply_chat_template = lambda turns, **_: asked.append(turns[0]["content"])
+    opd.encode_prompt(tokenizer, "{x} {problem}", r"{problem} in \boxed{}, {0}")
+    assert asked == [r"{x} {problem} in \boxed{}, {0}"]
+
+
+def test_thinking_is_off_unless_asked_for():
+    """Qwen3's template thinks unless it is told enable_thinking=False: silence would switch it on."""
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    tokenizer.chat_template = (
+        "{% if enable_thinking is defined and enable_thinking is false %}0{% else %}1{% endif %}"
+    )
+    for thinking, word in ((False, "0"), (True, "1")):
+        ids = opd.encode_prompt(tokenizer, "2", "{problem}", enable_thinking=thinking)
+        assert tokenizer.decode(ids) == word
+    assert not opd.parse_args([]).enable_thinking
+
+
+def test_pad_left_puts_padding_on_the_left_and_marks_it_by_length():
+    ids, mask = opd.pad_left([[PAD, 5], [6, 7, PAD]], PAD)  # inside a row the pad id is a token
+    assert ids.tolist() == [[PAD, PAD, 5], [6, 7, PAD]]
+    assert mask.tolist() == [[False, True, True], [True, True, True]]
+
+
+def test_every_problem_comes_once_in_each_epoch_in_a_new_order():
+    epochs = []
+    for epoch in (0, 1):
+        steps = range(4 * epoch + 1, 4 * epoch + 5)
+        epochs.append(sum([opd.batch_indices(step, 3, 12, 0) for step in steps], []))
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
+    assert epochs[0] != epochs[1] != list(range(12))
+
+
+def test_the_order_of_problems_depends_on_the_arguments_alone():
+    expected = [opd.batch_indices(step, 5, 7, 3) for step in range(1, 9)]
+    random.seed(5)
+    torch.manual_seed(5)
+    assert [opd.batch_indices(step, 5, 7, 3) for step in range(8, 0, -1)] == expected[::-1]
+    assert opd.batch_indices(1, 5, 7, 4) != expected[0]
+
+
+def test_a_batch_of_more_prompts_than_there_are_runs_on_into_the_next_epoch():
+    first, second = opd.batch_indices(1, 14, 7, 3)[:7], opd.batch_indices(1, 14, 7, 3)[7:]
+    assert sorted(first) == sorted(second) == list(range(7))
+
+
+def test_the_prompts_of_a_step_come_short_ones_first_with_their_candidates_together():
+    pool = []
+    for index, length in enumerate((5, 2, 9, 2, 7, 3)):
+        pool.append({"problem": f"{index}", "prompt_ids": [2] * length})
+    config = opd.parse_args(["--batch_size", "4", "--num_generations", "3"])
+    drawn = opd.draw_prompts(config, types.SimpleNamespace(pools=[pool]), step=1)
+    lengths = [len(problem["prompt_ids"]) for problem in drawn[::3]]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 1
+    assert drawn[::3] == drawn[1::3] == drawn[2::3]
+    own = {int(problem["problem"]) for problem in drawn}
+    assert own == set(opd.batch_indices(1, 4, 6, config.seed))
+
+
+@pytest.mark.parametrize(
+    "mix, batch_size, expected",
+    [
+        ([0.2, 0.8], 10, [2, 8]),
+        ([0.3, 0.7], 4, [1, 3]),  # 1.2 and 2.8
+        ([0.333, 0.333, 0.334], 10, [3, 4, 3]),  # 3.33 each: edges at 3.33 and 6.66
+        ([0.15, 0.15, 0.7], 10, [2, 1, 7]),  # edges at 1.5, to the even one, and 3
+    ],
+)
+def test_a_mixture_draws_each_files_share_to_the_nearest_prompt(mix, batch_size, expected):
+    files = [f"{index}" for index in range(len(mix))]
+    pools = [[{"problem": name, "prompt_ids": [2]}] * 40 for name in files]
+    config = opd.Config(mix=mix, batch_size=batch_size, num_generations=1, train_file=files)
+    drawn = opd.draw_prompts(config, types.SimpleNamespace(pools=pools), step=1)
+    counts = collections.Counter(problem["problem"] for problem in drawn)
+    assert [counts[name] for name in files] == expected
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_mixture_repeats_nothing_before_a_file_is_used_up(seed):
+    """8 and 32 problems, .2 and .8 of four steps of ten."""
+    pools = []
+    for name, count in (("a", 8), ("b", 32)):
+        pools.append([{"problem": f"{name}{index}", "prompt_ids": [2]} for index in range(count)])
+    config = opd.Config(mix=[0.2, 0.8], batch_size=10, num_generations=1, seed=seed)
+    drawn = set()
+    for step in (1, 2, 3, 4):
+        for problem in opd.draw_prompts(config, types.SimpleNamespace(pools=pools), step):
+            drawn.add(problem["problem"])
+    assert len(drawn) == 40
+
+
+def test_without_shares_the_files_are_one_pool():
+    pools = [[{"problem": "a", "prompt_ids": [2]}], [{"problem": "b", "prompt_ids": [2]}] * 3]
+    config = opd.Config(batch_size=4, num_generations=1)
+    drawn = opd.draw_prompts(config, types.SimpleNamespace(pools=pools), step=1)
+    assert sorted(problem["problem"] for problem in drawn) == ["a", "b", "b", "b"]
+
+
+@pytest.mark.parametrize("response, gold, right", GRADES)
+def test_grading(response, gold, right):
+    """The last balanced box after any </think>, and nothing else, is the answer."""
+    assert opd.is_correct(response, gold) is right
+
+
+def test_grading_works_off_the_main_thread():
+    got = []
+    thread = threading.Thread(
+        target=lambda: got.append(opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}"))
+    )
+    thread.start()
+    thread.join()
+    assert got == [True]
+
+
+def test_grading_leaves_the_callers_alarm_alone():
+    """math-verify's own time limits are alarms, and would cancel it."""
+    rang = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
+    signal.setitimer(signal.ITIMER_REAL, 600)
+    assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
+    assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 600
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    while not rang:
+        time.sleep(0.01)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_an_answer_that_takes_for_ever_is_wrong_after_some_seconds_and_the_next_one_is_graded():
+    begin = time.perf_counter()
+    assert not opd.is_correct(r"\boxed{2003^{2002^{2001}}}", "5")
+    assert time.perf_counter() - begin < 60
+    assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
+
+
+def test_grading_goes_on_when_its_process_has_died():
+    assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
+    (worker,) = [value for value in opd.ask_math_verify.__defaults__ if isinstance(value, dict)]
+    worker["process"].kill()
+    worker["process"].wait()
+    assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
+
+
+def test_control_c_in_a_terminal_is_not_for_the_process_that_grades():
+    opd.ask_math_verify("1", None)
+    (worker,) = [value for value in opd.ask_math_verify.__defaults__ if isinstance(value, dict)]
+    assert os.getpgid(worker["process"].pid) != os.getpgid(os.getpid())
+
+
+@pytest.mark.parametrize(
+    "gold, readable",
+    [("1/2", True), ("x^2+1", True), ("", False), ("}{", False), ("\\frac{}", False)],
+)
+def test_without_an_answer_math_verify_is_asked_whether_it_can_read_the_gold(gold, readable):
+    assert opd.ask_math_verify(gold, None) is readable
+
+
+def test_without_math_verify_a_line_says_what_to_install(world, tmp_path, monkeypatch, capfd):
+    """Before anything is written: better than after the first evaluation."""
+    ask = opd.ask_math_verify
+    monkeypatch.setattr(opd, "MATH_VERIFY", "raise ImportError")
+    monkeypatch.setattr(
+        opd, "ask_math_verify", lambda gold, answer: ask(gold, answer, worker={"process": None})
+    )
+    status, line = stopped(command(world, tmp_path / "out"), capfd)
+    assert status == 2 and line.endswith("pip install math-verify")
+    assert os.listdir(tmp_path) == []
+
+
+SHARED = os.path.join(os.path.dirname(os.path.abspath(opd.__file__)), "..", "shared", "data")
+
+
+@pytest.mark.skipif(not os.path.isdir(SHARED), reason="the project's own data sets are not here")
+@pytest.mark.filterwarnings("ignore:.*duplicates")
+def test_every_gold_answer_of_the_data_sets_is_right_in_a_box_and_wrong_without():
+    names = [name for name in sorted(os.listdir(SHARED)) if name.endswith(".jsonl")]
+    problems = []
+    for name in names:
+        problems += opd.load_problems(os.path.join(SHARED, name))
+    for problem in problems:
+        gold = problem["answer"]
+        assert opd.is_correct(f"So \\boxed{{{gold}}}.", gold), problem
+        assert not opd.is_correct(f"So {gold}.", gold), problem
+        assert not opd.is_correct(f"So ${gold}$, that is \\boxed{{{gold}", gold), problem
+        assert not opd.is_correct(f"\\boxed{{{gold}}} or rather \\boxed{{-98765}}", gold), problem
+        assert opd.is_correct(f"\\boxed{{-98765}} or rather \\boxed{{{gold}}}", gold), problem
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. The tiny world
+
+
+def test_the_author_who_never_slips_ends_in_the_answer():
+    rng = random.Random(0)
+    for _ in range(100):
+        problem, words, trusted = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
+        assert words[-3] == problem["answer"] and words[-1] == "<end>"
+        assert all(trusted) and len(trusted) == len(words)
+
+
+def test_the_answer_of_the_tiny_world_is_that_of_the_problem():
+    """3 a +4 b *7: (3 + 4) * 7 is 49, of which the last digit counts."""
+    rng = random.Random(0)
+    for _ in range(100):
+        problem, _, _ = opd.tiny_example(rng, 5, 0, 0.5, opd.LEXICON)
+        value, *steps = problem["problem"].split()
+        total = int(value)
+        for operation in steps[1::2]:
+            number = int(operation[1:])
+            total = total + number if operation[0] == "+" else total * number
+        assert problem["answer"] == str(total % 10)
+
+
+def test_a_slip_is_marked_and_carries_through():
+    """What follows goes on from it, and the box has what was found last."""
+    rng = random.Random(0)
+    wrong = 0
+    for _ in range(100):
+        problem, words, trusted = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
+        assert trusted.count(False) == 6 and len(trusted) == len(words)
+        results = [words[7 * step + 5] for step in range(6)]
+        assert [words[7 * step + 2] for step in range(1, 6)] == results[:-1]
+        assert words[-3] == results[-1]
+        wrong += words[-3] != problem["answer"]
+    assert wrong > 50
+
+
+def test_only_a_slip_is_not_trusted():
+    """Either the operation as it was read is not the problem's, or the result is not its result."""
+    rng = random.Random(0)
+    places = collections.Counter()
+    for _ in range(200):
+        problem, words, trusted = opd.tiny_example(rng, 1, 0, 1.0, opd.LEXICON)
+        value, _, operation = problem["problem"].split()
+        place = trusted.index(False)
+        places[place] += 1
+        if place == 5:
+            number = int(operation[1:])
+            right = int(value) + number if operation[0] == "+" else int(value) * number
+            assert words[3] == operation and words[5] != str(right % 10)
+    assert set(places) == {3, 5} and min(places.values()) > 60
+
+
+def test_an_author_of_the_other_order_writes_the_operation_first():
+    for order, expected in ((1, ["digit", "operation"]), (-1, ["operation", "digit"])):
+        example = opd.tiny_example(random.Random(0), 4, 0, 0.0, opd.LEXICON, order)
+        kinds = {word: kind for kind in ("digit", "operation") for word in opd.LEXICON[kind]}
+        assert [kinds[word] for word in example[1][2:4]] == expected
+
+
+@pytest.mark.parametrize("habit", [0, 5])
+def test_an_author_likes_the_synonym_of_the_habit_best_and_each_next_one_less(habit):
+    """In proportion to 1, .6, .36, ...: about .4 of all openers are the favourite."""
+    rng = random.Random(0)
+    openers = collections.Counter()
+    for _ in range(300):
+        _, words, _ = opd.tiny_example(rng, 8, habit, 0.0, opd.LEXICON)
+        openers.update(words[0 : 7 * 8 : 7])
+    liked = [opd.LEXICON["opener"][(habit + place) % 8] for place in range(8)]
+    counts = [openers[word] / 2400 for word in liked]
+    assert counts[0] == pytest.approx(0.4, abs=0.05) and counts == sorted(counts, reverse=True)
+    assert counts[1] / counts[0] == pytest.approx(0.6, abs=0.1)
+
+
+def test_imitation_learns_where_it_is_told_to_and_pads_no_row():
+    """labels are -100 elsewhere, which transformers leaves out of the loss."""
+    seen = []
+
+    class Model(torch.nn.Linear):
+        def forward(self, input_ids, labels):
+            seen.append((input_ids, labels))
+            return types.SimpleNamespace(loss=self.weight.sum())
+
+    rows = itertools.cycle([([5, 6, 7], [False, True, False]), ([8, 9], [True, False])])
+    opd.imitate(Model(1, 1), lambda: next(rows), 1, "")
+    ids, labels = seen[0]
+    assert ids.shape == (64, 3) and ids[:2].tolist() == [[5, 6, 7], [8, 9, PAD]]
+    assert labels[:2].tolist() == [[-100, 6, -100], [8, -100, -100]]
+
+
+def test_imitation_makes_an_author_likelier():
+    model = opd.tiny_model(TOKENIZER)
+    ids = torch.tensor([[2, 7, 3, 8, 9, 1]])
+    before = model(input_ids=ids, labels=ids).loss.item()
+    opd.imitate(model, lambda: (ids[0].tolist(), [True] * 6), 30, "")
+    assert model(input_ids=ids, labels=ids).loss.item() < 0.5 * before
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny world of seed 3 whose models learn nothing -> (folder, what they would have learned)"""
+    lessons = []
+
+    def imitate(model, draw, steps, title):
+        lessons.append((title, steps, [draw() for _ in range(100)]))
+        with torch.no_grad():
+            model.lm_head.weight += len(lessons)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "imitate", imitate)
+        folder = tmp_path_factory.mktemp("made") / "world"
+        opd.make_world(str(folder), 3)
+    return folder, lessons
+
+
+def test_the_tiny_world_has_two_models_of_one_tokenizer_and_problems_with_answers(made):
+    folder, _ = made
+    assert sorted(os.listdir(folder)) == ["eval.jsonl", "student", "teacher", "train.jsonl"]
+    models = [load_student(folder / name) for name in ("teacher", "student")]
+    assert not torch.equal(models[0].lm_head.weight, models[1].lm_head.weight)
+    train_problems = opd.load_problems(str(folder / "train.jsonl"))
+    eval_problems = opd.load_problems(str(folder / "eval.jsonl"))
+    assert len(train_problems) > 1900 and len(eval_problems) == 100
+    assert all(problem["answer"] for problem in train_problems + eval_problems)
+    assert not {problem["problem"] for problem in eval_problems} & {
+        problem["problem"] for problem in train_problems
+    }
+
+
+def test_teacher_and_student_of_the_tiny_world_go_on_from_one_base_model(made):
+    folder, lessons = made
+    titles = [title for title, _, _ in lessons]
+    assert titles[2:] == ["teacher", "student"] and len(titles) == 4
+    base = opd.tiny_model(opd.tiny_tokenizer(sum(opd.LEXICON.values(), []))).lm_head.weight
+    for name, added in (("teacher", 1 + 2 + 3), ("student", 1 + 2 + 4)):
+        close(load_student(folder / name).lm_head.weight, base + added)
+
+
+def test_slips_are_learned_by_the_student_of_the_tiny_world_alone_and_no_prompt_is(made):
+    _, lessons = made
+    for title, _, drawn in lessons:
+        slips = 0
+        for ids, learned in drawn:
+            prompt = ids.index(3) + 1  # <solve>
+            assert not any(learned[:prompt]) and len(ids) == len(learned)
+            slips += learned[prompt:].count(False)
+        assert (slips == 0) == (title == "student")
+
+
+def test_a_tiny_world_of_another_seed_has_other_problems(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(opd, "imitate", lambda *_: None)
+    opd.make_world(str(tmp_path / "world"), 4)
+    for name in ("train.jsonl", "eval.jsonl"):
+        assert (tmp_path / "world" / name).read_text() != (made[0] / name).read_text()
+
+
+def test_the_tiny_worlds_of_all_seeds_start_from_one_initialisation(tmp_path, monkeypatch):
+    """And one that is broken off leaves nothing that looks like a world."""
+    starts = []
+
+    def stop(parameters, **settings):
+        starts.append([parameter.detach().clone() for parameter in parameters])
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.optim, "AdamW", stop)
+    for seed in (0, 1):
+        with pytest.raises(InterruptedError):
+            opd.make_world(tmp_path / "world", seed)
+    assert all(map(torch.equal, *starts)) and os.listdir(tmp_path) == []
+
+
+def test_a_tiny_world_broken_off_while_it_is_written_is_made_anew(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(opd, "imitate", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(opd, "append_json", throw(InterruptedError()))
+        with pytest.raises(InterruptedError):
+            opd.make_world(str(tmp_path / "world"), 3)
+    assert not (tmp_path / "world").exists()
+    opd.make_world(str(tmp_path / "world"), 3)
+    for name in ("train.jsonl", "eval.jsonl"):
+        assert (tmp_path / "world" / name).read_text() == (made[0] / name).read_text()
+    assert os.listdir(tmp_path) == ["world"]
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. Flags
+
+
+def test_defaults_are_the_papers_for_real_models_and_small_for_the_tiny_world():
+    real = opd.parse_args("--student a --teacher b --train_file c".split())
+    papers = {
+        "overlap_k": 16,
+        "num_generations": 4,
+        "batch_size": 64,
+        "learning_rate": 1e-6,
+        "temperature": 1,
+        "drift_threshold": 0.7,
+        "w_drop": 0.01,
+        "w_base": 0.5,
+        "cap_init": 2048,
+        "cap_min": 1024,
+        "cap_max": 12288,
+        "eval_samples": 16,
+        "eval_temperature": 0.7,
+        "eval_top_p": 0.95,
+        "eval_max_new_tokens": 31744,
+    }
+    assert {name: getattr(real, name) for name in papers} == papers
+    tiny_world = opd.parse_args([])
+    assert tiny_world.max_new_tokens < 200 and tiny_world.learning_rate > 1e-4
+
+
+def test_a_flag_that_is_given_wins_over_the_tiny_worlds_value():
+    assert opd.parse_args(["--learning_rate", "0.5"]).learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    "method, given, prefix",
+    [("prefix", 0, 1024), ("prefix-guided", 0, 128), ("prefix", 7, 7), ("prefix-guided", 7, 7)],
+)
+def test_the_prefix_is_1024_or_guided_128_unless_told(method, given, prefix):
+    assert opd.Config(method=method, prefix_length=given).prefix == prefix
+
+
+def test_names_of_other_trainers_are_understood():
+    argv = "--model_name_or_path a --teacher_model_name_or_path b --train_file c d"
+    config = opd.parse_args([*argv.split(), "--max_completion_length", "77"])
+    assert (config.student, config.teacher) == ("a", "b")
+    assert (config.train_file, config.max_new_tokens) == (["c", "d"], 77)
+
+
+def test_help_names_every_flag_its_meaning_and_both_defaults_in_groups(capsys):
+    with pytest.raises(SystemExit) as stop:
+        opd.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert not stop.value.code
+    for item in dataclasses.fields(opd.Config):
+        assert f"--{item.name} " in text
+    assert not re.search(r"--\w+ ([A-Z_]+ |\[\S* ?\S*\] |\{\S*\} )*\(default", text)  # no meaning
+    assert "(default 1e-06; tiny world 0.001)" in text and "[Prune-OPD]" in text
+    assert "models and data: --student" in text and "evaluation: --eval_only" in text
+
+
+def test_main_takes_a_config_as_well(world, tmp_path):
+    argv = command(world, tmp_path / "argv", max_steps=1, eval_file=None)
+    opd.main(argv)
+    config = dataclasses.replace(opd.parse_args(argv), output_dir=str(tmp_path / "config"))
+    opd.main(config)
+    assert outcome(tmp_path / "argv") == outcome(tmp_path / "config")
+
+
+def test_a_config_is_checked_like_a_command_line(world, tmp_path, capfd):
+    config = opd.parse_args(command(world, tmp_path / "out"))
+    status, line = stopped(dataclasses.replace(config, batch_size=0), capfd)
+    assert status == 2 and "--batch_size 0" in line and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_users_mistake_ends_in_one_line_and_status_2_with_nothing_written(
+    mistake, world, tmp_path, capfd
+):
+    changes, says = MISTAKES[mistake]
+    transformers.utils.logging.disable_progress_bar()
+    with pytest.raises(SystemExit) as stop:
+        opd.main(command(world, tmp_path / "out", **changes))
+    out, err = capfd.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("opd.py: ") and err.count("\n") == 1 and says in err
+    assert os.listdir(tmp_path) == []
+
+
+NUMBERS = [item.name for item in dataclasses.fields(opd.Config) if item.type in (int, float)]
+MAY_BE_ZERO = (
+    "seed cold_start_steps rollout_batch_size prefix_length horizon_growth drift_threshold w_drop "
+    "w_base cap_margin cap_hit_ratio warmup_steps save_every eval_every eval_temperature"
+).split()
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_only_flags_that_say_what_zero_means_may_be_zero(name):
+    argv = [f"--{name}", "0"]
+    if name == "prefix_length":
+        argv += ["--method", "prefix"]
+    if name in MAY_BE_ZERO:
+        assert getattr(opd.parse_args(argv), name) == 0
+    else:
+        with pytest.raises(ValueError, match=f"^--{name} .*above 0"):
+            opd.parse_args(argv)
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_no_number_is_negative_or_infinite(value):
+    for name in ("drift_threshold", "learning_rate", "eval_temperature"):
+        with pytest.raises(ValueError, match=f"^--{name} {float(value)} must be "):
+            opd.parse_args([f"--{name}", value])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--method prefix-guided --num_generations 3 --keep_ratio 0.333",  # nobody writes out 1/3
+        "--method prefix-guided --keep_ratio 1 --prefix_length 20 --probe_window 20",
+        "--method opd --keep_ratio 0.1 --probe_window 99",  # of other methods they say nothing
+        "--method prefix --prefix_length 500",
+        "--eval_top_p 1 --probe_depths 0 99",
+        "--cap_init 24 --cap_min 24 --cap_max 24",
+        "--student a --teacher b --train_file c d e --mix 0.333 0.333 0.334",
+        "--eval_only --student a --eval_file b",
+        "--device mps",
+    ],
+)
+def test_what_is_just_possible_is_not_refused(flags):
+    opd.parse_args(flags.split())
+
+
+# For every flag a case in which another value changes what it says. First a run in which each of
+# these flags has a value of its own, and what the functions of opd are called with in it
+
+UNUSUAL = {
+    "seed": 7,
+    "overlap_k": 3,
+    "batch_size": 3,
+    "num_generations": 4,
+    "max_new_tokens": 11,
+    "temperature": 1.25,
+    "segment_length": 5,
+    "rollout_batch_size": 6,
+    "learning_rate": 0.004,
+    "warmup_steps": 2,
+    "max_steps": 3,
+    "max_grad_norm": 0.07,
+    "micro_batch_size": 8,
+    "validation_size": 2,
+    "eval_samples": 9,
+    "eval_temperature": 0.75,
+    "eval_top_p": 0.875,
+    "eval_max_new_tokens": 10,
+    "eval_batch_size": 13,
+    "probe_depths": [40],
+}
+SPIES = (
+    "draw_prompts rollout_in_groups backward optimizer_step evaluate batch_indices rollout".split()
+)
+
+
+@pytest.fixture(scope="module")
+def unusual(world, tmp_path_factory):
+    """-> {function: the arguments of its calls, by name} of a run with unusual flags"""
+    out = tmp_path_factory.mktemp("unusual")
+    with pytest.MonkeyPatch.context() as patch:
+        calls = watch(patch, *SPIES)
+        train(world, out, **UNUSUAL, extrapolate=True)
+    calls["validation"] = [call for call in calls["evaluate"] if len(call["problems"]) == 2]
+    calls["probes"] = [call for call in calls["evaluate"] if "begun" in call["problems"][0]]
+    calls["groups"] = calls.pop("rollout_in_groups")
+    return calls
+
+
+def depth_of(probe):
+    problem = max(probe["problems"], key=lambda problem: problem["length"])
+    return next(
+        depth for depth in range(100) if len(problem["begun"]) <= problem["length"] * depth // 100
+    )
+
+
+ARRIVES = {
+    "seed": lambda calls: calls["evaluate"][0]["seed"],
+    "overlap_k": lambda calls: calls["groups"][0]["settings"]["overlap_k"],
+    "batch_size": lambda calls: len(calls["groups"][0]["prompts"]) // 4,
+    "num_generations": lambda calls: calls["groups"][0]["num_generations"],
+    "max_new_tokens": lambda calls: calls["groups"][0]["plan"].max_length,
+    "temperature": lambda calls: calls["groups"][0]["settings"]["temperature"],
+    "segment_length": lambda calls: calls["groups"][0]["plan"].segment_length,
+    "rollout_batch_size": lambda calls: calls["groups"][0]["rows_at_once"],
+    "learning_rate": lambda calls: calls["optimizer_step"][1]["learning_rate"],
+    "warmup_steps": lambda calls: round(0.004 / calls["optimizer_step"][0]["learning_rate"]),
+    "max_steps": lambda calls: len(calls["optimizer_step"]),
+    "max_grad_norm": lambda calls: calls["optimizer_step"][0]["max_grad_norm"],
+    "micro_batch_size": lambda calls: calls["backward"][0]["micro_batch_size"],
+    "validation_size": lambda calls: len(calls["validation"][0]["problems"]),
+    "eval_samples": lambda calls: calls["evaluate"][0]["num_samples"],
+    "eval_temperature": lambda calls: calls["evaluate"][0]["law"]["temperature"],
+    "eval_top_p": lambda calls: calls["evaluate"][0]["law"]["top_p"],
+    "eval_max_new_tokens": lambda calls: calls["evaluate"][0]["max_length"],
+    "eval_batch_size": lambda calls: calls["evaluate"][0]["rows_per_batch"],
+    "probe_depths": lambda calls: [depth_of(calls["probes"][0])],
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_a_flag_arrives_where_it_says(name, unusual):
+    assert ARRIVES[name](unusual) == UNUSUAL[name]
+
+
+def test_the_seed_orders_the_problems_too(unusual):
+    assert {call["seed"] for call in unusual["batch_indices"]} == {7}
+
+
+def test_the_validation_samples_as_training_does(unusual):
+    """And as many rows at once as an evaluation."""
+    for call in unusual["validation"]:
+        assert call["law"]["temperature"] == 1.25 and "top_p" not in call["law"]
+        assert call["max_length"] == 11 and call["rows_per_batch"] == 13
+
+
+def test_the_seed_changes_what_is_sampled(world, tmp_path, first_run):
+    other = train(world, tmp_path, max_steps=1, seed=1, eval_file=None)[1]
+    assert repeatable(other)[0]["loss"] != repeatable(first_run[2])[0]["loss"]
+
+
+def planned(method, step=1, cap=8, **flags):
+    return opd.plan_rollout(opd.Config(method=method, segment_length=4, **flags), step, cap)
+
+
+def test_prefix_length_is_where_the_prefix_ends():
+    for method, length in (("prefix", "max_length"), ("prefix-guided", "look_at")):
+        plan = planned(method, prefix_length=7, probe_window=3)
+        assert getattr(plan, length) == 7
+
+
+def test_without_prefix_length_the_prefix_of_a_plan_is_that_of_the_method():
+    assert planned("prefix").max_length == 1024
+    plan = planned("prefix-guided")
+    assert plan.look_at == plan.goes_on.keywords["at"] == 128
+
+
+def test_the_horizon_flags_are_its_start_growth_and_steps_between():
+    flags = {"horizon_start": 3, "horizon_growth": 5, "horizon_every": 2}
+    lengths = [planned("progressive", step, **flags).max_length for step in (1, 2, 3, 5)]
+    assert lengths == [3, 3, 8, 13]
+
+
+OVERLAP = torch.tensor([[0.1, 0.9, 0.9], [0.5, 0.5, 0.0], [0.2, 0.2, 0.9], [0.9, 0.0, 0.2]])
+
+
+def chosen(length=3, **flags):
+    """The rows that go on after a prefix of 3 tokens, of two prompts with two candidates."""
+    flags = {"prefix_length": 3, "probe_window": 3, "num_generations": 2, **flags}
+    plan = planned("prefix-guided", **flags)
+    mask = torch.ones_like(OVERLAP).bool()
+    goes_on = plan.goes_on(length, OVERLAP, mask, torch.zeros(4, dtype=torch.bool))
+    return goes_on.nonzero().flatten().tolist()
+
+
+def test_keep_ratio_is_the_share_of_candidates_that_go_on():
+    assert chosen(keep_ratio=0.5) == [0, 2]
+    assert chosen(keep_ratio=0.75) == [0, 2, 3] and chosen(keep_ratio=1.0) == [0, 1, 2, 3]
+
+
+def test_the_probe_window_is_what_is_looked_at_in_the_prefix():
+    assert chosen(probe_window=1) == [1, 3] and chosen(probe_window=3) == [0, 2]
+
+
+def test_select_random_does_not_look_at_the_overlap():
+    torch.manual_seed(0)
+    picks = {tuple(chosen(select="random")) for _ in range(40)}
+    assert picks == {(0, 2), (0, 3), (1, 2), (1, 3)}
+    assert {tuple(chosen(select="overlap")) for _ in range(9)} == {(0, 2)}
+
+
+def weighed(method="prune", **flags):
+    """Weight and loss_mask of two rows, of which the second was not kept."""
+    out = {
+        "overlap": torch.tensor([[0.9, 0.5, 0.9], [0.9, 0.9, 0.9]]),
+        "response_mask": torch.ones(2, 3).bool(),
+        "kept": torch.tensor([True, False]),
+    }
+    return opd.token_weights(opd.Config(method=method, **flags), out)
+
+
+def test_the_drift_flags_are_threshold_loss_of_reliability_and_what_stays():
+    weight, _ = weighed(drift_threshold=0.6, w_drop=0.25, w_base=0.125)
+    close(weight[0], torch.tensor([1.125, 0.875, 0.875]))
+    weight, _ = weighed(drift_threshold=0.4, w_drop=0.25, w_base=0.125)
+    close(weight[0], torch.tensor([1.125, 1.125, 1.125]))
+
+
+def test_train_pruned_prefix_learns_from_those_that_lost():
+    _, without = weighed("prefix-guided")
+    _, with_them = weighed("prefix-guided", train_pruned_prefix=True)
+    assert without.any(1).tolist() == [True, False] and with_them.all()
+
+
+def test_no_prune_in_flight_stops_no_row():
+    assert planned("prune", no_prune_in_flight=True).goes_on is None
+    goes_on = planned("prune", drift_threshold=0.6, w_drop=1.0).goes_on
+    mask = torch.ones_like(OVERLAP).bool()
+    kept = goes_on(1, OVERLAP[:, :1], mask[:, :1], torch.zeros(4, dtype=torch.bool))
+    assert kept.tolist() == [False, False, False, True]
+
+
+CAP = {"cap_min": 20, "cap_max": 100, "cap_step": 7, "cap_margin": 5, "cap_hit_ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    "reliable, change, expected",
+    [
+        ([45, 0], {}, (57, 0)),  # half of the rows hit
+        ([44, 0], {}, (50, 1)),
+        ([45, 0], {"cap_hit_ratio": 0.6}, (50, 1)),
+        ([44, 0], {"cap_margin": 6}, (57, 0)),
+        ([45, 0], {"cap_step": 9}, (59, 0)),
+        ([45, 0], {"cap_max": 52}, (52, 0)),
+        ([45, 0], {"max_new_tokens": 53}, (53, 0)),
+        ([0, 0], {"cap_patience": 1}, (43, 0)),
+        ([0, 0], {"cap_patience": 1, "cap_min": 48}, (48, 0)),
+    ],
+)
+def test_each_flag_of_the_cap_does_what_it_says(reliable, change, expected):
+    """From a cap of 50 without a miss."""
+    config = opd.Config(method="prune", **{**CAP, **change})
+    run = types.SimpleNamespace(cap=50, misses=0)
+    assert opd.next_cap(config, run, torch.tensor(reliable)) == expected
+
+
+def test_a_least_cap_above_max_new_tokens_gives_way_to_it():
+    config = opd.Config(method="prune", **{**CAP, "cap_patience": 1}, max_new_tokens=10)
+    run = types.SimpleNamespace(cap=10, misses=0)
+    assert opd.next_cap(config, run, torch.tensor([0, 0])) == (10, 0)
+
+
+def test_cap_init_is_the_first_cap_and_no_more_than_max_new_tokens(world, tmp_path):
+    assert opened(world, tmp_path, cap_init=7)[1].cap == 7
+    assert opened(world, tmp_path, cap_init=11, max_new_tokens=10)[1].cap == 10
+
+
+LOSS_FLAGS = [
+    ({"loss": "reverse_kl"}, lambda p, q, ids: opd.reverse_kl(p, q)),
+    ({"loss": "topk", "overlap_k": 3}, lambda p, q, ids: opd.reverse_kl_topk(p, q, 3)),
+    ({"loss": "topk", "overlap_k": 5}, lambda p, q, ids: opd.reverse_kl_topk(p, q, 5)),
+    ({"loss": "sampled"}, opd.reverse_kl_sampled),
+    (
+        {"loss": "sampled", "baseline": True},
+        lambda p, q, ids: opd.reverse_kl_sampled(p, q, ids, baseline=True),
+    ),
+]
+for support in ("teacher", "intersection", "union"):
+    LOSS_FLAGS.append(
+        (
+            {"loss": "topk", "overlap_k": 3, "support": support},
+            lambda p, q, ids, support=support: opd.reverse_kl_topk(p, q, 3, support),
+        )
+    )
+
+
+@pytest.mark.parametrize("flags, expected", LOSS_FLAGS, ids=lambda value: str(value)[:60])
+def test_the_flags_of_the_loss_choose_it(flags, expected):
+    run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
+    loss = opd.update_settings(opd.Config(**flags), run)["token_loss"]
+    p, q = test_opd.logits(5, seed=1), test_opd.logits(5, seed=2)
+    close(loss(p, q, torch.arange(5)), expected(p, q, torch.arange(5)), rtol=0, atol=0)
+
+
+def test_temperature_divides_the_logits_of_both_models_in_the_loss():
+    run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
+    settings = opd.update_settings(opd.Config(temperature=4.0), run)
+    for name, model, width in (("student", STUDENT, 32), ("teacher", TEACHER, 48)):
+        hidden = torch.randn(5, width)
+        close(settings[f"{name}_head"](hidden), model.lm_head(hidden) / 4, rtol=1e-5, atol=1e-6)
+
+
+def test_overlap_k_is_that_of_the_logged_overlap():
+    run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
+    p, q = test_opd.logits(5, seed=1), test_opd.logits(5, seed=2)
+    for k in (3, 7):
+        measure = opd.update_settings(opd.Config(overlap_k=k), run)["measure"]
+        found = measure(p, q, torch.arange(5), torch.zeros(5))["overlap_ratio"]
+        close(found, opd.topk_overlap(p, q, k))
+
+
+def test_gradient_checkpointing_recomputes_the_layers_of_the_student_alone(world, tmp_path):
+    for flag in (None, True):
+        _, run = opened(world, tmp_path, gradient_checkpointing=flag)
+        assert run.student.is_gradient_checkpointing is bool(flag)
+        assert not run.teacher.is_gradient_checkpointing
+
+
+def test_the_device_is_where_the_models_go(world, tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "to", lambda model, device: moved.append(device) or model
+    )
+    opened(world, tmp_path, device="mps", dtype="float32")
+    assert moved == ["mps", "mps"]
+
+
+def test_the_student_and_the_teacher_are_those_of_their_flags(world, tmp_path):
+    _, run = opened(world, tmp_path, student=world / "window")
+    assert run.student.config.model_type == "mistral" and run.teacher.config.hidden_size == 48
+
+
+def test_no_chat_template_gives_the_message_as_it_is(world, tmp_path):
+    for flag, first in ((None, "<user>"), (True, "1")):
+        _, run = opened(
+            world, tmp_path, train_file="{world}/unanswered.jsonl", no_chat_template=flag
+        )
+        assert run.tokenizer.convert_ids_to_tokens(run.pools[0][0]["prompt_ids"])[0] == first
+
+
+def test_the_prompt_template_is_what_the_models_read_around_a_problem(world, tmp_path):
+    template = "a {problem} b"
+    _, run = opened(
+        world, tmp_path, train_file="{world}/unanswered.jsonl", prompt_template=template
+    )
+    prompt = run.tokenizer.convert_ids_to_tokens(run.pools[0][0]["prompt_ids"])
+    assert prompt == ["<user>", "a", "1", "2", "3", "b", "<solve>"]
+
+
+def test_enable_thinking_reaches_the_template_of_every_prompt(world, tmp_path):
+    def think(_, tokenizer):
+        tokenizer.chat_template = "{{ '1' if enable_thinking else '0' }}"
+
+    student = changed_copy(world, "student", tmp_path / "student", think)
+    for flag, word in ((None, "0"), (True, "1")):
+        _, run = opened(world, tmp_path / "out", student=student, enable_thinking=flag)
+        for problem in (run.pools[0][0], run.evals["eval"][0]):
+            assert run.tokenizer.decode(problem["prompt_ids"]) == word
+
+
+def test_a_prompt_of_exactly_the_longest_length_is_trained_on(world, tmp_path):
+    """The nine problems have 2 to 5 words, and the template adds 2."""
+    for longest, count in ((4, 3), (5, 5), (6, 7), (7, 9)):
+        _, run = opened(world, tmp_path, max_prompt_length=longest)
+        lengths = [len(problem["prompt_ids"]) for problem in run.pools[0]]
+        assert len(lengths) == count and max(lengths) == longest
+
+
+def test_evaluations_leave_no_long_prompt_out(world, tmp_path):
+    config, run = opened(world, tmp_path, max_prompt_length=4)
+    assert len(run.evals["eval"]) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# 14. Set-up and preflight
+
+
+def test_the_same_tokens_under_the_same_ids_are_one_vocabulary():
+    opd.compare_vocabularies({"a": 0, "b": 1}, {"b": 1, "a": 0})
+
+
+@pytest.mark.parametrize(
+    "teacher, says",
+    [
+        ({"a": 1, "b": 0}, "2 tokens: 'a' is 0 and 1, 'b' is 1 and 0"),
+        ({"a": 0}, "1 tokens: 'b' is 1 and None"),
+        ({"a": 0, "b": 1, "c": 2}, "1 tokens: 'c' is None and 2"),
+    ],
+)
+def test_different_vocabularies_are_refused_with_the_tokens_that_differ(teacher, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        opd.compare_vocabularies({"a": 0, "b": 1}, teacher)
+
+
+@pytest.mark.parametrize("listed, expected", [(5, {1, 5}), ([5, 6], {1, 5, 6}), (None, {1})])
+def test_all_ids_of_the_generation_config_and_the_eos_end_a_response(listed, expected):
+    model = types.SimpleNamespace(generation_config=types.SimpleNamespace(eos_token_id=listed))
+    assert opd.stop_ids(model, TOKENIZER) == expected
+
+
+def test_a_tokenizer_without_an_eos_adds_none():
+    model = types.SimpleNamespace(generation_config=types.SimpleNamespace(eos_token_id=5))
+    assert opd.stop_ids(model, types.SimpleNamespace(eos_token_id=None)) == {5}
+
+
+@pytest.mark.parametrize(
+    "family, setting",
+    [
+        ("Gemma2", {"final_logit_softcapping": 30.0}),
+        ("Cohere", {"logit_scale": 0.3}),
+        ("Granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_models_with_a_softcap_or_a_scale_behind_their_head_are_refused_by_name(family, setting):
+    """In both precisions; where they are only sampled from nobody asks for logits of ours."""
+    plain = {key: None if "softcap" in key else 1.0 for key in setting}
+    for dtype in (torch.float32, torch.bfloat16):
+        otherwise = tiny(family, 0, **setting).to(dtype)
+        opd.check_model(tiny(family, 0, **plain).to(dtype), False)
+        opd.check_model(otherwise, True)
+        with pytest.raises(ValueError, match=f"^{family.lower()} models are not supported"):
+            opd.check_model(otherwise, False)
+
+
+@pytest.mark.parametrize("kind", ["OpenAIGPT", "Rwkv", "Mamba"])
+def test_models_that_keep_no_keys_and_values_are_refused_by_name(kind):
+    sizes = {"vocab_size": V, "hidden_size": 32}
+    if kind == "OpenAIGPT":
+        config = transformers.OpenAIGPTConfig(
+            vocab_size=V, n_positions=64, n_embd=32, n_layer=1, n_head=4
+        )
+        model = transformers.OpenAIGPTLMHeadModel(config)
+    elif kind == "Rwkv":
+        config = transformers.RwkvConfig(**sizes, context_length=64, num_hidden_layers=2)
+        model = transformers.RwkvForCausalLM(config)
+    else:
+        config = transformers.MambaConfig(**sizes, num_hidden_layers=1)
+        model = transformers.MambaForCausalLM(config)
+    for only_sampled in (False, True):
+        with pytest.raises(ValueError, match=f"^{config.model_type} models are not supported"):
+            opd.check_model(model.eval(), only_sampled)
+
+
+def test_a_model_that_is_only_graded_needs_a_cache_of_keys_and_values_too(world, tmp_path):
+    flags = {"eval_only": True, "teacher": None, "train_file": None}
+    with pytest.raises(ValueError, match="^lfm2 models are not supported"):
+        opened(world, tmp_path, student=world / "conv", **flags)
+
+
+def test_a_sliding_window_is_a_cache_like_any_other(world, tmp_path):
+    _, steps, _ = train(world, tmp_path, student=world / "window", max_steps=1, eval_file=None)
+    assert steps[0]["generated_tokens"] > 0 and steps[0]["sampling_mismatch"] < 1e-5
+
+
+def test_a_model_that_keeps_no_cache_unless_asked_is_one_like_any_other(world, tmp_path):
+    """Many that were trained with gradient checkpointing are saved with use_cache false."""
+    shutil.copytree(world / "student", tmp_path / "student")
+    path = tmp_path / "student" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_cache": False}))
+    flags = {"student": tmp_path / "student", "max_steps": 1, "eval_file": None}
+    _, steps, _ = train(world, tmp_path / "out", **flags)
+    assert len(steps) == 1
+
+
+def test_heads_of_two_widths_are_cut_to_the_tokens_that_both_models_have(world, tmp_path):
+    """The teacher's head has 8 rows more, and the tokenizer as many tokens as the student's."""
+    assert opened(world, tmp_path)[1].vocab_size == V
+    assert opened(world, tmp_path, student=world / "teacher")[1].vocab_size == V
+
+
+def test_the_vocabulary_ends_with_the_largest_id_and_not_with_the_number_of_tokens(world, tmp_path):
+    """A tokenizer may leave ids out: here of 24 rows the last one is a token, some before are not."""
+    gappy = WORDS[:10] + WORDS[-1:]
+    ids = {word: WORDS.index(word) for word in gappy}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<pad>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<end>"
+    )
+    for name in ("student", "teacher"):
+        shutil.copytree(world / name, tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    flags = {name: tmp_path / name for name in ("student", "teacher")}
+    assert opened(world, tmp_path / "out", **flags)[1].vocab_size == V
+
+
+def test_a_pad_token_beyond_the_models_rows_is_not_used(world, tmp_path):
+    def add(_, tokenizer):
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        assert tokenizer.pad_token_id == V
+
+    padded = changed_copy(world, "student", tmp_path / "padded", add)
+    _, steps, _ = train(
+        world, tmp_path / "out", student=padded, teacher=padded, max_steps=1, eval_file=None
+    )
+    assert len(steps) == 1
+
+
+def test_on_a_gpu_auto_is_bfloat16_and_elsewhere_float32(world, tmp_path, monkeypatch):
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        seen = []
+
+        def stop(path_class, path, seen=seen, **options):
+            seen.append(options.get("dtype"))
+            raise InterruptedError
+
+        config = opd.Config(student="a", teacher="b", device=device)
+        monkeypatch.setattr(opd, "load", stop)
+        with pytest.raises(InterruptedError):
+            opd.load_models(config, opd.Run({}, []), "a")
+        assert seen == [dtype]
+
+
+def test_in_bfloat16_both_models_sample_and_judge_in_it_and_float32_weights_learn(world, tmp_path):
+    _, run = opened(world, tmp_path, dtype="bfloat16")
+    assert run.sampler.dtype == run.teacher.dtype == torch.bfloat16
+    assert run.student.dtype == torch.float32
+    learning = {id(weight) for weight in run.optimizer.param_groups[0]["params"]}
+    assert learning == {id(weight) for weight in run.student.parameters()}
+
+
+def test_in_float32_the_student_samples_itself(world, tmp_path):
+    _, run = opened(world, tmp_path)
+    assert run.sampler is run.student
+
+
+def test_the_bfloat16_sampler_keeps_rotary_frequencies_in_float32(world, tmp_path):
+    """Rounded to 8 bits they turn positions around 1,000 by over .1 rad: another model."""
+    _, run = opened(world, tmp_path, dtype="bfloat16")
+    sampler, student = run.sampler.model.rotary_emb, run.student.model.rotary_emb
+    close(sampler.inv_freq, student.inv_freq, rtol=0, atol=0)
+    frequencies = 10000.0 ** -(torch.arange(0, 64, 2) / 64)  # heads of 64, as models of 1.5B have
+    assert ((frequencies.bfloat16().float() - frequencies) * 1000).abs().max() > 0.1
+
+
+def test_the_update_in_bfloat16_runs_under_autocast_and_in_float32_not(world, tmp_path):
+    for dtype, expected in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        _, run = opened(world, tmp_path, dtype=dtype)
+        with run.autocast:
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert product.dtype == expected
+
+
+def test_the_bfloat16_copy_is_updated_after_every_step(world, tmp_path, monkeypatch):
+    """Else it would sample from the student of the start."""
+    copies = []
+    rollout = opd.rollout
+
+    def watched(student, teacher, *args, **settings):
+        if teacher is not None:
+            copies.append(student.lm_head.weight.clone())
+        return rollout(student, teacher, *args, **settings)
+
+    monkeypatch.setattr(opd, "rollout", watched)
+    flags = {"dtype": "bfloat16", "learning_rate": 0.01, "max_steps": 2, "save_every": 1}
+    train(world, tmp_path, **flags, eval_file=None)
+    saved = load_student(tmp_path / "checkpoint-1").lm_head.weight
+    assert saved.dtype == torch.float32
+    close(copies[-1], saved.bfloat16(), rtol=0, atol=0)
+    assert not torch.equal(copies[-1], copies[0])
+
+
+@pytest.mark.parametrize("dtype, low, high", [("float32", 0, 1e-5), ("bfloat16", 1e-4, 0.1)])
+def test_what_was_sampled_is_scored_alike_but_for_bfloat16(dtype, low, high, world, tmp_path):
+    """
+    sampling_mismatch: |log p scored - log p sampled|. A bfloat16 copy of the weights is another
+    model, and its samples are off-policy by that much.
+    """
+    flags = {"dtype": dtype, "temperature": 2.0, "batch_size": 8, "eval_file": None}
+    _, steps, _ = train(world, tmp_path, **flags)
+    assert all(low <= line["sampling_mismatch"] < high for line in steps)
+
+
+def test_no_weight_decays_unless_a_gradient_says_so(world, tmp_path):
+    """AdamW's own default would shrink the student towards 0 by a hundredth of every step."""
+    _, run = opened(world, tmp_path)
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.0]
+
+
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
+def test_the_caches_keep_of_a_token_the_keys_and_values_of_all_layers_of_both_models(
+    dtype, size, world, tmp_path
+):
+    """The student samples in bfloat16, whatever its master weights are."""
+    _, run = opened(world, tmp_path, dtype=dtype)
+    expected = 0
+    for model in (run.student, run.teacher):
+        config = model.config
+        heads = config.num_hidden_layers * config.num_key_value_heads
+        expected += 2 * size * heads * config.head_dim
+    assert run.cache_bytes == expected
+
+
+@pytest.mark.parametrize("gigabytes, rows", [(1000, 256), (44, 100), (25, 5), (24, 1), (5, 1)])
+def test_by_default_a_gpu_samples_as_many_rows_as_half_of_what_adam_leaves_holds(
+    gigabytes, rows, monkeypatch
+):
+    """
+    The gradient and Adam's moments of 2 billion parameters take 24 GB first; a row of 1,000 tokens
+    takes .1 GB.
+    """
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 10**9, None))
+    config = opd.Config(batch_size=64, max_prompt_length=200, max_new_tokens=800)
+    run = types.SimpleNamespace(
+        device=torch.device("cuda"),
+        cache_bytes=100_000,
+        student=types.SimpleNamespace(num_parameters=lambda: 2 * 10**9),
+    )
+    assert opd.rows_that_fit(config, run) == rows
+    run.device = torch.device("cpu")
+    assert opd.rows_that_fit(config, run) == 256
+
+
+@pytest.mark.parametrize(
+    "rows, cold, warm",
+    [(None, [8], [8]), (4, [4, 4], [4, 4]), (3, [2] * 4, [2] * 4)],
+)
+def test_the_rows_sampled_at_once_are_those_of_the_flag_in_the_cold_start_too(
+    rows, cold, warm, world, tmp_path, monkeypatch
+):
+    """The candidates of a prompt stay together."""
+    calls = watch(monkeypatch, "rollout")["rollout"]
+    flags = {"rollout_batch_size": rows, "batch_size": 4, "cold_start_steps": 1, "max_steps": 1}
+    _, (step,), _ = train(world, tmp_path, **flags, eval_file=None)
+    seen = [len(call["prompts"]) for call in calls[1:]]  # behind the preflight
+    assert seen == cold + warm and step["rollout_batch_size"] == (rows or 8)
+
+
+def warnings_of(world, folder, change=None):
+    """What the preflight warns of where the teacher is the student with a change."""
+    teacher = changed_copy(world, "student", folder, change or (lambda *_: None))
+    config, run = opened(world, folder / "out", teacher=teacher)
+    return [line for line in opd.preflight(config, run) if line.startswith("warning: ")]
+
+
+def unlikely(model, _):
+    model.lm_head.weight.data.mul_(-9)
+
+
+def two_stops(model, _):
+    model.generation_config.eos_token_id = [1, 2]
+
+
+def no_template(_, tokenizer):
+    tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (unlikely, "very unlikely"),
+        (two_stops, "student stops at [1], teacher at [1, 2]"),
+        (no_template, "the chat templates differ"),
+    ],
+)
+def test_what_ruins_runs_in_silence_is_warned_of(change, says, world, tmp_path):
+    (warning,) = warnings_of(world, tmp_path, change)
+    assert says in warning
+
+
+def test_of_a_teacher_that_is_the_student_there_is_nothing_to_warn_of(world, tmp_path):
+    assert warnings_of(world, tmp_path) == []
+
+
+def test_the_preflight_tells_what_a_run_is_about(world, tmp_path, monkeypatch):
+    """Method, loss, data with a prompt and readable golds, agreement of both models, the models."""
+    monkeypatch.setattr(opd, "ask_math_verify", lambda gold, answer: gold == "x")
+    path = tmp_path / "train.jsonl"
+    golds = ["12", "x", "y", "z"]
+    write(path, *[{"problem": f"{index} 1", "answer": gold} for index, gold in enumerate(golds)])
+    config, run = opened(world, tmp_path / "out", train_file=path, method="prune", loss="sampled")
+    calls = watch(monkeypatch, "rollout")["rollout"]
+    told = "\n".join(opd.preflight(config, run))
+    assert "method prune; loss sampled of KL(student || teacher)" in told
+    assert "4 training prompts" in told and "2 of the first 4 answers can be read" in told
+    assert "'<user> 0 1 <solve>'" in told and "top-4 overlap" in told
+    assert "student: qwen3, 0.0M parameters, 24 rows cut to 24, stops at [1]" in told
+    assert "teacher: qwen3, 0.0M parameters, 32 rows cut to 24, stops at [1]" in told
+    (call,) = calls
+    assert call["plan"].max_length == 32 and call["teacher"] is run.teacher
+
+
+def test_the_preflights_numbers_are_those_of_a_plain_forward(world, tmp_path, monkeypatch):
+    config, run = opened(world, tmp_path)
+    outs = []
+    rollout = opd.rollout
+    monkeypatch.setattr(opd, "rollout", lambda *a, **k: outs.append(rollout(*a, **k)) or outs[-1])
+    told = "\n".join(opd.preflight(config, run))
+    log_probs, overlaps = [], []
+    for ids, prompt in rows_of(outs[0]):
+        p = run.student(ids).logits[:, prompt - 1 : -1, :V]
+        q = run.teacher(ids).logits[:, prompt - 1 : -1, :V]
+        log_probs.append(q.log_softmax(-1).gather(-1, ids[:, prompt:, None]).flatten())
+        overlaps.append(opd.topk_overlap(p, q, 4).flatten())
+    log_probs, overlaps = torch.cat(log_probs), torch.cat(overlaps)
+    assert f"first {len(log_probs)} sampled tokens" in told
+    assert f"mean log-prob {log_probs.mean():.2f}, top-4 overlap {overlaps.mean():.2f}" in told
+
+
+# --------------------------------------------------------------------------------------------------
+# 15. Files, checkpoints, endings
+
+
+def test_nan_becomes_null_and_infinity_too_wherever_it_stands(tmp_path):
+    opd.append_json(tmp_path / "a.jsonl", {"a": math.nan, "b": [1.5, -math.inf], "c": "é"})
+    opd.append_json(tmp_path / "a.jsonl", {"d": 1})
+    text = (tmp_path / "a.jsonl").read_text(encoding="utf-8")
+    assert text.count("\n") == 2 and "NaN" not in text and "Infinity" not in text
+    assert test_opd.read(tmp_path / "a.jsonl") == [
+        {"a": None, "b": [1.5, None], "c": "é"},
+        {"d": 1},
+    ]
+
+
+def test_metrics_are_json_even_where_a_mean_is_undefined(world, tmp_path):
+    """One problem has no standard error. JSON has no NaN, so other readers would stop at it."""
+    write(tmp_path / "one.jsonl", {"problem": "2 3", "answer": "5"})
+    train(world, tmp_path, eval_file=tmp_path / "one.jsonl", max_steps=1)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert '"se": null' in text and "NaN" not in text
+
+
+def test_checkpoints_9_10_and_100_are_in_the_order_of_their_steps(tmp_path):
+    folder = tmp_path / "a [1]"  # which is no pattern
+    for name in ("checkpoint-100", "checkpoint-9", "checkpoint-10", "checkpoint-9.old"):
+        (folder / name).mkdir(parents=True)
+    (folder / "checkpoint.partial").mkdir()
+    names = [os.path.basename(path) for path in opd.list_checkpoints(str(folder))]
+    assert names == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert opd.list_checkpoints(str(tmp_path / "nowhere")) == []
+
+
+def test_only_the_last_checkpoints_are_kept_by_number(world, tmp_path):
+    """After 9 and 10 comes 11: by name the oldest would be 10."""
+    config, run = opened(world, tmp_path, keep_checkpoints=2)
+    for run.step in (9, 10, 11):
+        opd.save_checkpoint(config, run)
+    assert checkpoints(tmp_path) == ["checkpoint-10", "checkpoint-11"]
+    assert not [name for name in os.listdir(tmp_path) if name.endswith((".partial", ".old"))]
+
+
+def test_a_checkpoint_is_a_model_folder_like_any_other(world, first_run):
+    folder = first_run[0] / "checkpoint-4"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == TOKENIZER.get_vocab() and tokenizer.chat_template
+    assert not same_weights(folder, world / "student")
+    assert checkpoints(first_run[0]) == ["checkpoint-4"]
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(world, tmp_path):
+    flags = {"max_steps": 5, "save_every": 2, "keep_checkpoints": 9, "eval_file": None}
+    train(world, tmp_path, **flags)
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+
+
+@pytest.mark.parametrize("every, steps", [(0, [5]), (2, [2, 4, 5]), (5, [5]), (9, [5])])
+def test_evaluations_come_every_so_many_steps_and_at_the_end(every, steps, monkeypatch):
+    done = []
+
+    def evaluate_files(config, run, who):
+        assert who == "student"
+        done.append(run.step)
+        run.graded = run.step
+
+    monkeypatch.setattr(opd, "evaluate_files", evaluate_files)
+    monkeypatch.setattr(opd, "save_checkpoint", lambda *_: None)
+    config, run = opd.Config(max_steps=5, eval_every=every), opd.Run({}, [])
+    for run.step in range(6):
+        opd.evaluate_and_save(config, run)
+        opd.evaluate_and_save(config, run)  # what is done is not done again
+    assert done == steps
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_last_good_weights(
+    world, tmp_path, monkeypatch, capfd, after_one_step
+):
+    losses = iter([opd.reverse_kl, lambda p, q: p.sum(-1) * math.nan])
+    monkeypatch.setattr(opd, "reverse_kl", lambda p, q: next(losses)(p, q))
+    status, line = stopped(command(world, tmp_path, loss="reverse_kl", max_steps=5), capfd)
+    assert status == 2 and "the update of step 2 is not finite: loss nan" in line
+    assert line.endswith(f"last checkpoint: {tmp_path}/checkpoint-1")
+    assert same_weights(tmp_path / "checkpoint-1", after_one_step)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_the_last_good_weights(
+    world, tmp_path, monkeypatch, capfd, after_one_step
+):
+    losses = iter([opd.reverse_kl, lambda p, q: (p - p.detach()).abs().sqrt().sum(-1)])
+    monkeypatch.setattr(opd, "reverse_kl", lambda p, q: next(losses)(p, q))
+    status, line = stopped(command(world, tmp_path, loss="reverse_kl", max_steps=5), capfd)
+    assert status == 2 and "the update of step 2 is not finite: gradient norm" in line
+    assert same_weights(tmp_path / "checkpoint-1", after_one_step)
+
+
+def test_a_model_whose_probabilities_are_not_finite_ends_the_run_in_one_line(
+    world, tmp_path, capfd
+):
+    def forget(model, _):
+        model.lm_head.weight.data.fill_(math.nan)
+
+    teacher = changed_copy(world, "teacher", tmp_path / "nan", forget)
+    status, line = stopped(command(world, tmp_path / "out", teacher=teacher), capfd)
+    assert status == 2 and "evaluation after step 0 is not finite: " in line
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "a rollout",
+        "an update",
+        "an extrapolation",
+        "an evaluation",
+        "the writing of a state",
+        "the naming of a checkpoint",
+        "the time after its naming",
+        "the removal of an old one",
+    ],
+)
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
+    moment, world, tmp_path, further, whole
+):
+    out = tmp_path / "out"
+    kill_at(moment, world, tmp_path, out)
+    assert checkpoints(out)
+    for name in checkpoints(out):
+        assert_whole(out / name)
+    resume(world, out)
+    assert outcome(out) == outcome(whole)
+    put_aside = ["metrics.jsonl.old", "samples.jsonl.old"]  # as the killed run left them
+    assert sorted(os.listdir(out)) == sorted(os.listdir(whole) + put_aside)  # no half checkpoint
+
+
+@pytest.mark.parametrize("moment", list(MOMENTS)[-4:])
+def test_a_kill_while_files_are_put_aside_or_copied_back_loses_nothing(
+    moment, world, tmp_path, further, every_step
+):
+    """
+    The folder has a run of the same flags: taken for its own, its checkpoints must come with all of
+    its metrics.
+    """
+    out, flags = tmp_path / "out", {"save_every": 1, "keep_checkpoints": 9}
+    shutil.copytree(every_step, out)
+    shutil.rmtree(out / "checkpoint-5")
+    resumed = {"resume": True} if "copying" in moment else {}
+    kill_at(moment, world, tmp_path, out, **flags, **resumed)
+    resume(world, out, **flags)
+    assert outcome(out) == outcome(every_step)
+
+
+@pytest.mark.parametrize("kept", [0.9, 0.5, 0])
+def test_a_torn_state_ends_in_one_line_that_names_the_checkpoint_and_writes_nothing(
+    kept, world, tmp_path, capfd, whole
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    state = out / checkpoints(out)[-1] / "trainer_state.pt"
+    state.write_bytes(state.read_bytes()[: int(kept * state.stat().st_size)])
+    before = contents(out)
+    status, line = stopped(command(world, out, **LONG, resume=True), capfd)
+    assert status == 2 and f"{state.parent} is no whole checkpoint" in line
+    assert contents(out) == before
+
+
+def test_resume_takes_no_checkpoint_of_a_run_before(world, tmp_path, monkeypatch, first_run):
+    """The second run ends before its first checkpoint, so resuming it starts it anew."""
+    out, flags = tmp_path / "out", {"max_steps": 2, "learning_rate": 3e-3}
+    train(world, tmp_path / "straight", **flags)
+    shutil.copytree(first_run[0], out)
+    with monkeypatch.context() as patch:
+        at("the preflight", throw(ZeroDivisionError), patch.setattr)
+        with pytest.raises(ZeroDivisionError):
+            opd.main(command(world, out, **flags))
+    assert checkpoints(out) == []
+    assert same_weights(out / "checkpoint-4.old", first_run[0] / "checkpoint-4")
+    old_metrics = (out / "metrics.jsonl.old").read_text()
+    assert old_metrics == (first_run[0] / "metrics.jsonl").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(world, out, **flags, resume=True)
+    assert outcome(out) == outcome(tmp_path / "straight")
+    assert checkpoints(out) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_resume_where_there_is_no_checkpoint_starts_at_the_beginning_with_a_note(
+    exists, world, tmp_path, after_one_step
+):
+    if exists:
+        (tmp_path / "out").mkdir()
+    with pytest.warns(UserWarning, match=f"no checkpoint in {tmp_path}/out to resume"):
+        train(world, tmp_path / "out", max_steps=1, loss="reverse_kl", resume=True)
+    assert outcome(tmp_path / "out") == outcome(after_one_step.parent)
+
+
+def test_resume_into_a_folder_of_another_run_puts_that_one_aside(
+    world, tmp_path, further, every_step, first_run
+):
+    """
+    Whatever the step of its checkpoints: else they would pass for the run's own, and be removed as
+    such.
+    """
+    out, flags = tmp_path / "out", {**LONG, "save_every": 0, "keep_checkpoints": 9}
+    shutil.copytree(first_run[0], out)
+    for step in (2, 3):
+        shutil.copytree(out / "checkpoint-4", out / f"checkpoint-{step}")
+    train(world, out, **flags, resume=every_step / "checkpoint-3")
+    assert all((out / f"checkpoint-{step}.old").exists() for step in (2, 3))
+    assert outcome(out) == outcome(every_step) and checkpoints(out) == ["checkpoint-5"]
+    assert same_weights(out / "checkpoint-4.old", first_run[0] / "checkpoint-4")
+    old_metrics = (out / "metrics.jsonl.old").read_text()
+    assert old_metrics == (first_run[0] / "metrics.jsonl").read_text()
+
+
+def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_to_resume(
+    world, tmp_path, monkeypatch, further, every_step
+):
+    """Else the run, broken off again in step 4, would go on from checkpoint-5."""
+    out, flags = tmp_path / "out", {"save_every": 0, "keep_checkpoints": 9}
+    shutil.copytree(every_step, out)
+    with monkeypatch.context() as patch:
+        step_4 = (opd, "draw_prompts", 2, any_call, "before")
+        patch.setitem(MOMENTS, "step 4", step_4)
+        at("step 4", throw(ZeroDivisionError), patch.setattr)
+        with pytest.raises(ZeroDivisionError):
+            opd.main(command(world, out, **{**LONG, **flags}, resume=out / "checkpoint-2"))
+    # The third is a new one: even an error of the program saves it
+    assert checkpoints(out) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    resume(world, out, **flags)
+    assert outcome(out) == outcome(every_step)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 2e-3},
+        {"seed": 1},
+        {"batch_size": 3},
+        {"method": "opd"},
+        {"loss": "topk"},
+        {"extrapolate": None},
+        {"baseline": True},
+        {"student": "{world}/teacher"},
+        {"train_file": "{world}/eval.jsonl"},
+        {"dtype": "bfloat16"},
+        {"eval_file": "{world}/eval.jsonl"},
+        {"eval_every": 1},
+        {"eval_samples": 2},
+        {"prompt_template": "{problem} !"},
+    ],
+    ids=str,
+)
+def test_resume_with_another_flag_is_refused_by_its_name_and_writes_nothing(
+    change, world, tmp_path, capfd, whole
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = contents(out)
+    status, line = stopped(command(world, out, **{**LONG, **change}, resume=True), capfd)
+    assert status == 2 and f"--{list(change)[0]} " in line
+    assert line.count("--") == 2  # --resume, and this flag alone
+    assert contents(out) == before
+
+
+def test_resume_with_another_number_of_processes_is_refused(whole, monkeypatch):
+    flags = torch.load(whole / "checkpoint-5" / "trainer_state.pt", weights_only=True)["flags"]
+    opd.read_checkpoint(whole / "checkpoint-5", flags)
+    with pytest.raises(ValueError, match="--processes was 1 and is 2"):
+        opd.read_checkpoint(whole / "checkpoint-5", {**flags, "processes": 2})
+
+
+MAY_CHANGE = {
+    "resume": "a",
+    "output_dir": "b",
+    "max_steps": 9,
+    "save_every": 7,
+    "keep_checkpoints": 7,
+    "device": "mps",
+    "micro_batch_size": 7,
+    "report_to": "wandb",
+    "eval_batch_size": 7,
+    "rollout_batch_size": 7,
+}
+
+
+def test_what_changes_no_number_may_change_on_resume_and_nothing_else_may(whole):
+    folder = whole / "checkpoint-5"
+    flags = torch.load(folder / "trainer_state.pt", weights_only=True)["flags"]
+    opd.read_checkpoint(folder, {**flags, **MAY_CHANGE})
+    for name in flags:
+        if name not in MAY_CHANGE:
+            with pytest.raises(ValueError, match=f"another run: --{name} was"):
+                opd.read_checkpoint(folder, {**flags, name: "other"})
+
+
+def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_had_them_from_the_start(
+    world, tmp_path
+):
+    """An evaluation after every step: else the first end would be one that the longer run has not."""
+    for folder, steps in (("long", 3), ("short", 2)):
+        train(world, tmp_path / folder, max_steps=steps, eval_every=1)
+    more = {"max_steps": 3, "eval_every": 1, "keep_checkpoints": 1, "save_every": 2}
+    train(world, tmp_path / "short", **more, resume=True)
+    assert outcome(tmp_path / "short") == outcome(tmp_path / "long")
+
+
+def test_how_many_rows_are_computed_at_once_may_change_on_the_way(
+    world, tmp_path, further, every_step
+):
+    """It changes rounding at most."""
+    flags = {**LONG, "micro_batch_size": 1, "eval_batch_size": 1, "save_every": 0}
+    _, steps, evaluations = train(world, tmp_path, **flags, resume=every_step / "checkpoint-4")
+    before = [line["loss"] for line in outcome(every_step)[0] if "loss" in line]
+    assert [line["loss"] for line in steps] == pytest.approx(before, rel=1e-3)
+    assert [line["step"] for line in evaluations] == [0, 0, 4, 5]
+
+
+def test_a_resumed_run_samples_as_many_rows_at_once_as_before_unless_told_otherwise(
+    world, tmp_path
+):
+    """Else another GPU, or another program on it, would make another run of it."""
+    flags = {"eval_file": None, "save_every": 1}
+    for steps, rows, expected in ((1, 2, 2), (2, None, 2), (3, 3, 3)):
+        resumed = {"resume": True} if steps > 1 else {}
+        more = {**flags, **resumed, "max_steps": steps, "rollout_batch_size": rows}
+        _, metrics, _ = train(world, tmp_path, **more)
+        assert metrics[-1]["rollout_batch_size"] == expected
+
+
+def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(world, tmp_path):
+    first = train(world, tmp_path, max_steps=1)[1]
+    train(world, tmp_path, max_steps=2)
+    assert test_opd.read(tmp_path / "metrics.jsonl.old")[-2] == first[0]
+    lines = test_opd.read(tmp_path / "metrics.jsonl")
+    opd.main(command(world, tmp_path, eval_only=True, teacher=None, train_file=None))
+    added = test_opd.read(tmp_path / "metrics.jsonl")
+    assert added[:-1] == lines and added[-1]["model"] == "eval_only"
+    assert len(opd.read_run(tmp_path, "")["curve"]) == 2
+
+
+SIGNALS = {
+    "the preflight": (signal.SIGTERM, None),
+    "a rollout": (signal.SIGINT, 3),
+    "a backward pass": (signal.SIGTERM, 3),
+    "an update": (signal.SIGTERM, 4),
+    "an extrapolation": (signal.SIGINT, 4),
+    "an evaluation": (signal.SIGINT, 4),
+    "the writing of a state": (signal.SIGINT, 4),
+    "the removal of an old one": (signal.SIGTERM, 4),
+}
+
+
+@pytest.mark.parametrize("moment", SIGNALS)
+def test_an_interrupted_run_names_its_checkpoint_and_goes_on_from_there(
+    moment, world, tmp_path, monkeypatch, capfd, further, whole
+):
+    """Before the update the step is dropped; from then on the signal waits for its end."""
+    number, step = SIGNALS[moment]
+    with monkeypatch.context() as patch:
+        at(moment, send(number), patch.setattr)
+        status, line = stopped(command(world, tmp_path, **LONG), capfd)
+    assert status == 128 + number
+    last = f"; last checkpoint: {tmp_path / f'checkpoint-{step}'}" if step else ""
+    assert line == "opd.py: interrupted" + last
+    for name in checkpoints(tmp_path):
+        assert_whole(tmp_path / name)
+    assert checkpoints(tmp_path)[-1:] == ([f"checkpoint-{step}"] if step else [])
+    resume(world, tmp_path)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_control_c_saves_the_step_before_whatever_save_every_says(
+    world, tmp_path, monkeypatch, capfd, after_one_step
+):
+    calls = itertools.count(1)
+    draw = opd.draw_prompts
+
+    def interrupted(*args, **more):
+        if next(calls) == 3:  # the preflight draws, too
+            raise KeyboardInterrupt
+        return draw(*args, **more)
+
+    monkeypatch.setattr(opd, "draw_prompts", interrupted)
+    status, line = stopped(command(world, tmp_path, loss="reverse_kl", max_steps=5), capfd)
+    assert status == 130 and "checkpoint-1" in line
+    assert same_weights(tmp_path / "checkpoint-1", after_one_step)
+
+
+def test_control_c_during_an_extrapolation_leaves_a_line_that_tells_of_it(
+    world, tmp_path, monkeypatch, capfd
+):
+    """Before the end of the step the weights are tried ones, and no metrics tell of them."""
+    extrapolate = opd.extrapolate
+
+    def interrupted(weights, anchor, validate):
+        os.kill(os.getpid(), signal.SIGINT)
+        return extrapolate(weights, anchor, validate)
+
+    monkeypatch.setattr(opd, "extrapolate", interrupted)
+    status, line = stopped(command(world, tmp_path, loss="reverse_kl", extrapolate=True), capfd)
+    assert status == 130 and "checkpoint-1" in line
+    steps = [line for line in test_opd.read(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert len(steps) == 1 and "extrapolation_k" in steps[0]
+
+
+def test_control_c_while_models_are_loaded_is_one_line_with_nothing_written(
+    world, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(opd, "load_models", throw(KeyboardInterrupt()))
+    assert stopped(command(world, tmp_path / "out"), capfd) == (130, "opd.py: interrupted")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_signal_inside_a_whole_step_waits_for_its_end_and_handlers_come_back(monkeypatch):
+    run = opd.Run({}, [])
+    before = signal.getsignal(signal.SIGTERM)
+    done = []
+    with pytest.raises(KeyboardInterrupt) as stop:
+        with opd.whole_step(run):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            done.append(run.halfway)
+    assert done == [True] and not run.halfway and stop.value.args == (signal.SIGTERM,)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_inside_a_whole_step_leaves_it_halfway_with_handlers_back():
+    run = opd.Run({}, [])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError):
+        with opd.whole_step(run):
+            raise ZeroDivisionError
+    assert run.halfway and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_signal_does_not_disturb_the_last_checkpoint(
+    world, tmp_path, monkeypatch, capfd, further, whole
+):
+    """torchrun passes a Ctrl-C on to processes that the terminal has sent it to already."""
+    with monkeypatch.context() as patch:
+        at("a rollout", send(signal.SIGINT), patch.setattr)
+        at("the writing of a state", send(signal.SIGTERM), patch.setattr)
+        status, line = stopped(command(world, tmp_path, **LONG), capfd)
+    assert status in (130, 143) and "checkpoint-3" in line
+    assert_whole(tmp_path / "checkpoint-3")
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+    resume(world, tmp_path)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_a_signal_from_outside_at_any_time_leaves_all_steps_so_far(world, tmp_path):
+    out, flags = tmp_path / "out", {"eval_file": None}
+    process = start(opd.main, tmp_path, command(world, out, **flags, max_steps=100_000))
+    metrics = out / "metrics.jsonl"
+    while process.is_alive() and not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        time.sleep(0.01)
+    process.terminate()
+    process.join(PATIENCE)
+    assert process.exitcode == 143
+    (name,) = checkpoints(out)
+    assert name in (tmp_path / "rank-0.log").read_text().splitlines()[-1]
+    steps = [line["step"] for line in outcome(out)[0] if "loss" in line]
+    assert steps == list(range(1, int(name[11:]) + 1))
+    train(world, out, **flags, max_steps=steps[-1] + 1, resume=True)
+    train(world, tmp_path / "straight", **flags, max_steps=steps[-1] + 1)
+    assert outcome(out) == outcome(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("moment", ["the writing of a model", "the writing of a state"])
+def test_a_full_disk_ends_a_run_in_one_line_with_the_last_checkpoint_whole(
+    moment, world, tmp_path, monkeypatch, capfd, further, whole
+):
+    owner, name, number, such_that, when = MOMENTS[moment]
+    with monkeypatch.context() as patch:
+        for call in (number, number + 1):  # the disk is still full when the run ends
+            patch.setitem(MOMENTS, moment, (owner, name, call, such_that, when))
+            at(moment, throw(OSError(28, "No space left on device")), patch.setattr)
+        status, line = stopped(command(world, tmp_path, **LONG), capfd)
+    assert status == 2 and "No space left on device" in line and "checkpoint-2" in line
+    assert_whole(tmp_path / "checkpoint-2")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "metrics.jsonl", "samples.jsonl"]
+    resume(world, tmp_path)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_a_disk_full_in_the_middle_of_a_line_costs_that_step_only(
+    world, tmp_path, monkeypatch, capfd, further, whole
+):
+    real, calls = open, itertools.count(1)
+
+    def full(path, mode="r", *args, **kwargs):
+        line = mode == "a" and str(path).endswith("metrics.jsonl")
+        if line and next(calls) == 5:  # behind two evaluations and two steps
+            with real(path, mode) as file:
+                file.write('{"step": 3, "lo')
+            raise OSError(28, "No space left on device")
+        return real(path, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opd, "open", full, raising=False)
+        status, line = stopped(command(world, tmp_path, **LONG), capfd)
+    assert status == 2 and "No space left on device" in line and "checkpoint-2" in line
+    resume(world, tmp_path)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+MEMORY = {
+    "the preflight": ("out of memory in set-up", ""),
+    "a rollout": (
+        "out of memory in the rollout of step 4; halve --rollout_batch_size, now 4",
+        "checkpoint-3",
+    ),
+    "a backward pass": (
+        "out of memory in the update of step 4; halve --micro_batch_size, now 6",
+        "checkpoint-3",
+    ),
+    "an update of a cold start": (
+        "out of memory in the update of cold start step 2; halve --micro_batch_size, now 6",
+        "",
+    ),
+    "an evaluation": (
+        "out of memory in evaluation after step 4; halve --eval_batch_size, now 5",
+        "checkpoint-4",
+    ),
+    "an extrapolation": (
+        "out of memory in extrapolation; halve --eval_batch_size, now 5",
+        "checkpoint-2",
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", MEMORY)
+def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
+    moment, world, tmp_path, monkeypatch, capfd, further
+):
+    """And keeps the last weights that are of a whole step, as those before an extrapolation are not."""
+    told, checkpoint = MEMORY[moment]
+    flags = {**LONG, "micro_batch_size": 6, "eval_batch_size": 5}
+    if "cold" in moment:
+        flags["cold_start_steps"] = 2
+        monkeypatch.setattr(opd, "is_correct", lambda text, gold: True)
+    out = tmp_path / "out"
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with monkeypatch.context() as patch:
+        at(moment, throw(error), patch.setattr)
+        status, line = stopped(command(world, out, **flags), capfd)
+    assert status == 2 and told in line and checkpoint in line
+    assert checkpoints(out) == [checkpoint] * (checkpoint != "")
+    for name in checkpoints(out):
+        assert_whole(out / name)
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (KeyboardInterrupt(), ("interrupted", 130)),
+        (KeyboardInterrupt(signal.SIGTERM), ("interrupted", 143)),
+        (MemoryError(), ("out of memory in set-up", 2)),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            ("out of memory in set-up", 2),
+        ),
+        (ValueError("two\nlines"), ("two lines", 2)),
+        (FileNotFoundError(2, "None", "a/b"), ("[Errno 2] None: 'a/b'; check the path", 2)),
+        (ModuleNotFoundError("No x", name="x.y"), ("No x; pip install x", 2)),
+        (ZeroDivisionError("by zero"), ("", 1)),
+    ],
+)
+def test_what_is_no_error_of_the_program_is_told_in_one_line(error, expected):
+    assert opd.explain(error, "set-up", {}) == expected
+
+
+def test_once_the_run_has_begun_a_wrong_value_is_an_error_of_the_program():
+    assert opd.explain(ValueError("x"), "the update of step 1", {"micro_batch_size": 1}) == ("", 1)
+
+
+def test_a_lost_connection_is_told_as_another_process_that_has_ended(monkeypatch):
+    error = RuntimeError("Connection closed by peer [127.0.0.1]:1")
+    assert opd.explain(error, "x", {"x": 1}) == ("", 1)
+    monkeypatch.setattr(opd.dist, "is_initialized", lambda: True)
+    assert opd.explain(error, "x", {"x": 1}) == ("another process has ended", 1)
+
+
+def test_an_error_of_the_program_is_raised_as_it_is(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(opd, "plan_rollout", throw(ZeroDivisionError("by zero")))
+    with pytest.raises(ZeroDivisionError):
+        opd.main(command(world, tmp_path, eval_file=None))
+
+
+# --------------------------------------------------------------------------------------------------
+# 16. What a run does beside its steps: accounts, evaluations, EffOPD's tries, a cold start
+
+
+def test_the_flops_of_a_forward_by_hand():
+    """10 parameters, three layers of width 1, rows of 5 and 2 tokens."""
+    sizes = types.SimpleNamespace(num_hidden_layers=3, hidden_size=1)
+    config = types.SimpleNamespace(get_text_config=lambda: sizes)
+    model = types.SimpleNamespace(num_parameters=lambda: 10, config=config)
+    expected = 2 * 10 * 5 + 6 * 25 + 2 * 10 * 2 + 6 * 4
+    assert opd.forward_flops(model, torch.tensor([5, 2])) == expected
+    assert opd.forward_flops(model, torch.tensor([])) == 0
+
+
+def test_repetition_is_the_share_of_four_grams_seen_before():
+    assert opd.repetition([1, 2, 3, 4, 5]) == 0 and opd.repetition([1, 2]) == 0
+    assert opd.repetition([7] * 13) == 0.9  # ten 4-grams, all one
+    assert opd.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+
+
+# Two rows with prompts of 2 and 3 tokens and responses of 4 and 1; the first did not end, the second
+# was not kept
+STEP = {
+    "prompt_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]).bool(),
+    "response_ids": torch.tensor([[7, 7, 7, 7], [1, 0, 0, 0]]),
+    "response_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]).bool(),
+    "loss_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]).bool(),
+    "overlap": torch.tensor([[1.0, 0.5, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]),
+    "ended": torch.tensor([False, True]),
+    "kept": torch.tensor([True, False]),
+    "seconds": 7.0,
+    "teacher_seconds": 2.5,
+}
+
+
+def counted(**config):
+    """-> (facts of the rows, metrics, run) of that step, with models of 10 and 100 parameters"""
+    run = opd.Run({}, [], cap=9, misses=1, rows_at_once=6, device=torch.device("cpu"))
+    sizes = types.SimpleNamespace(num_hidden_layers=0, hidden_size=1)
+    text = types.SimpleNamespace(get_text_config=lambda: sizes)
+    run.student = types.SimpleNamespace(num_parameters=lambda: 10, config=text)
+    run.teacher = types.SimpleNamespace(num_parameters=lambda: 100, config=text)
+    names = "generated_tokens teacher_tokens trained_tokens validation_tokens flops".split()
+    run.counts = dict.fromkeys(names, 1000)
+    rows = opd.row_facts(opd.Config(**{"drift_threshold": 0.6, "w_drop": 0.5, **config}), STEP)
+    return rows, opd.step_metrics(run, STEP, rows, {"loss": 3.0, "max_length": 4}), run
+
+
+def test_the_facts_of_each_row_by_hand():
+    """A threshold of .6 and .5 lost each time: the first row is reliable for two tokens."""
+    rows, _, _ = counted()
+    assert {name: fact.tolist() for name, fact in rows.items()} == {
+        "prompt_length": [2, 3],
+        "response_length": [4, 1],
+        "trained_length": [4, 0],
+        "reliable_length": [2, 1],
+        "agreed": [2.5, 0],
+        "truncated_fraction": [1, 0],
+        "kept_fraction": [1, 0],
+        "repetition": [0, 0],
+    }
+
+
+def test_the_reliable_length_obeys_threshold_and_drop():
+    assert counted(drift_threshold=0.4)[0]["reliable_length"].tolist() == [4, 1]
+    assert counted(w_drop=1.0)[0]["reliable_length"].tolist() == [1, 0]
+
+
+def test_what_a_step_logs_of_its_rows_is_their_mean():
+    _, metrics, _ = counted()
+    names = "response_length trained_length truncated_fraction kept_fraction prompt_length".split()
+    assert [metrics[name] for name in names] == [2.5, 2, 0.5, 0.5, 2.5]
+
+
+def test_the_overlap_of_a_step_is_over_tokens_and_not_a_mean_of_rows():
+    """2.5 of 5 tokens; the rows have .625 and 0."""
+    _, metrics, _ = counted()
+    assert metrics["overlap_ratio"] == 0.5
+    assert metrics["overlap_by_position"][:4] == [0.5, 0.5, 0, 1]
+
+
+def test_the_tokens_and_flops_of_a_step_are_added_to_those_before():
+    """Sampled and judged: 5 tokens. Learned from: 4, with a prompt of 2, three forwards of it."""
+    _, metrics, run = counted()
+    assert metrics["generated_tokens"] == metrics["teacher_tokens"] == 1005
+    assert metrics["trained_tokens"] == 1004 and metrics["validation_tokens"] == 1000
+    contexts = 2 + 4 + 3 + 1
+    assert metrics["flops"] == 1000 + 2 * 10 * contexts + 2 * 100 * contexts + 3 * 2 * 10 * 6
+    assert run.counts["flops"] == metrics["flops"]
+
+
+def test_the_teachers_seconds_are_not_the_rollouts():
+    _, metrics, _ = counted()
+    assert metrics["time_teacher"] == 2.5 and metrics["time_rollout"] == 4.5
+    assert metrics["time_validation"] == 0
+
+
+def test_a_step_logs_where_it_stands_and_what_the_update_found():
+    _, metrics, _ = counted()
+    assert (metrics["cap"], metrics["misses"], metrics["rollout_batch_size"]) == (9, 1, 6)
+    assert (metrics["loss"], metrics["max_length"]) == (3.0, 4)
+
+
+def test_every_step_logs_the_documented_names(first_run):
+    names = """step loss reverse_kl overlap_ratio overlap_token_advantage overlap_mass_student
+        overlap_mass_teacher entropy_student entropy_teacher entropy_gap overlap_by_position
+        response_length truncated_fraction kept_fraction repetition generated_tokens teacher_tokens
+        trained_tokens flops time_rollout time_teacher time_update peak_memory_gb grad_norm
+        learning_rate sampling_mismatch""".split()
+    for line in first_run[2]:
+        assert set(names) <= set(line) and len(line["overlap_by_position"]) == 8
+    assert [line["step"] for line in first_run[2]] == [1, 2, 3, 4]
+
+
+def test_a_logged_step_is_that_of_its_rollout(world, tmp_path, monkeypatch, updates):
+    """From the rollout itself, in another way: lengths, ends, and log-probs of both models."""
+    flags = {"max_steps": 1, "batch_size": 4, "loss": "reverse_kl", "eval_file": None}
+    _, (line,), _ = train(world, tmp_path, **flags)
+    ((student, batch, _),) = updates
+    teacher = load_student(world / "teacher")
+    lengths, cut, kl, ratio = [], 0, [], []
+    for ids, prompt in rows_of(batch):
+        p = student(ids).logits[:, prompt - 1 : -1, :V]
+        q = teacher(ids).logits[:, prompt - 1 : -1, :V]
+        kl.append(opd.reverse_kl(p, q).flatten())
+        ratio.append(opd.topk_overlap(p, q, 4).flatten())
+        lengths.append(len(kl[-1]))
+        cut += ids[0, -1].item() != END
+    assert len(set(lengths)) > 1
+    assert line["response_length"] == sum(lengths) / 8 and line["truncated_fraction"] == cut / 8
+    assert line["reverse_kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
+    assert line["overlap_ratio"] == pytest.approx(torch.cat(ratio).mean().item(), rel=1e-6)
+    assert line["loss"] == pytest.approx(line["reverse_kl"], rel=1e-5)
+
+
+def test_where_everything_sampled_is_trained_on_the_three_token_counts_are_one(first_run):
+    lengths = sum(line["response_length"] * 4 for line in first_run[2])
+    last = first_run[2][-1]
+    assert last["generated_tokens"] == last["teacher_tokens"] == last["trained_tokens"] == lengths
+
+
+def test_the_overlap_of_a_step_is_over_all_that_was_sampled_trained_on_or_not(world, tmp_path):
+    """
+    Over the selected rows alone it would be high because of the selection. Prefixes of candidates
+    that lost are trained on only when asked for.
+    """
+    flags = {"method": "prefix-guided", "num_generations": 8, "max_steps": 1, "eval_file": None}
+    ((without,), (with_them,)) = (
+        train(world, tmp_path, **flags, train_pruned_prefix=more)[1] for more in (None, True)
+    )
+    assert without["generated_tokens"] == with_them["generated_tokens"]
+    assert without["trained_tokens"] < without["generated_tokens"] == with_them["trained_tokens"]
+    assert without["overlap_ratio"] == with_them["overlap_ratio"]
+
+
+def test_the_cap_moves_from_step_to_step_and_its_misses_are_counted(world, tmp_path):
+    """Misses are kept between steps: with a patience of 2 every second one shrinks the cap."""
+    flags = {"method": "prune", "cap_patience": 2, "w_drop": 1, "drift_threshold": 1.1}
+    _, steps, _ = train(world, tmp_path, **flags, max_steps=4, eval_file=None)
+    assert [line["max_length"] for line in steps] == [8, 8, 6, 6]
+    assert [line["misses"] for line in steps] == [1, 0, 1, 0]
+    assert [line["cap"] for line in steps] == [8, 6, 6, 4]
+
+
+def test_the_learning_rate_warms_up_and_stays(world, tmp_path):
+    flags = {"warmup_steps": 2, "learning_rate": 0.5, "max_steps": 3, "max_grad_norm": 1e-9}
+    _, steps, _ = train(world, tmp_path, **flags, eval_file=None)
+    assert [line["learning_rate"] for line in steps] == [0.25, 0.5, 0.5]
+
+
+def test_every_evaluation_logs_its_result_and_its_sampling_settings(first_run):
+    names = """avg_at_n se pass_at_n n num_problems mean_length truncated_fraction no_box_fraction
+        repetition mean_reward auroc temperature top_p max_new_tokens seed""".split()
+    graded_models = [(line["step"], line["model"]) for line in first_run[3]]
+    assert graded_models == [(0, "teacher"), (0, "student"), (4, "student")]
+    for line in first_run[3]:
+        assert set(names) <= set(line["eval"]["eval"])
+        assert line["prompt_template"] == "{problem}" and line["thinking"] is False
+        assert line["time_eval"] > 0
+    result = first_run[3][0]["eval"]["eval"]
+    settings = [result[name] for name in ("temperature", "top_p", "max_new_tokens", "seed", "n")]
+    assert settings == [0.7, 0.95, 12, 0, 1] and result["num_problems"] == 3
+
+
+def test_an_evaluation_logs_the_tokens_sampled_until_then(first_run):
+    tokens = [line["generated_tokens"] for line in first_run[3]]
+    assert tokens == [0, 0, first_run[2][-1]["generated_tokens"]]
+
+
+def test_every_graded_answer_is_a_line_of_samples(first_run):
+    samples = test_opd.read(first_run[0] / "samples.jsonl")
+    assert len(samples) == 3 * 3
+    assert {"problem", "answer", "response", "correct", "step", "model", "eval"} <= set(samples[0])
+    assert not [name for name in samples[0] if name.endswith("_ids")]
+
+
+def test_evaluating_more_often_does_not_change_training(world, tmp_path, first_run):
+    flags = {"max_steps": 4, "eval_every": 1, "eval_samples": 2}
+    _, steps, evaluations = train(world, tmp_path, **flags)
+    assert len(evaluations) == 6 and repeatable(steps) == repeatable(first_run[2])
+
+
+def test_main_returns_the_final_metrics(first_run):
+    out, results, steps, evaluations = first_run
+    assert results["checkpoint"] == str(out / "checkpoint-4")
+    assert results["generated_tokens"] == steps[-1]["generated_tokens"]
+    assert results["final"] == evaluations[-1]["eval"]
+
+
+def test_eval_only_grades_a_model_file_by_file(world, tmp_path):
+    files = [world / "eval.jsonl", world / "train.jsonl"]
+    flags = {"eval_only": True, "teacher": None, "train_file": None, "eval_file": files}
+    results = opd.main(command(world, tmp_path, **flags))
+    counts = {name: row["num_problems"] for name, row in results.items()}
+    assert counts == {"eval": 3, "train": 9} and checkpoints(tmp_path) == []
+
+
+def test_of_two_evaluation_files_of_one_name_the_second_goes_by_its_path(world, tmp_path):
+    again = str(world / "again" / "eval.jsonl")
+    files = [world / "eval.jsonl", again]
+    flags = {"eval_only": True, "teacher": None, "train_file": None, "eval_file": files}
+    results = opd.main(command(world, tmp_path, **flags))
+    counts = {name: row["num_problems"] for name, row in results.items()}
+    assert counts == {"eval": 3, again: 2}
+
+
+def grade_of(begun, max_length=1):
+    """The graded answer to a problem whose answer is 5, which begins with these words."""
+    ids = TOKENIZER.convert_tokens_to_ids(begun.split())
+    problem = {"answer": "5", "prompt_ids": [2, 7, 3], "begun": ids}
+    law = {**SAMPLING, "temperature": 0, "max_length": max_length}
+    metrics, answers = opd.evaluate(STUDENT, TOKENIZER, [problem], **law)
+    return metrics, answers[0]
+
+
+def test_special_tokens_are_no_part_of_a_graded_text():
+    """With them the content of this box would not be 5."""
+    metrics, answer = grade_of("\\boxed{ <pad> 5 <end> }")
+    assert answer["correct"] and answer["response"].startswith("\\boxed{ 5 }")
+    assert metrics["avg_at_n"] == 1
+
+
+def test_a_box_inside_the_thoughts_is_no_box(monkeypatch):
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerFast, "decode", lambda *_, **__: r"\boxed{5} </think> no"
+    )
+    metrics, answer = grade_of("1")
+    assert metrics["no_box_fraction"] == 1 and not answer["correct"]
+
+
+def test_the_stop_ids_of_the_graded_model_end_its_answers(world, tmp_path, monkeypatch):
+    """The teacher's own end the teacher's, and not the student's."""
+
+    def stops(model, _):
+        model.generation_config.eos_token_id = [END, 20, 21]
+
+    teacher = changed_copy(world, "teacher", tmp_path / "teacher", stops)
+    calls = watch(monkeypatch, "evaluate")["evaluate"]
+    train(world, tmp_path / "out", teacher=teacher, max_steps=1)
+    assert [sorted(call["law"]["eos_ids"]) for call in calls] == [[1, 20, 21], [1], [1]]
+
+
+def test_the_student_is_judged_by_the_teacher_and_the_teacher_by_nobody(
+    world, tmp_path, monkeypatch
+):
+    calls = watch(monkeypatch, "evaluate")["evaluate"]
+    train(world, tmp_path, max_steps=1)
+    judged = [call["teacher"] is not None for call in calls]
+    assert judged == [False, True, True] and calls[1]["teacher"] is calls[0]["model"]
+
+
+# Probes: the teacher goes on from what the student wrote
+
+
+@pytest.fixture(scope="module")
+def probed(world, tmp_path_factory):
+    """Graded by says_a, evaluated in between and probed -> (its folder, steps, evaluations)"""
+    out = tmp_path_factory.mktemp("probed")
+    flags = {"max_steps": 4, "eval_every": 2, "eval_samples": 4, "probe_depths": [0, 50]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "is_correct", says_a)
+        return out, *train(world, out, **flags)[1:]
+
+
+def test_an_evaluation_of_the_student_reports_the_auroc_and_the_mean_of_its_answers_rewards(
+    probed,
+):
+    samples = test_opd.read(probed[0] / "samples.jsonl")
+    for line in probed[2]:
+        own = (line["step"], line["model"])
+        rows = [item for item in samples if (item["step"], item["model"]) == own]
+        result, rewards = line["eval"]["eval"], [item["reward"] for item in rows]
+        if line["model"] == "teacher":
+            assert result["auroc"] is result["mean_reward"] is None and set(rewards) == {None}
+            continue
+        right = [item["reward"] for item in rows if item["correct"]]
+        wrong = [item["reward"] for item in rows if not item["correct"]]
+        higher = sum((a > b) + 0.5 * (a == b) for a, b in itertools.product(right, wrong))
+        assert result["auroc"] == pytest.approx(higher / len(right) / len(wrong))
+        assert result["mean_reward"] == pytest.approx(sum(rewards) / 12)
+        assert -20 < result["mean_reward"] < 0
+
+
+def test_neither_probing_nor_evaluating_more_often_changes_a_step_or_another_result(
+    world, tmp_path, probed, monkeypatch
+):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    _, steps, evaluations = train(world, tmp_path, max_steps=4, eval_samples=4)
+    assert repeatable(probed[1]) == repeatable(steps)
+    results = {(line["step"], line["model"]): line["eval"]["eval"] for line in probed[2]}
+    assert len(results) == 4 and len(evaluations) == 3
+    for line in evaluations:
+        result = dict(results[line["step"], line["model"]])
+        for depth in (0, 50):
+            result.pop(f"advantage_from_{depth}", None)
+        assert line["eval"]["eval"] == result
+
+
+def test_grading_alone_and_grading_the_teacher_ask_no_teacher(world, tmp_path, monkeypatch, probed):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    flags = {"eval_only": True, "train_file": None, "probe_depths": [0], "eval_samples": 4}
+    alone = opd.main(command(world, tmp_path, **flags))["eval"]
+    teachers = probed[2][0]
+    assert teachers["model"] == "teacher"
+    for result in (alone, teachers["eval"]["eval"]):
+        assert not [name for name in result if "advantage" in name]
+    assert math.isnan(alone["auroc"])
+
+
+def test_a_teacher_that_is_the_student_has_no_advantage_at_any_depth(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    flags = {"teacher": world / "student", "eval_temperature": 0, "probe_depths": [0, 50]}
+    _, _, evaluations = train(
+        world, tmp_path, **flags, max_steps=1, eval_file=world / "train.jsonl"
+    )
+    assert evaluations[1]["model"] == "student"
+    before = evaluations[1]["eval"]["train"]
+    assert 0 < before["avg_at_n"] < 1
+    assert before["advantage_from_0"] == before["advantage_from_50"] == 0
+
+
+@pytest.mark.parametrize("stops", [END, [END, *range(6, 16)]], ids=["the student's", "of its own"])
+def test_at_depth_0_the_advantage_is_the_teachers_accuracy_minus_the_students(
+    stops, world, tmp_path, monkeypatch
+):
+    """The teacher stops at its own stop ids there, too."""
+
+    def change(model, _):
+        model.generation_config.eos_token_id = stops
+
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    teacher = changed_copy(world, "teacher", tmp_path / "teacher", change)
+    flags = {"teacher": teacher, "eval_temperature": 0, "probe_depths": [0]}
+    _, _, evaluations = train(
+        world, tmp_path / "out", **flags, max_steps=1, eval_file=world / "train.jsonl"
+    )
+    teachers, students = (line["eval"]["train"] for line in evaluations[:2])
+    assert (teachers["mean_length"] < 9) == (stops != END)
+    assert teachers["avg_at_n"] != students["avg_at_n"]
+    gain = teachers["avg_at_n"] - students["avg_at_n"]
+    assert students["advantage_from_0"] == pytest.approx(gain)
+
+
+def test_what_an_answer_began_with_is_read_and_graded_with_it():
+    """The box is in what the student wrote, before the teacher takes over."""
+    metrics, answer = grade_of("\\boxed{ 5 }", max_length=6)
+    assert answer["correct"] and answer["length"] == len(answer["response_ids"])
+    prompt = torch.tensor([[2, 7, 3, 4, 11, 5]])  # it goes on from there, not from the problem
+    new = test_opd.plain_generate(STUDENT, prompt, torch.ones_like(prompt), {END}, 6)[0].tolist()
+    assert answer["response_ids"] == [4, 11, 5, *new]
+    assert not grade_of("5", max_length=6)[1]["correct"]
+
+
+def test_the_teacher_goes_on_from_the_stated_share_of_each_answer(world, tmp_path, monkeypatch):
+    """And an answer is not longer in all."""
+    calls = watch(monkeypatch, "evaluate")["evaluate"]
+    train(world, tmp_path, max_steps=1, probe_depths=[0, 50, 75])
+    cap = calls[0]["max_length"]
+    for depth, call in zip((0, 50, 75), calls[2:5]):  # behind teacher and student
+        begun, left = call["problems"], call["max_length"]
+        assert call["model"] is calls[0]["model"] and left == cap - cap * depth // 100
+        for item in begun:
+            assert len(item["begun"]) == item["length"] * depth // 100
+            assert len(item["begun"]) + left <= cap
+            assert item["begun"] == item["response_ids"][: len(item["begun"])]
+
+
+# EffOPD's tries
+
+
+@pytest.mark.parametrize("method", ["opd", "prefix-guided"])
+def test_extrapolation_happens_at_powers_of_two_and_pays_for_its_samples(method, world, tmp_path):
+    flags = {"method": method, "extrapolate": True, "max_steps": 5, "eval_file": None}
+    _, steps, _ = train(world, tmp_path, **flags)
+    assert [line["step"] for line in steps if "extrapolation_k" in line] == [1, 2, 4]
+    first = steps[0]
+    assert first["validation_tokens"] > 0 and first["time_validation"] > 0
+    assert first["generated_tokens"] == first["teacher_tokens"] + first["validation_tokens"]
+
+
+def test_the_tries_cost_the_flops_of_their_forwards(world, tmp_path, monkeypatch):
+    outs = []
+    evaluate = opd.evaluate
+    monkeypatch.setattr(
+        opd, "evaluate", lambda *args, **how: outs.append(evaluate(*args, **how)) or outs[-1]
+    )
+    flags = {"max_steps": 1, "eval_file": None}
+    (plain,) = train(world, tmp_path, **flags)[1]
+    (step,) = train(world, tmp_path, **flags, extrapolate=True)[1]
+    student = load_student(world / "student")
+    lengths, flops = 0, 0
+    for _, answers in outs:
+        for answer in answers:
+            lengths += answer["length"]
+            context = torch.tensor([len(answer["prompt_ids"]) + answer["length"]])
+            flops += opd.forward_flops(student, context)
+    assert step["validation_tokens"] == lengths
+    assert step["flops"] - plain["flops"] == pytest.approx(flops, rel=1e-9)
+
+
+def test_every_try_is_judged_on_the_same_problems_with_the_same_seed(world, tmp_path, monkeypatch):
+    """At each step, too: only the weights differ. The seed of the run draws them."""
+    calls = watch(monkeypatch, "evaluate")["evaluate"]
+    judged = {}
+    for seed in (0, 1):
+        del calls[:]
+        train(world, tmp_path, extrapolate=True, seed=seed, max_steps=2, eval_file=None)
+        assert len(calls) >= 4 and {call["seed"] for call in calls} == {seed}
+        sets = [[problem["problem"] for problem in call["problems"]] for call in calls]
+        assert all(names == sets[0] for names in sets) and len(set(sets[0])) == 3
+        judged[seed] = sets[0]
+    assert judged[0] != judged[1]
+
+
+def test_a_rejected_extrapolation_leaves_training_as_it_was(
+    world, tmp_path, first_run, monkeypatch
+):
+    monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)  # no try is ever better
+    steps = train(world, tmp_path, extrapolate=True, max_steps=4, eval_file=None)[1]
+    assert [line["loss"] for line in steps] == [line["loss"] for line in first_run[2]]
+    assert {line.get("extrapolation_k", 0) for line in steps} == {0}
+
+
+def test_what_an_extrapolation_accepts_is_what_samples_and_what_learns(
+    world, tmp_path, monkeypatch
+):
+    """In bfloat16 these are two models."""
+    seen = []
+    rollout, real = opd.rollout, opd.movable_weights
+
+    def watched(student, teacher, *args, **settings):
+        if teacher is not None:
+            seen.append(real(student))
+        return rollout(student, teacher, *args, **settings)
+
+    def accept(weights, anchor, validate):
+        return {name: value + 1 for name, value in weights.items()}, 1, [0.0, 1.0]
+
+    monkeypatch.setattr(opd, "rollout", watched)
+    monkeypatch.setattr(opd, "extrapolate", accept)
+    flags = {"dtype": "bfloat16", "extrapolate": True, "max_steps": 2, "save_every": 1}
+    train(world, tmp_path, **flags, eval_file=None, learning_rate=1e-9)
+    start = real(load_student(world / "student"))
+    saved = real(load_student(tmp_path / "checkpoint-1"))
+    assert_same(saved, {name: value + 1 for name, value in start.items()}, tolerance=1e-6)
+    assert_same(seen[-1], {name: value.bfloat16() for name, value in saved.items()}, tolerance=0)
+
+
+def test_the_anchor_of_an_extrapolation_is_what_was_accepted_the_last_time(
+    world, tmp_path, monkeypatch
+):
+    """Else each try would repeat the jumps before it. The first anchor is the student at the start."""
+    accepted = [opd.movable_weights(load_student(world / "student"))]
+    anchors = []
+
+    def extrapolate(weights, anchor, validate):
+        anchors.append(anchor)
+        accepted.append({name: value + 0.01 for name, value in weights.items()})
+        return accepted[-1], 1, [0.0, 1.0]
+
+    monkeypatch.setattr(opd, "extrapolate", extrapolate)
+    train(world, tmp_path, extrapolate=True, max_steps=4, eval_file=None)
+    assert len(anchors) == 3
+    for anchor, expected in zip(anchors, accepted):
+        assert_same(anchor, expected, tolerance=0)
+
+
+# A cold start
+
+COLD = {
+    "cold_start_steps": 1,
+    "cold_start_learning_rate": 2e-3,
+    "max_new_tokens": 24,
+    "batch_size": 3,
+    "num_generations": 4,
+    "max_steps": 1,
+    "eval_file": None,
+    "max_grad_norm": 1e9,
+}
+
+
+def solutions(batch):
+    """Those learned from, unpadded, as (prompt and response (1, L), length of the prompt)."""
+    return [row for row, learned in zip(rows_of(batch), batch["loss_mask"]) if learned.any()]
+
+
+def test_a_cold_start_learns_from_solutions_that_ended_and_are_right_or_of_unknown_answer(
+    world, tmp_path, monkeypatch, updates
+):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    path = unanswered(world, tmp_path / "train.jsonl", 2)
+    known = {
+        problem["problem"]: problem["answer"] for problem in test_opd.read(tmp_path / "train.jsonl")
+    }
+    train(world, tmp_path / "out", **{**COLD, "batch_size": 9}, train_file=path)
+    batch, kinds = updates[0][1], set()
+    for row, problem in enumerate(problems_of(batch)):
+        valid = batch["response_mask"][row]
+        text = TOKENIZER.decode(batch["response_ids"][row][valid], skip_special_tokens=True)
+        kind = batch["ended"][row].item(), known[problem] is None, says_a(text, "")
+        kept = kind[0] and (kind[1] or kind[2])
+        assert batch["loss_mask"][row].tolist() == (valid & kept).tolist()
+        kinds.add(kind)
+    assert len(kinds) == 8  # each of them came up
+
+
+def test_no_special_token_is_graded_in_a_cold_start(world, tmp_path, monkeypatch):
+    texts = []
+    monkeypatch.setattr(opd, "is_correct", lambda text, gold: texts.append(text) or True)
+    train(world, tmp_path, **COLD)
+    assert texts and not [text for text in texts if "<end>" in text or "<pad>" in text]
+
+
+def test_the_gradient_of_a_cold_start_is_that_of_plain_cross_entropy_on_the_kept_tokens(
+    world, tmp_path, updates
+):
+    path = unanswered(world, tmp_path / "train.jsonl", 1)
+    train(world, tmp_path / "out", **{**COLD, "batch_size": 9}, train_file=path)
+    student, batch, grads = updates[0]
+    student.zero_grad()
+    total, count = 0.0, 0
+    for ids, prompt in solutions(batch):
+        logits = student(ids).logits[0, prompt - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="sum")
+        total = total + loss
+        count += ids.shape[1] - prompt
+    (total / count).backward()
+    assert count > 50 and len(set(batch["loss_mask"].sum(-1).tolist())) > 3
+    assert_same(grads, gradients_of(student), tolerance=3e-6)
+
+
+def test_a_cold_start_has_a_learning_rate_of_its_own_and_the_clipping_of_the_run(
+    world, tmp_path, monkeypatch
+):
+    calls = watch(monkeypatch, "optimizer_step")["optimizer_step"]
+    path = unanswered(world, tmp_path / "train.jsonl", 1)
+    train(world, tmp_path / "out", **{**COLD, "max_grad_norm": 0.5}, train_file=path)
+    rates = [(call["learning_rate"], call["max_grad_norm"]) for call in calls]
+    assert rates == [(2e-3, 0.5), (1e-3, 0.5)]
+
+
+def test_a_cold_start_without_a_right_solution_changes_nothing(
+    world, tmp_path, monkeypatch, updates
+):
+    monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)
+    results = train(world, tmp_path, **{**COLD, "cold_start_steps": 2})[0]
+    assert len(updates) == 3 and results["cold_start_tokens"] > 0
+    assert not updates[0][1]["loss_mask"].any() and not updates[1][1]["loss_mask"].any()
+    begin = load_student(world / "student").state_dict()
+    for name, value in updates[2][0].state_dict().items():
+        assert torch.equal(value, begin[name])
+
+
+def test_a_cold_start_makes_the_teachers_solutions_more_likely(world, tmp_path, updates):
+    path = unanswered(world, tmp_path / "train.jsonl", 1)
+    flags = {**COLD, "cold_start_steps": 8, "cold_start_learning_rate": 3e-3}
+    train(world, tmp_path / "out", **flags, train_file=path)
+    batch = updates[0][1]
+    torch.manual_seed(99)
+    prompt = batch["prompt_ids"], batch["prompt_mask"]
+    teacher = load_student(world / "teacher")
+    fresh = test_opd.roll(teacher, temperature=1.0, max_length=24, prompt=prompt)
+
+    def likelihood(student):  # per token of solutions drawn after all training
+        with torch.no_grad():
+            return torch.cat(opd.response_log_probs(student, fresh, V)).mean().item()
+
+    assert likelihood(updates[8][0]) > likelihood(updates[0][0]) + 0.2
+
+
+def test_the_share_of_right_solutions_is_told(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)
+    problems = test_opd.read(world / "train.jsonl")
+    path = write(tmp_path / "train.jsonl", *problems)
+    train(world, tmp_path / "out", **COLD, train_file=path)
+    assert "cold start: 0% of the solutions are right" in capsys.readouterr().out
+
+
+def test_the_teachers_own_stop_ids_end_its_solutions_in_a_cold_start_and_then_the_students(
+    world, tmp_path, updates
+):
+    """Else a teacher with two of them would run on, and the student learn what comes after the end."""
+
+    def stops(model, _):
+        model.generation_config.eos_token_id = [END, *range(6, 16)]
+
+    teacher = changed_copy(world, "teacher", tmp_path / "teacher", stops)
+    train(world, tmp_path / "out", **COLD, teacher=teacher)
+    cold = updates[0][1]
+    all_stops = {END, *range(6, 16)}
+    for row, ids in enumerate(without_padding(cold["response_ids"], cold["response_mask"])):
+        assert not set(ids[:-1]) & all_stops
+        assert (ids[-1] in all_stops) == cold["ended"][row]
+    assert cold["ended"].sum() > 6
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path / "out" / "checkpoint-1")
+    assert saved.eos_token_id == sorted(all_stops)
+
+
+def test_without_a_cold_start_the_teachers_stop_ids_end_nothing_of_the_students(world, tmp_path):
+    def stops(model, _):
+        model.generation_config.eos_token_id = [END, *range(6, 16)]
+
+    teacher = changed_copy(world, "teacher", tmp_path / "teacher", stops)
+    assert opened(world, tmp_path / "out", teacher=teacher)[1].law["eos_ids"] == {END}
+
+
+def test_the_anchor_of_an_extrapolation_is_the_student_after_its_cold_start(
+    world, tmp_path, monkeypatch, updates
+):
+    """Not the one before: what is gone on along is the update of distillation."""
+    anchors = []
+
+    def reject(weights, anchor, validate):
+        anchors.append(anchor)
+        return weights, 0, [0.0]
+
+    monkeypatch.setattr(opd, "extrapolate", reject)
+    path = unanswered(world, tmp_path / "train.jsonl", 2)
+    flags = {**COLD, "cold_start_steps": 2, "train_file": path}
+    train(world, tmp_path / "out", **flags, extrapolate=True)
+    begin = opd.movable_weights(updates[0][0])
+    assert_same(anchors[0], opd.movable_weights(updates[2][0]), tolerance=0)
+    assert any(not torch.equal(anchors[0][name], begin[name]) for name in begin)
+
+
+def test_a_cold_start_is_paid_for_in_tokens_of_its_own_and_in_flops(
+    world, tmp_path, monkeypatch, updates
+):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    flags = {**COLD, "cold_start_steps": 2, "method": "prefix-guided"}
+    _, (step,), _ = train(world, tmp_path, **flags)
+    student, teacher = load_student(world / "student"), load_student(world / "teacher")
+    flops, sampled = 0, []
+    for index, (_, batch, _) in enumerate(updates):
+        context = batch["prompt_mask"].sum(-1) + batch["response_mask"].sum(-1)
+        trained = batch["loss_mask"].sum(-1)
+        learned = (batch["prompt_mask"].sum(-1) + trained)[trained > 0]
+        sampled.append(int(batch["response_mask"].sum()))
+        flops += 3 * opd.forward_flops(student, learned)
+        flops += opd.forward_flops(teacher, context)  # it solves, or it judges
+        flops += opd.forward_flops(student, context) if index == 2 else 0
+    assert step["cold_start_tokens"] == sampled[0] + sampled[1]
+    assert step["generated_tokens"] == step["teacher_tokens"] == sampled[2]
+    assert step["trained_tokens"] == updates[2][1]["loss_mask"].sum()
+    assert step["flops"] == pytest.approx(flops, rel=1e-9)
+
+
+def test_the_batches_of_opd_go_on_behind_those_of_the_cold_start(world, tmp_path, updates):
+    """Nine problems in three batches: none comes twice before the file is used up."""
+    train(world, tmp_path, **{**COLD, "max_steps": 2})
+    assert len(updates) == 3
+    drawn = sum([problems_of(batch, 4) for _, batch, _ in updates], [])
+    assert len(drawn) == len(set(drawn)) == 9
+
+
+def responses(folder, who):
+    """To the first evaluation of it."""
+    samples = test_opd.read(folder / "samples.jsonl")
+    return [item["response"] for item in samples if (item["step"], item["model"]) == (0, who)]
+
+
+@pytest.mark.parametrize("method", ["opd", "prefix-guided", "prune"])
+def test_every_method_has_its_cold_start_once_with_an_evaluation_after_it(
+    method, world, tmp_path, updates
+):
+    path = unanswered(world, tmp_path / "train.jsonl", 1)
+    flags = {"cold_start_steps": 2, "cold_start_learning_rate": 0.03, "train_file": path}
+    out = tmp_path / "out"
+    _, _, evaluations = train(world, out, method=method, **flags)
+    assert [(line["step"], line["model"]) for line in evaluations] == [
+        (0, "teacher"),
+        (0, "student"),
+        (0, "cold_start"),
+        (2, "student"),
+    ]
+    assert len(updates) == 4
+    assert responses(out, "cold_start") != responses(out, "student")
+
+
+def test_a_run_that_goes_on_has_no_second_cold_start(world, tmp_path, updates):
+    """In bfloat16, where what is evaluated is a copy of the student."""
+    path = unanswered(world, tmp_path / "train.jsonl", 1)
+    flags = {"cold_start_steps": 2, "cold_start_learning_rate": 0.03, "train_file": path}
+    flags |= {"dtype": "bfloat16"}
+    out = tmp_path / "out"
+    _, steps, _ = train(world, out, **flags, max_steps=1)
+    _, resumed, evaluations = train(world, out, **flags, max_steps=2, resume=True)
+    assert [(line["step"], line["model"]) for line in evaluations] == [
+        (0, "teacher"),
+        (0, "student"),
+        (0, "cold_start"),
+        (1, "student"),
+        (2, "student"),
+    ]
+    assert len(updates) == 4  # two cold ones, and one a run
+    assert [line["step"] for line in resumed] == [1, 2]
+    assert resumed[1]["cold_start_tokens"] == steps[0]["cold_start_tokens"] > 0
+    assert responses(out, "cold_start") != responses(out, "student")
+
+
+# --------------------------------------------------------------------------------------------------
+# Trackers
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """What fake modules of tensorboard and wandb are told -> list of (folder, name, value, step)"""
+    told = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            self.folder, self.waiting = folder, []
+            told.append((folder, "purged from", purge_step, None))
+
+        def add_scalar(self, name, value, step):
+            # The real one loses at exit what waits for a flush
+            self.waiting.append((self.folder, name, value, step))
+
+        def flush(self):
+            told.extend(self.waiting)
+            self.waiting.clear()
+
+        close = flush
+
+    def init(project, dir=None, config=None):
+        def log(values, step=None):
+            told.extend((dir, name, value, step) for name, value in values.items())
+
+        return types.SimpleNamespace(log=log)
+
+    modules = {"torch.utils.tensorboard": {"SummaryWriter": SummaryWriter}, "wandb": {"init": init}}
+    for name, content in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return told
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names(
+    kind, world, tmp_path, logged
+):
+    _, steps, evaluations = train(world, tmp_path, report_to=kind, eval_every=1, probe_depths=[50])
+    expected = set()
+    for line in steps:
+        for name, value in line.items():
+            if type(value) in (int, float) and name != "step":
+                expected.add((name, value, line["step"]))
+    for line in evaluations:
+        for name, value in line["eval"]["eval"].items():
+            if value is not None:
+                expected.add((f"{line['model']}/eval/{name}", value, line["step"]))
+    assert {where for where, *_ in logged} == {str(tmp_path)}
+    assert len(steps) == 2 and len(evaluations) == 4
+    if kind == "tensorboard":
+        assert logged.pop(0)[1:3] == ("purged from", 0)  # what an earlier run left there
+    told = {(name, value, step) for _, name, value, step in logged}
+    assert expected <= told and ("loss", steps[0]["loss"], 1) in told
+    assert any(name == "student/eval/advantage_from_50" and step == 2 for name, _, step in told)
+    known = set().union(*(steps + evaluations))
+    assert {name for name, *_ in told if "/" not in name} <= known
+    assert all(type(value) in (int, float) for _, value, _ in told)
+
+
+def test_a_resumed_run_purges_what_tensorboard_has_of_later_steps(world, tmp_path, logged):
+    flags = {"report_to": "tensorboard", "eval_file": None}
+    train(world, tmp_path, **flags, max_steps=1)
+    train(world, tmp_path, **flags, max_steps=2, resume=True)
+    purged = [value for _, name, value, _ in logged if name == "purged from"]
+    assert purged == [0, 2]
+
+
+def no_trackers(monkeypatch):
+    """Importing tensorboard or wandb now fails as it does where they are not installed."""
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    for name in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_without_the_flag_no_tracker_is_imported_or_told_anything(
+    world, tmp_path, logged, monkeypatch
+):
+    train(world, tmp_path / "told", max_steps=1, eval_file=None)
+    assert logged == []
+    no_trackers(monkeypatch)
+    train(world, tmp_path / "missing", max_steps=1, eval_file=None)
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_renamed_or_written(
+    kind, world, tmp_path, capfd, monkeypatch
+):
+    transformers.utils.logging.disable_progress_bar()
+    train(world, tmp_path / "earlier", max_steps=1, eval_file=None)
+    no_trackers(monkeypatch)
+    before = contents(tmp_path)
+    for out in ("earlier", "fresh"):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            opd.main(command(world, tmp_path / out, report_to=kind))
+        told = capfd.readouterr()
+        assert stop.value.code == 2 and told.out == "" and told.err.count("\n") == 1
+        # A requirements file has neither
+        assert re.match(rf"opd\.py: .*pip install .*\b{kind}\b", told.err)
+        assert contents(tmp_path) == before and os.listdir(tmp_path) == ["earlier"]
+
+
+# --------------------------------------------------------------------------------------------------
+# 17. Report
+
+
+def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_error_over_seeds(tmp_path):
+    """.5 .6 .7: deviation .1, over the root of 3 .0577. The seed may be written in three ways."""
+    runs = (("opd/seed-0", 0.5), ("opd_seed_1", 0.6), ("opd/seed2", 0.7), ("b/opd-x/seed-0", 0.4))
+    for name, after in runs:
+        made_run(tmp_path / name, after)
+    rows, _ = table(tmp_path)
+    assert list(rows) == ["opd", "b/opd-x"]  # the baseline first
+    assert (rows["opd"]["runs"], rows["opd"]["after"]) == ("3", "60.0±5.8")
+    assert (rows["b/opd-x"]["runs"], rows["b/opd-x"]["after"]) == ("1", "40.0")
+
+
+def test_the_first_row_is_plain_opd_wherever_it_stands(tmp_path):
+    for name in ("a/x", "a/opd", "a/prefix-guided"):
+        made_run(tmp_path / name)
+    rows, lines = table(tmp_path)
+    assert list(rows) == ["a/opd", "a/prefix-guided", "a/x"]
+    assert lines[-1].startswith("opd is a/opd; x: times its cost")
+
+
+def test_a_difference_to_the_baseline_is_taken_seed_by_seed(tmp_path):
+    """.1 and .2 more: .15 ± .05, though the seeds lie .4 apart: unpaired it would be ± .32."""
+    for name, accuracies in (("opd", (0.2, 0.6, 0.9)), ("prefix", (0.3, 0.8)), ("a", (0.25,))):
+        for seed, after in enumerate(accuracies):
+            made_run(tmp_path / name / f"seed-{seed}", after)
+    made_run(tmp_path / "z" / "seed-7", 0.5)
+    rows, _ = table(tmp_path)
+    differences = {name: row["minus opd"] for name, row in rows.items()}
+    assert differences == {"opd": "-", "a": "+5.0", "prefix": "+15.0±5.0", "z": "-"}
+
+
+def test_accuracies_on_different_files_are_not_compared(tmp_path):
+    made_run(tmp_path / "opd", {"aime": 0.5}, before={"aime": 0.1})
+    made_run(tmp_path / "prefix", {"amc": 0.6}, before={"amc": 0.1})
+    row = table(tmp_path)[0]["prefix"]
+    assert row["minus opd"] == row["opd at as many tokens"] == "-"
+
+
+def test_plain_opds_accuracy_at_as_many_tokens_is_read_on_its_curve(tmp_path):
+    """.1 at 0 tokens and .6 at 2,000: at 500 it is .225."""
+    made_run(tmp_path / "opd", 0.6, before=0.1)
+    made_run(tmp_path / "prefix", 0.5, before=0.1, scale=0.25)
+    made_run(tmp_path / "slow", 0.5, before=0.1, scale=1)
+    rows, _ = table(tmp_path)
+    found = {name: row["opd at as many tokens"] for name, row in rows.items()}
+    assert found == {"opd": "-", "prefix": "22.5", "slow": "60.0"}
+
+
+def test_accuracy_at_as_many_tokens_is_read_seed_by_seed_between_the_nearest_evaluations(tmp_path):
+    """
+    Seed 0 had .4 at 1,000 tokens, so .25 at 500; seed 1 was not graded there: .225. Mean .2375,
+    half of their distance .0125.
+    """
+    path = made_run(tmp_path / "opd" / "seed-0", after=None)
+    with open(path, "a") as file:
+        for step, accuracy in ((1, 0.4), (2, 0.6)):
+            line = graded(step, "student", accuracy, generated_tokens=1000 * step)
+            file.write(json.dumps(line) + "\n")
+    made_run(tmp_path / "opd" / "seed-1")
+    for seed in (0, 1):
+        made_run(tmp_path / "prefix" / f"seed-{seed}", scale=0.25)
+    assert table(tmp_path)[0]["prefix"]["opd at as many tokens"] == "23.8±1.2"
+
+
+def test_the_gap_is_recovered_run_by_run_and_is_none_where_the_teacher_is_no_better(tmp_path):
+    made_run(tmp_path / "opd" / "seed-0", 0.5, teacher=0.9, before=0.1)  # .4 / .8 = 50%
+    made_run(tmp_path / "opd" / "seed-1", 0.6, teacher=0.6, before=0.2)  # .4 / .4 = 100%
+    made_run(tmp_path / "x" / "seed-0", 0.6, teacher=0.1, before=0.1)
+    rows, _ = table(tmp_path)
+    assert (rows["opd"]["gap"], rows["x"]["gap"]) == ("75%", "-")
+
+
+COSTS = ("generated tokens", "trained tokens", "flops", "seconds")
+
+
+def test_costs_are_means_over_seeds_and_then_ratios_to_the_baseline(tmp_path):
+    for seed, scale in ((0, 50), (1, 150)):
+        made_run(tmp_path / "opd" / f"seed-{seed}", scale=scale)  # 2 steps: 100k and 300k tokens
+    made_run(tmp_path / "prefix", scale=73)
+    rows, _ = table(tmp_path)
+    assert [rows["opd"][name] for name in COSTS] == ["200k", "100k", "200G", "800"]
+    assert [rows["prefix"][name] for name in COSTS] == ["0.73x"] * 4
+
+
+def test_the_overlap_is_that_of_the_first_and_the_last_step(tmp_path):
+    made_run(tmp_path / "opd", steps=3)
+    made_run(tmp_path / "x", steps=1)
+    rows, _ = table(tmp_path)
+    assert (rows["opd"]["overlap"], rows["x"]["overlap"]) == ("0.60-0.80", "0.60-0.60")
+
+
+COMPARED = "opd prefix progressive prefix-guided prune opd-extrapolate prefix-guided-random".split()
+
+
+def test_the_table_of_make_compare_is_at_most_100_columns_wide(tmp_path):
+    """With three seeds, wide errors and large numbers."""
+    for name, seed in itertools.product(COMPARED, (0, 1, 2)):
+        made_run(tmp_path / name / f"seed-{seed}", 0.1 * seed, before=0.02 * seed, scale=123.4)
+    rows, lines = table(tmp_path)
+    assert sorted(rows) == sorted(COMPARED)
+    assert max(map(len, lines)) <= 100
+    assert len({len(line) for line in lines if not line.startswith(("accuracy", "opd is"))}) == 1
+
+
+def test_seconds_in_all_count_whatever_a_step_timed(tmp_path):
+    times = {"time_rollout": 1, "time_teacher": 2, "time_update": 4, "time_validation": 30}
+    line = {"step": 2, "overlap_by_position": [None], **times}
+    made_run(tmp_path / "opd", steps=1, text=json.dumps(line) + "\n")
+    assert opd.read_run(tmp_path, "opd")["last"]["seconds"] == 4 + 37
+
+
+def test_a_run_that_was_broken_off_counts_up_to_its_last_whole_line(tmp_path):
+    made_run(tmp_path / "opd")
+    made_run(tmp_path / "x", after=None, steps=3, text='{"step": 4, "lo')  # killed while it wrote
+    row = table(tmp_path)[0]["x"]
+    shown = [row[name] for name in ("after", "minus opd", "gap", "generated tokens")]
+    assert shown == ["-", "-", "-", "1.50x"]
+
+
+def test_half_a_line_is_left_out_wherever_it_is(tmp_path):
+    """A run is killed while it writes, then --eval_only adds a line to the same file."""
+    made_run(tmp_path / "opd")
+    rest = json.dumps(graded(0, "eval_only", 0.5)) + "\n"
+    made_run(tmp_path / "x", after=None, text='{"step": 3, "lo' + rest)
+    assert table(tmp_path)[0]["x"]["generated tokens"] == "1.00x"
+
+
+def test_runs_without_evaluations_are_listed_and_leave_no_curve(tmp_path):
+    made_run(tmp_path / "opd")
+    made_run(tmp_path / "x", before=None, after=None)
+    row = table(tmp_path)[0]["x"]
+    assert [row[name] for name in ("teacher", "before", "after", "gap")] == ["-"] * 4
+    figure = opd.draw_report(read_runs(tmp_path))
+    curves = [len(axes.lines) for axes in figure.axes]
+    assert curves == [1, 4, 1]  # by position: the first and the last step of both
+
+
+def test_of_several_files_the_mean_decides(tmp_path):
+    """Mean of .3 and .7: .5. Gap: .3 of .6."""
+    others = {"teacher": {"aime": 0.7, "amc": 0.9}, "before": {"aime": 0.1, "amc": 0.3}}
+    made_run(tmp_path / "opd", {"aime": 0.3, "amc": 0.7}, **others)
+    made_run(tmp_path / "x", {"aime": 0.4, "amc": 0.9}, **others)
+    rows, _ = table(tmp_path)
+    assert (rows["opd"]["after"], rows["opd"]["gap"]) == ("50.0", "50%")
+    assert rows["x"]["minus opd"] == "+15.0"
+
+
+def test_later_grading_and_a_cold_start_are_no_points_of_a_run(tmp_path):
+    more = [json.dumps(graded(5, who, 0.99)) + "\n" for who in ("eval_only", "cold_start")]
+    made_run(tmp_path, text="".join(more))
+    run = opd.read_run(tmp_path, "")
+    assert run["after"] == run["final"]["eval"]["avg_at_n"] == 0.6
+    assert len(run["curve"]) == 2
+
+
+def test_one_group_is_printed_one_fact_a_line_without_ratios(tmp_path, capsys):
+    made_run(tmp_path / "x" / "seed-3")
+    opd.main(["--report", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    facts = {line[:32].strip(): line[32:].strip() for line in lines}
+    expected = {"after": "60.0", "generated_tokens": "2.00k", "seconds": "8.00", "gap": "62%"}
+    assert {label: facts[label] for label in expected} == expected
+    assert not [label for label in facts if "minus" in label or "as many" in label]
+
+
+def test_the_picture_has_three_panels_with_a_line_per_seed(tmp_path):
+    """Two seeds of one colour; the legend names every group once."""
+    made_run(tmp_path / "opd/seed-0", 0.5)
+    made_run(tmp_path / "opd/seed-1", 0.7, scale=3)
+    made_run(tmp_path / "x", 0.2)
+    results = opd.main(["--report", str(tmp_path)])
+    assert set(results) == {"opd/seed-0", "opd/seed-1", "x"}
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    figure = opd.draw_report(read_runs(tmp_path))
+    tokens, positions, seconds = (axes.lines for axes in figure.axes)
+    curves = [line.get_xydata().tolist() for line in tokens]
+    assert curves[:2] == [[[0, 0.1], [2000, 0.5]], [[0, 0.1], [6000, 0.7]]]
+    assert [line.get_xydata().tolist()[1] for line in seconds][:2] == [[8, 0.5], [24, 0.7]]
+    by_position = [line.get_xydata().tolist()[0] for line in positions]
+    assert by_position[:2] == [[0, 0.6], [0, 0.7]]  # the first step, the last
+    colors = [line.get_color() for line in tokens]
+    assert colors[0] == colors[1] != colors[2]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["opd", "x"]
+
+
+def test_without_matplotlib_the_table_is_printed_and_a_line_says_what_to_install(
+    tmp_path, capsys, monkeypatch
+):
+    made_run(tmp_path / "opd")
+    for name in ["matplotlib", *sys.modules]:
+        if name.split(".")[0] == "matplotlib":
+            monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as stop:
+        opd.main(["--report", str(tmp_path)])
+    told = capsys.readouterr()
+    assert stop.value.code == 2 and "60.0" in told.out
+    assert told.err.count("\n") == 1 and told.err.endswith("; pip install matplotlib\n")
+
+
+def test_a_report_leaves_out_the_copies_in_checkpoints_wherever_its_folder_is(tmp_path):
+    folder = tmp_path / "checkpoint-study [1]"
+    for name in ("opd", "opd/checkpoint-2"):
+        made_run(folder / name, 0.5)
+    assert set(opd.main(["--report", str(folder)])) == {"opd"}
+
+
+def test_a_report_of_no_run_with_steps_is_refused(tmp_path, capfd):
+    write(tmp_path / "x" / "metrics.jsonl", graded(0, "eval_only", 0.5))
+    status, line = stopped(["--report", str(tmp_path)], capfd)
+    assert status == 2 and "no run below it has a metrics.jsonl with steps" in line
+
+
+def test_a_run_ends_with_its_own_report_and_the_path_of_its_checkpoint(world, tmp_path, capsys):
+    train(world, tmp_path, max_steps=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"checkpoint in {tmp_path}/checkpoint-1"
+    labels = [line[:32].strip() for line in lines]
+    assert {"teacher", "before", "after", "overlap", "generated_tokens"} <= set(labels)
+
+
+# --------------------------------------------------------------------------------------------------
+# 18. Main
+
+
+def test_without_models_a_run_makes_its_tiny_world_and_uses_it_again(tmp_path, monkeypatch, made):
+    """Here from the models of another test, which have learned nothing."""
+    worlds = []
+
+    def make_world(folder, seed):
+        worlds.append((folder, seed))
+        shutil.copytree(made[0], folder)
+
+    monkeypatch.setattr(opd, "make_world", make_world)
+    argv = ["--output_dir", str(tmp_path), "--max_steps", "1", "--max_new_tokens", "8"]
+    argv += ["--batch_size", "2", "--seed", "3", "--eval_samples", "1"]
+    argv += ["--eval_max_new_tokens", "4", "--device", "cpu"]
+    for _ in range(2):
+        opd.main([*argv, "--method", "opd", "--prefix_length", "4", "--cap_init", "24"])
+    assert worlds == [(str(tmp_path / "world"), 3)]
+    evaluations = [line for line in test_opd.read(tmp_path / "metrics.jsonl") if "eval" in line]
+    assert [line["eval"]["eval"]["num_problems"] for line in evaluations] == [100] * 3
+
+
+def test_a_resumed_tiny_world_is_not_another_run(tmp_path, monkeypatch, made):
+    shutil.copytree(made[0], tmp_path / "world")
+    argv = ["--output_dir", str(tmp_path), "--max_new_tokens", "4", "--batch_size", "1"]
+    argv += ["--eval_samples", "1", "--eval_max_new_tokens", "1", "--device", "cpu"]
+    for steps in ("1", "2"):
+        opd.main([*argv, "--eval_every", "1", "--max_steps", steps, "--resume"])
+    steps = [line["step"] for line in test_opd.read(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2]
+
+
+def test_gradient_checkpointing_changes_no_gradient_even_in_a_model_with_dropout(world, tmp_path):
+    """Layers are recomputed in training mode only, and training mode brings dropout back."""
+    student = save_model(tmp_path / "dropout", tiny_llama(4, attention_dropout=0.5))
+    norms = []
+    for flag in (None, True):
+        flags = {"student": student, "gradient_checkpointing": flag, "eval_file": None}
+        _, steps, _ = train(world, tmp_path / f"{flag}", **flags)
+        norms.append([line["grad_norm"] for line in steps])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+# A flag without a case fails here: write one, and name it
+CASES = {
+    "student teacher": test_the_student_and_the_teacher_are_those_of_their_flags,
+    "train_file": test_without_shares_the_files_are_one_pool,
+    "mix": test_a_mixture_draws_each_files_share_to_the_nearest_prompt,
+    "eval_file eval_only": test_eval_only_grades_a_model_file_by_file,
+    "output_dir": test_a_run_ends_with_its_own_report_and_the_path_of_its_checkpoint,
+    "report_to": test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names,
+    "report": test_one_group_is_printed_one_fact_a_line_without_ratios,
+    "prompt_template": test_the_prompt_template_is_what_the_models_read_around_a_problem,
+    "no_chat_template": test_no_chat_template_gives_the_message_as_it_is,
+    "enable_thinking": test_enable_thinking_reaches_the_template_of_every_prompt,
+    "dtype": test_in_bfloat16_both_models_sample_and_judge_in_it_and_float32_weights_learn,
+    "device": test_the_device_is_where_the_models_go,
+    "method": test_prefix_length_is_where_the_prefix_ends,
+    "loss support baseline": test_the_flags_of_the_loss_choose_it,
+    "cold_start_steps": test_every_method_has_its_cold_start_once_with_an_evaluation_after_it,
+    "cold_start_learning_rate": (
+        test_a_cold_start_has_a_learning_rate_of_its_own_and_the_clipping_of_the_run
+    ),
+    "max_prompt_length": test_a_prompt_of_exactly_the_longest_length_is_trained_on,
+    "prefix_length": test_prefix_length_is_where_the_prefix_ends,
+    "probe_window": test_the_probe_window_is_what_is_looked_at_in_the_prefix,
+    "keep_ratio": test_keep_ratio_is_the_share_of_candidates_that_go_on,
+    "select": test_select_random_does_not_look_at_the_overlap,
+    "train_pruned_prefix": test_train_pruned_prefix_learns_from_those_that_lost,
+    "horizon_start horizon_growth horizon_every": (
+        test_the_horizon_flags_are_its_start_growth_and_steps_between
+    ),
+    "drift_threshold w_drop w_base": (
+        test_the_drift_flags_are_threshold_loss_of_reliability_and_what_stays
+    ),
+    "cap_init": test_cap_init_is_the_first_cap_and_no_more_than_max_new_tokens,
+    "cap_min cap_max cap_step cap_margin cap_hit_ratio cap_patience": (
+        test_each_flag_of_the_cap_does_what_it_says
+    ),
+    "no_prune_in_flight": test_no_prune_in_flight_stops_no_row,
+    "gradient_checkpointing": test_gradient_checkpointing_recomputes_the_layers_of_the_student_alone,
+    "extrapolate": test_extrapolation_happens_at_powers_of_two_and_pays_for_its_samples,
+    "save_every": test_checkpoints_come_every_so_many_steps_and_at_the_end,
+    "keep_checkpoints": test_only_the_last_checkpoints_are_kept_by_number,
+    "resume": test_a_finished_run_goes_on_with_more_steps_as_if_it_had_had_them_from_the_start,
+    "eval_every": test_evaluations_come_every_so_many_steps_and_at_the_end,
+}
+
+
+def test_every_flag_has_a_case_in_which_another_value_changes_what_it_says():
+    named = [*UNUSUAL, *" ".join(CASES).split()]
+    assert sorted(named) == sorted(item.name for item in dataclasses.fields(opd.Config))
