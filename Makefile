@@ -1,5 +1,5 @@
-# Every target works on a fresh machine with Python 3.11 or newer, make and git: .venv is made when it
-# is missing or out of date. Times are those of two CPU cores.
+# Every target works on a fresh machine with Python 3.11 or newer and make: .venv is made when it is
+# missing or out of date. The times are those of two CPU cores.
 PYTHON ?= python3
 .PHONY: demo test lint bench compare conditions clean
 
@@ -11,17 +11,17 @@ demo: .venv/ready
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal test_opd.py .ci/test_runs.py .ci/test_bench.py
 
-# The layout of all Python files, and the usual mistakes: one second. It says nothing where there are none.
+# The layout of all Python files, and the usual mistakes: one second. Silent where all is well.
 lint: .venv/ready
-	@.venv/bin/ruff format --quiet --check .
-	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --quiet --check *.py .ci/*.py
+	@.venv/bin/ruff check --quiet *.py .ci/*.py
 
-# What opd.py takes, in seconds and bytes, beside the plainest way to do the same: under five minutes.
+# Seconds and bytes of opd.py, beside the plainest way to do the same: under five minutes.
 bench: .venv/ready
 	.venv/bin/python .ci/bench.py
 
-# Every method from the same tiny student, with three seeds: 9 to 11 minutes. It ends in a table and the
-# picture out/compare/report.png; broken off, it goes on with the runs that are not done.
+# Every method from the same tiny student, with three seeds: 9 to 11 minutes. It ends in a table and
+# the picture out/compare/report.png; broken off, it goes on with the runs that are not done.
 compare: .venv/ready
 	.ci/compare.sh
 

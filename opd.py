@@ -31,7 +31,7 @@ Papers, by the tags used below
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row
 p * G + g), S prompt length, T response length, V vocabulary, K the top k, H hidden size, N response
-tokens of some rows end to end. p, q: probabilities of student and teacher; logits are so called.
+tokens of some rows end to end. p and q are the probabilities of student and teacher, never logits.
 
 Part I is what the papers define, in the order in which one would explain it. Part II is plumbing.
 """
@@ -79,7 +79,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 def reverse_kl(student_logits, teacher_logits):
     """KL(student || teacher), whole vocabulary. (B, T, V), (B, T, V) -> (B, T)        [GKD, eq. 1]
 
-    sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
+        sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
+
+    Its mean is over all tokens of a step: see backward. Where only q is 0: about 1e30 p, not inf.
     """
     # Not F.kl_div(log_p, log_q), which is KL(q || p): with that the student spreads over all that
     # the teacher might do. bfloat16 becomes float32, and float64 stays what it is
@@ -94,9 +96,9 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
     """The k1 policy-gradient surrogate of sampled tokens y. (B, T, V), (B, T, V), (B, T) -> (B, T)
 
         -stop_gradient(r) log p(y),    r = log q(y) - log p(y)
-                                       with the baseline r + KL(p || q)                       [vOPD]
+        with the baseline -KL(p || q), the mean of r, subtracted: r + KL(p || q)              [vOPD]
 
-    Averaged over y ~ p its gradient is that of reverse_kl; its value means nothing. r averages -KL.
+    Averaged over y ~ p its gradient is that of reverse_kl; its value means nothing.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
@@ -114,7 +116,8 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
 def is_among(tokens, others):
     """Which of the tokens are among the others. (..., K), (..., J) -> (..., K) bool
 
-    The one place where top-k sets are compared: rollout, topk_overlap, alignment, reverse_kl_topk.
+    The one place where top-k sets are compared: topk_overlap, alignment, reverse_kl_topk and, in
+    the rollout, judge all call it.
     """
     return (tokens[..., :, None] == others[..., None, :]).any(-1)
 
@@ -125,7 +128,7 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
         value       sum_S p_bar (log p - log q),    p_bar = p / P_S,   P_S = sum_S p
         gradient    of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
 
-    support: the top k of the student | teacher | both (intersection; empty: 0) | either (union).
+    support: "student", "teacher": whose top k; "intersection" of both (0 where empty), or "union".
     This is the gradient of the released code, not that of the renormalised KL which the paper
     prints: it also moves mass into S and out of it. ValueError for other supports. Needs is_among.
     """
@@ -142,9 +145,8 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
         inside = is_among(student_topk, teacher_topk)
     elif support == "union":
         candidates = torch.cat([student_topk, teacher_topk], dim=-1)  # (B, T, 2K)
-        inside = torch.cat(
-            [inside, ~is_among(teacher_topk, student_topk)], dim=-1
-        )  # none counts twice
+        new = ~is_among(teacher_topk, student_topk)  # none counts twice
+        inside = torch.cat([inside, new], dim=-1)
     elif support not in ("student", "teacher"):
         raise ValueError(f"support {support!r}; use student, teacher, intersection or union")
 
@@ -178,8 +180,8 @@ def alignment(student_logits, teacher_logits, response_mask, k):
                                                                         [Rethinking-OPD, eqs. 6-10]
     I: the tokens in the top k of both; _bar: renormalised on I. Needs is_among.
         overlap_ratio            |I| / k
-        overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0. Where I is
-                                 empty it is NaN, and left out of the mean
+        overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0: the mean over
+                                 I, as the paper has it. Where I is empty: NaN, left out of the mean
         overlap_mass_student     sum_I p
         overlap_mass_teacher     sum_I q
         entropy_student, entropy_teacher, entropy_gap (their distance), reverse_kl: in nats, of the
@@ -278,9 +280,10 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
     """The cap of the next rollouts, from the reliable lengths (B,) under this one.      [Prune-OPD]
     -> (max_length, misses)
 
-    It grows by step where a share hit_ratio of the rows is reliable to within margin of it, and
-    shrinks by step after patience misses in a row; it stays between low and high.
-    Example: cap 2048, margin 100: a tenth of the rows at 1948 or more -> 2148.
+    It grows by step (tokens) where a share hit_ratio of the rows is reliable up to
+    max(low, max_length - margin), and shrinks by step after patience misses in a row; it stays
+    between low and high. Example: cap 2048, margin 100, step 100, hit_ratio .1, 10 rows, of which
+    one is reliable for 1948 tokens -> (2148, 0).
     """
     boundary = max(low, max_length - margin)
     # A row that ends early cannot hit: growth needs responses that are long and still reliable
@@ -301,8 +304,8 @@ def extrapolate(weights, anchor, validate, max_tries=5):
         try weights + 2k (weights - anchor), k = 1, 2, ..., max_tries; stop at the first that is not
         strictly better than the one before
 
-    weights, anchor: dicts of tensors, as they are now and as accepted the last time;
-    validate: dict -> float
+    weights, anchor: dicts of tensors, as they are now and as accepted the last time; validate: dict
+    -> float. Example: from anchor 1 to weight 2, the tries are 4, 6, 8, 10, 12.
     -> the accepted dict, the accepted k (0: plain OPD goes on), the scores of weights and every try
     """
     accepted, accepted_k = weights, 0
@@ -359,13 +362,13 @@ def generate(
     top_p=1.0,
     record_k=0,
 ):
-    """Sample up to max_new_tokens further tokens of each row, in the law that the losses score.
+    """Sample up to max_new_tokens further tokens of each row, from what the losses score.
 
     input_ids, attention_mask: (B, L), padded on the left. cache: of the columns 0 to L - 2, as the
     last call left it, or None; it grows in place. temperature 0 is greedy. pad_id: what rows that
     ended go on with, any id that has an embedding; when all have ended, there are no more columns.
     -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
-       log-prob of each row's last new token (B,), which means nothing in a row that ended before
+       log-prob of each row's last new token (B,), before top_p; meaningless if the row ended before
     """
     topk, scores = [], None
 
@@ -376,14 +379,14 @@ def generate(
             topk.append(scores.topk(record_k).indices)
         return scores
 
-    law = {"do_sample": False}
+    draw = {"do_sample": False}
     if temperature:
-        law = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        draw = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **law
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **draw
     )
     # What this config leaves open would come from the one that ships with the model: a repetition
-    # penalty there would draw the tokens from another law than the one that the losses score
+    # penalty there would draw tokens from another distribution than the one that the losses score
     shipped, model.generation_config = model.generation_config, GenerationConfig()
     try:
         ids = model.generate(
@@ -437,7 +440,10 @@ def tokens_at_once(vocab_size, elements=25_000_000):
 
 @torch.no_grad()
 def response_log_probs(model, out, vocab_size, temperature=1.0):
-    """The log-probs that a model gives the responses of a rollout -> B tensors (length,)"""
+    """The log-probs that a model gives the responses of a rollout -> B tensors (length,)
+
+    Needs hidden_states, head_logits, tokens_at_once.
+    """
     ids = torch.cat([out["prompt_ids"], out["response_ids"]], dim=1)  # (B, S + T)
     mask = torch.cat([out["prompt_mask"], out["response_mask"]], dim=1)
     T = out["response_ids"].shape[1]
@@ -481,17 +487,20 @@ def best_prefixes(
     """Who goes on in prefix-guided OPD.                                                   [PG-OPD]
 
     After a prefix of so many tokens (at), keep_ratio of the rows do, one of each prompt or more, by
-    mean overlap in the probe window; random: by chance, a control.
+    mean overlap in the probe window; random: by chance, a control. overlap (B, length), ended (B,)
+    -> (B,) bool. Needs select_prefixes.
     """
     if length != at:
         return torch.ones_like(ended)
     score = overlap[:, :probe_window].mean(-1)  # (B,)
     if random:
         score = torch.rand_like(score)
-    # Rows that ended are complete: they take a slot only if nobody else wants it
+    # Rows that ended are complete, whatever is said here. A score below all others lets them take a
+    # slot only where no row that runs is left to take it
     score = score.masked_fill(ended, -1).view(-1, num_generations)  # (P, G)
     slots = max(len(score), round(keep_ratio * len(ended)))
-    # Where all candidates of a prompt have ended, the slot that it takes is one more
+    # select_prefixes gives each prompt a slot, also where all its candidates have ended: that one
+    # is not taken from the others
     slots += int((score == -1).all(1).sum())
     return select_prefixes(score, min(len(ended), slots)).flatten()
 
@@ -526,10 +535,11 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size):
 
 
 @torch.no_grad()
-def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, **law):
-    """Sample responses to B prompts, lists of ids, on KV caches that nothing is computed for twice.
+def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, **sampling):
+    """Sample responses to B prompts, lists of ids; no column passes through either model twice.
 
-    teacher: None in evaluation, with overlap_k 0. law: vocab_size, temperature, top_p of generate.
+    teacher: None in evaluation; with one, overlap_k must be 1 or more. sampling: vocab_size,
+    temperature and top_p, for generate. Both models must be in eval mode.
     -> dict, T the longest response: prompt_ids, prompt_mask (B, S); response_ids, response_mask,
        overlap (B, T), 0 off the mask; log_probs (B, T), as sampled, of each segment's last token,
        else NaN; ended (has an EOS), kept (was not stopped by the plan) (B,); teacher_hidden: B of
@@ -544,14 +554,15 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
         teacher_cache = read_prompts(teacher, prompts, pad_id)
         out["teacher_seconds"] += clock(device) - began
     running = torch.arange(len(prompts), device=device)  # the rows in the caches, in their order
+    settings = {"eos_ids": eos_ids, "pad_id": pad_id, "record_k": overlap_k, **sampling}
+    V = sampling["vocab_size"]
 
     # Between segments each cache holds every column but the last, whose token nobody has read yet
     length = 0  # of the responses so far
     for border in plan.borders():
         # Write: the student samples up to the border
-        settings = {"max_new_tokens": border - length, "eos_ids": eos_ids, "pad_id": pad_id, **law}
         new_ids, student_topk, log_probs = generate(
-            student, ids, mask, student_cache, record_k=overlap_k, **settings
+            student, ids, mask, student_cache, max_new_tokens=border - length, **settings
         )
         new_mask = mask_through_eos(new_ids, eos_ids)
         is_eos = torch.isin(new_ids, torch.tensor(sorted(eos_ids), device=device))
@@ -569,14 +580,10 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
         # logits, which are V / H times as large
         if teacher:
             began = clock(device)
-            hidden, overlap = judge(
-                teacher, teacher_cache, ids, mask, student_topk, law["vocab_size"]
-            )
+            hidden, overlap = judge(teacher, teacher_cache, ids, mask, student_topk, V)
             out["overlap"][running, new] = overlap * new_mask
-            for row, states, size in zip(running.tolist(), hidden, new_mask.sum(-1).tolist()):
-                out["teacher_hidden"][row].append(
-                    states[:size].clone()
-                )  # a view would keep them all
+            for row, states, valid in zip(running.tolist(), hidden, new_mask):
+                out["teacher_hidden"][row].append(states[valid])  # a copy: a view keeps all of them
             out["teacher_seconds"] += clock(device) - began
 
         # Choose: the method says who goes on; what has ended is complete
@@ -650,7 +657,7 @@ def backward_in_chunks(
     -> the gradient with respect to hidden (N, H), the weighted sum of losses, the measures by chunk
     """
     gradients, measured = [], []
-    total = hidden.new_zeros((), dtype=torch.float32)
+    total = 0.0
     columns = (hidden.detach(), teacher_hidden, response_ids, log_probs, token_weight)
     for chunk in zip(*(column.split(chunk_tokens) for column in columns)):
         states, teacher_states, ids, sampled_log_probs, weight = chunk
@@ -662,7 +669,7 @@ def backward_in_chunks(
         # times
         loss.backward()
         gradients.append(states.grad)
-        total += loss.detach()  # not .item(): a GPU would wait at every chunk
+        total = total + loss.detach()  # not .item(): a GPU would wait at every chunk
         if measure:
             student_logits = student_logits.detach()
             measured.append(measure(student_logits, teacher_logits, ids, sampled_log_probs))
@@ -705,17 +712,18 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     # Of the whole step: a mean per micro-batch or process would give the tokens beside short rows
     # more weight than others
     num_tokens = sum(gather([int(learned.sum()) for _, learned, _ in rows]))
+    student.zero_grad(set_to_none=True)
     if not num_tokens:
         return {}
-    student.zero_grad(set_to_none=True)
     for module in student.modules():
-        # Training mode only where layers are recomputed; all else stays in eval mode: no dropout
+        # transformers recomputes a layer in training mode only; all else stays in eval mode: no
+        # dropout
         module.training = getattr(module, "gradient_checkpointing", False)
 
     loss, measured = 0.0, []
-    most_tokens = micro_batch_size * len(rows[0][0]) if rows else 0
+    most_tokens = micro_batch_size * len(rows[0][0]) if rows else 0  # padding counted
     while rows:
-        # The next rows, padded on the right
+        # As many of the longest rows that are left as that allows, padded on the right
         count = most_tokens // len(rows[0][0])
         ids, learned, columns = zip(*rows[:count])
         rows = rows[count:]
@@ -772,7 +780,7 @@ def plan_rollout(config, step, cap):
     """
     plan = Plan(config.max_new_tokens, config.segment_length)
     if config.method == "prefix":
-        plan.max_length = min(config.prefix_length, config.max_new_tokens)
+        plan.max_length = min(config.prefix, config.max_new_tokens)
 
     elif config.method == "progressive":
         plan.max_length = horizon(
@@ -784,10 +792,10 @@ def plan_rollout(config, step, cap):
         )
 
     elif config.method == "prefix-guided":
-        plan.look_at = config.prefix_length
+        plan.look_at = config.prefix
         plan.goes_on = functools.partial(
             best_prefixes,
-            at=config.prefix_length,
+            at=config.prefix,
             num_generations=config.num_generations,
             keep_ratio=config.keep_ratio,
             probe_window=config.probe_window,
@@ -812,13 +820,13 @@ def token_weights(config, out):
     weight = torch.ones_like(out["overlap"])
     loss_mask = out["response_mask"]
     if config.method == "prune":
-        # The mean is still over all tokens, so a smaller weight is a smaller step, as released
+        # Not renormalised: the mean is still over all tokens, as released
         reliability = drift_weights(
             out["overlap"], out["response_mask"], config.drift_threshold, config.w_drop
         )
         weight = reliability + config.w_base
     if config.method == "prefix-guided" and not config.train_pruned_prefix:
-        # The paper stops those that lost at the prefix; whether it is trained on it does not say
+        # The paper stops the losers at the prefix, and does not say whether that is trained on
         loss_mask = loss_mask & out["kept"][:, None]
     return weight, loss_mask
 
@@ -861,7 +869,7 @@ def train(config, run):
         plan = plan_rollout(config, step, run.cap)
         candidates = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
         out = rollout_in_groups(
-            run.sampler, run.teacher, prompts, plan, run.rows_at_once, **candidates, **run.law
+            run.sampler, run.teacher, prompts, plan, run.rows_at_once, **candidates, **run.sampling
         )
 
         run.phase = f"the update of step {step}"
@@ -977,13 +985,13 @@ def evaluate(
     segment_length=512,
     teacher=None,
     title="",
-    **law,
+    **sampling,
 ):
-    """Sample, in a random stream of their own, and grade num_samples answers to every problem.
+    """Sample and grade num_samples answers to every problem, after seeding torch's global stream.
 
     problems: dicts with prompt_ids and answer, perhaps with begun, ids that answers begin with.
-    law: vocab_size, eos_ids, temperature and top_p (1 unless given), for rollout. With a teacher an
-    answer has a reward, the mean of log q - log p over its tokens, else NaN.
+    sampling: vocab_size, eos_ids, temperature and top_p (1 unless given), for rollout. With a
+    teacher an answer has a reward, the mean of log q - log p over what was sampled, else NaN.
     -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]
     """
     answers = []
@@ -996,11 +1004,11 @@ def evaluate(
     for start in tqdm(starts, title, leave=False, disable=not is_main()):
         batch = own[start : start + rows_per_batch]
         prompts = [answer["prompt_ids"] + answer.get("begun", []) for answer in batch]
-        out = rollout(model, None, prompts, plan, **law)
+        out = rollout(model, None, prompts, plan, **sampling)
         rewards = [math.nan] * len(batch)
         if teacher:
-            log_q = response_log_probs(teacher, out, law["vocab_size"])
-            log_p = response_log_probs(model, out, law["vocab_size"])
+            log_q = response_log_probs(teacher, out, sampling["vocab_size"])
+            log_p = response_log_probs(model, out, sampling["vocab_size"])
             rewards = [(q - p).mean().item() for q, p in zip(log_q, log_p)]
 
         for row, answer in enumerate(batch):
@@ -1024,7 +1032,7 @@ def evaluate(
         [answer["reward"] for answer in answers], [answer["correct"] for answer in answers]
     )
     metrics |= {"max_new_tokens": max_length, "seed": seed}
-    metrics |= {name: law.get(name, 1.0) for name in ("temperature", "top_p")}
+    metrics |= {name: sampling.get(name, 1.0) for name in ("temperature", "top_p")}
     return metrics, answers
 
 
@@ -1068,7 +1076,7 @@ def sum_gradients(model):
 
 
 def seed_sampling(seed):
-    """Seed torch's global stream, which model.generate draws from: otherwise in each process."""
+    """Seed torch's global stream, which model.generate draws from: each process has its own."""
     torch.manual_seed(seed * NUM_RANKS + RANK)
 
 
@@ -1485,8 +1493,8 @@ class Config:
     no_prune_in_flight: bool = False  # prune: stop no row while it runs, as in the released code
 
     # -- optimisation
-    learning_rate: float = 1e-6  # of AdamW, constant [Rethinking-OPD, Prune-OPD, EffOPD]
-    warmup_steps: int = 0  # before that a linear warm-up [EffOPD]
+    learning_rate: float = 1e-6  # of AdamW [Rethinking-OPD, Prune-OPD, EffOPD]
+    warmup_steps: int = 0  # steps of linear warm-up; then the rate is constant [EffOPD]
     max_steps: int = 200  # DAPO-Math-17K once [Rethinking-OPD]
     max_grad_norm: float = 1.0  # gradient clipping (our choice)
     micro_batch_size: int = 4  # longest rows at once in the update, or more short ones
@@ -1610,6 +1618,10 @@ def check_config(config):
         "seed cold_start_steps rollout_batch_size prefix_length horizon_growth drift_threshold "
         "w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every eval_every eval_temperature"
     ).split()
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if get_origin(item.type) is Literal and value not in get_args(item.type):
+            raise ValueError(f"--{item.name} {value}: one of {', '.join(get_args(item.type))}")
     for name, value in asdict(config).items():
         least = 0 if name in may_be_zero else 1e-300
         if type(value) in (int, float) and not least <= value < 2**40:
@@ -1620,7 +1632,7 @@ def check_config(config):
     if max(config.keep_ratio, config.eval_top_p) > 1:
         raise ValueError("--keep_ratio and --eval_top_p must be at most 1")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if config.device not in ("cpu", "mps", *gpus, *(["cuda"] if gpus else [])):
+    if config.device not in ("cpu", "mps", *gpus) and not (gpus and config.device == "cuda"):
         raise ValueError(f"--device {config.device}: there is none here; use cpu")
     if "{problem}" not in config.prompt_template:
         raise ValueError("--prompt_template must say {problem} where the problem goes")
@@ -1672,7 +1684,7 @@ class Run:
     teacher_tokenizer: object = None  # for its stop ids and its template
     optimizer: object = None
     vocab_size: int = 0  # tokens that both models have; other rows of their heads are cut off
-    law: dict = None  # what rollout needs to know: vocab_size, eos_ids, temperature
+    sampling: dict = None  # vocab_size, eos_ids and temperature, for rollout
     grading: dict = None  # what evaluate needs beside it and does not change
     cache_bytes: int = 0  # what the caches of both models keep of a token
     pools: list = None  # training problems, a list for each file
@@ -1815,7 +1827,11 @@ def load_models(config, run, path):
     run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1, *heads)
     if config.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {config.overlap_k} is more than the {run.vocab_size} tokens")
-    run.law = {"vocab_size": run.vocab_size, "eos_ids": eos_ids, "temperature": config.temperature}
+    run.sampling = {
+        "vocab_size": run.vocab_size,
+        "eos_ids": eos_ids,
+        "temperature": config.temperature,
+    }
     run.cache_bytes = sum(check_model(model, config.eval_only) for model in models)
     run.device = run.sampler.device
     run.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=bf16)
@@ -1843,7 +1859,9 @@ def preflight(config, run):
     drawn = draw_prompts(config, run, step=1)[:: config.num_generations]
     prompts = [problem["prompt_ids"] for problem in drawn[:4]]
     plan = Plan(32, config.segment_length)
-    out = rollout(run.sampler, run.teacher, prompts, plan, overlap_k=config.overlap_k, **run.law)
+    out = rollout(
+        run.sampler, run.teacher, prompts, plan, overlap_k=config.overlap_k, **run.sampling
+    )
     log_q = torch.cat(response_log_probs(run.teacher, out, run.vocab_size))
     overlap = out["overlap"][out["response_mask"]].mean().item()
     lines = [
@@ -1946,7 +1964,7 @@ def save_checkpoint(config, run):
 
 def read_checkpoint(folder, flags):
     """What a checkpoint holds of a run -> dict. ValueError where it is torn or of other flags"""
-    # Rows at once draw other tokens, and no others
+    # rollout_batch_size changes what is drawn, and selects within other groups: the user's choice
     may_change = (
         "resume output_dir max_steps save_every keep_checkpoints device micro_batch_size report_to "
         "eval_batch_size rollout_batch_size"
@@ -2172,14 +2190,14 @@ def evaluate_files(config, run, who):
         judge_model = None
     how = {
         **run.grading,
-        **run.law,
+        **run.sampling,
         "temperature": config.eval_temperature,
         "top_p": config.eval_top_p,
         "max_length": config.eval_max_new_tokens,
     }
     if who == "teacher":
         model = run.teacher
-        how["eos_ids"] = run.law["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
+        how["eos_ids"] = run.sampling["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
     results, lines = {}, []
     for name, problems in run.evals.items():
         more = {
@@ -2231,7 +2249,7 @@ def extrapolate_student(config, run):
 
     def validate(weights):
         run.sampler.load_state_dict(weights, strict=False)
-        settings = {**run.grading, **run.law, "max_length": config.max_new_tokens}
+        settings = {**run.grading, **run.sampling, "max_length": config.max_new_tokens}
         metrics, answers = evaluate(run.sampler, problems=problems, **settings)
         # Its samples are part of the price
         lengths = torch.tensor([answer["length"] for answer in answers])
@@ -2255,7 +2273,7 @@ def cold_start_step(config, run, step):
     prompts = [problem["prompt_ids"] for problem in problems]
     plan = Plan(config.max_new_tokens, config.segment_length)
     out = rollout_in_groups(
-        run.teacher, None, prompts, plan, run.rows_at_once, config.num_generations, **run.law
+        run.teacher, None, prompts, plan, run.rows_at_once, config.num_generations, **run.sampling
     )
     run.phase = f"the update of cold start step {step}"
     mask, right = out["response_mask"], out["ended"].clone()

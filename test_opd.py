@@ -436,11 +436,10 @@ def first_run(world, tmp_path_factory):
 
 
 def evaluate(*problems, model=STUDENT, **changes):
-    """opd.evaluate of problems, given as (prompt_ids, answer) -> (metrics, answers)"""
+    """opd.evaluate, three answers to a problem and four at a time -> (metrics, answers)"""
     settings = {**SAMPLING, "max_length": 8, "num_samples": 3, "seed": 5, "rows_per_batch": 4}
-    given = [{"problem": "", "prompt_ids": ids, "answer": answer} for ids, answer in problems]
     tokenizer = opd.tiny_tokenizer(WORDS)
-    return opd.evaluate(model, tokenizer, given, **{**settings, **changes})
+    return opd.evaluate(model, tokenizer, problems, **{**settings, **changes})
 
 
 LOSS_OF = {"opd": "reverse_kl", "prefix": "topk", "progressive": "sampled"}
@@ -577,12 +576,12 @@ def test_the_gradient_of_the_topk_loss_is_that_of_the_released_code(support):
     close(got.flatten(), expected, rtol=0, atol=1e-12)
 
 
-@SUPPORTS
-def test_the_topk_loss_pulls_nowhere_when_student_equals_teacher(support):
-    """Unlike sum_S p (log p - log q) differentiated as it stands: that pushes mass out of S."""
-    z = logits(3, 4, seed=1)
-    pull = gradient(lambda z: opd.reverse_kl_topk(z, z.detach(), 5, support), z)
-    assert pull.abs().max() < 1e-6
+def test_the_topk_loss_of_the_whole_vocabulary_is_reverse_kl():
+    """Even where neither model can say some of it."""
+    z, t = logits(2, 3, seed=1), logits(2, 3, seed=2)
+    z[..., 0] = -torch.inf
+    t[..., 0] = -torch.inf
+    close(opd.reverse_kl_topk(z, t, V), opd.reverse_kl(z, t))
 
 
 def test_the_topk_loss_moves_mass_between_support_and_tail_and_the_renormalised_one_cannot():
@@ -694,7 +693,8 @@ def test_alignment_takes_a_token_that_neither_model_can_say_for_none():
 
 def test_alignment_of_bfloat16_logits_is_computed_in_float32():
     z, t = logits(1, 4, seed=1).bfloat16(), logits(1, 4, seed=2).bfloat16()
-    close(opd.alignment(z, t, None, 4), opd.alignment(z.float(), t.float(), None, 4))
+    expected = opd.alignment(z.float(), t.float(), None, 4)
+    close(opd.alignment(z, t, None, 4), expected, equal_nan=True)
 
 
 def test_overlap_by_position_averages_equal_parts_of_the_longest_response():
@@ -719,14 +719,9 @@ def test_the_horizon_is_a_staircase_up_to_the_cap():
     assert {opd.horizon(step, 512, 0, 10, 2048) for step in range(99)} == {512}  # a fixed prefix
 
 
-def test_with_as_many_slots_as_prompts_each_prompt_keeps_exactly_its_best():
-    score = random_scores()
-    kept = opd.select_prefixes(score, 8).nonzero().tolist()
-    assert kept == [[p, int(score[p].argmax())] for p in range(8)]
-
-
 @pytest.mark.parametrize("num_keep", [8, 11, 16, 31, 32])
 def test_slots_above_one_per_prompt_go_to_the_best_of_all_the_others(num_keep):
+    """With 8 slots for 8 prompts each keeps its best, and prompts do not compete."""
     score = random_scores(seed=num_keep)
     best = {(p, int(score[p].argmax())) for p in range(8)}
     others = {*itertools.product(range(8), range(4))} - best
@@ -754,9 +749,7 @@ def test_select_prefixes_refuses_fewer_slots_than_prompts_or_more_than_candidate
         ([0, 1, 1, 0, 1], 0.5, 0.25, [0.75, 0.75, 0.75, 0.5, 0.5]),  # it never recovers
     ],
 )
-def test_reliability_is_lost_at_every_token_whose_overlap_is_below_the_threshold(
-    overlap, threshold, w_drop, w
-):
+def test_every_token_below_the_threshold_costs_reliability(overlap, threshold, w_drop, w):
     mask = torch.ones(1, len(overlap))
     got = opd.drift_weights(torch.tensor([overlap]), mask, threshold, w_drop)
     close(got, torch.tensor([w]).float())
@@ -769,10 +762,16 @@ def test_a_hundred_bad_events_of_a_hundredth_use_reliability_up_and_end_the_reli
 
 
 def test_padding_has_no_reliability_and_is_no_bad_event():
-    mask = torch.tensor([[1, 1, 0, 0]])
+    mask = torch.tensor([[0, 1, 1, 0]])
     w = opd.drift_weights(torch.tensor([[0.0, 1, 0, 0]]), mask, 0.5, 0.25)
-    assert w.tolist() == [[0.75, 0.75, 0, 0]]
+    assert w.tolist() == [[0, 1, 0.75, 0]]
     assert opd.reliable_length(torch.ones(1, 4), mask).tolist() == [2]
+
+
+def test_what_rounding_leaves_of_a_reliability_is_none():
+    """1 minus ten times a tenth need not be 0: to 1e-8 it is."""
+    w = torch.tensor([[1, 1e-7, 1e-9]])
+    assert opd.reliable_length(w, torch.ones(1, 3)).tolist() == [2]
 
 
 CAP = {"step": 100, "margin": 100, "hit_ratio": 0.1, "patience": 3, "low": 1024, "high": 12288}
@@ -859,21 +858,15 @@ LEFT_BY_GPT2 = {"wte", "wpe", "ln_1", "ln_2", "ln_f", "lm_head"}
     [(tiny_llama, LEFT_BY_LLAMA), (tiny_qwen3, LEFT_BY_LLAMA), (tiny_gpt2, LEFT_BY_GPT2)],
 )
 def test_all_that_attention_and_mlp_have_moves_and_nothing_else(family, left):
-    """post_attention_layernorm moves, for the name that it has, as in the released code."""
+    """post_attention_layernorm moves, for its name, as in the released code. What is kept of it are
+    copies, which later updates do not change."""
     model = family(0)
     moved = opd.movable_weights(model)
     for name, parameter in model.named_parameters():
         stays = any(part in name for part in left)
         assert stays == (name not in moved), name
         assert stays or torch.equal(moved[name], parameter)
-
-
-def test_movable_weights_are_copies_that_later_updates_do_not_change():
-    model = tiny_llama(0)
-    before = opd.movable_weights(model)
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    assert all(value.abs().max() > 0 for value in before.values())
+        assert stays or moved[name].data_ptr() != parameter.data_ptr()
 
 
 Z, T = logits(2, 3, seed=1), logits(2, 3, seed=2)
@@ -1007,9 +1000,7 @@ def test_the_topk_recorded_while_sampling_is_that_of_a_full_forward():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_the_log_prob_recorded_is_that_of_the_last_new_token_in_the_law_it_was_drawn_from(
-    temperature,
-):
+def test_the_log_prob_recorded_is_of_the_last_token_in_the_law_it_is_drawn_from(temperature):
     ids, mask = prompts(4, 4, 4)
     torch.manual_seed(0)
     settings = {"max_new_tokens": 5, "vocab_size": 20, "eos_ids": {V}, "temperature": temperature}
@@ -1171,12 +1162,12 @@ def test_the_tokens_do_not_depend_on_the_segment_length_nor_on_a_teacher():
 
 
 def test_a_rule_sees_all_rows_so_far_at_each_border_and_decides_for_good():
-    """Row 0 is stopped at 4 tokens; that the rule takes it back at 8 does not wake it."""
+    """Row 0 is stopped at 4 tokens; that the rule takes it back later does not wake it."""
     seen = []
 
     def rule(length, overlap, mask, ended):
         seen.append((length, *overlap.shape, *mask.shape, *ended.shape))
-        return torch.tensor([length == 8, True, True, True])
+        return torch.tensor([length > 4, True, True, True])
 
     out = roll(STUDENT, TEACHER, eos_ids={V}, goes_on=rule)
     assert seen == [(length, 4, length, 4, length, 4) for length in (4, 8, 12)]
@@ -1470,10 +1461,8 @@ def test_prefix_guided_never_leaves_a_prompt_without_a_candidate():
 
 
 @pytest.mark.parametrize("flag, value", [("probe_window", 7), ("keep_ratio", 0.49)])
-def test_prefix_guided_refuses_a_window_over_the_prefix_and_less_than_a_candidate_per_prompt(
-    flag, value, world, tmp_path
-):
-    """A prefix of 6 and two candidates per prompt; other methods ask for neither."""
+def test_prefix_guided_refuses_what_it_could_not_do_as_told(flag, value, world, tmp_path):
+    """A window over its prefix of 6, or less than one of two candidates. Others ask for neither."""
     opd.parse_args(command(world, tmp_path, method="opd", **{flag: value}))
     with pytest.raises(ValueError, match=f"--{flag}"):
         opd.parse_args(command(world, tmp_path, method="prefix-guided", **{flag: value}))
@@ -1493,9 +1482,10 @@ def test_prefix_guided_chooses_behind_the_prefix_and_nowhere_else():
 
 
 def test_rows_that_ended_in_the_prefix_take_no_slot_from_others():
-    """The best of all has ended; three slots go to three others."""
-    keep = chosen(SCORES, ended=[1, 0, 0, 0, 0, 0], keep_ratio=0.5)
-    assert keep[0, 1] and (keep.sum() - keep[0, 0].int()) == 3
+    """The best of all has ended; .6 of eight are five slots, and they go to five others."""
+    score = [[0.9, 0.8, 0.7, 0.6], [0.5, 0.4, 0.3, 0.2]]
+    keep = chosen(score, ended=[1, 0, 0, 0, 0, 0, 0, 0], keep_ratio=0.6)
+    assert keep[0, 1:].all() and keep[1].tolist() == [True, True, False, False]
 
 
 def test_a_prompt_whose_candidates_have_all_ended_takes_a_slot_that_is_one_more():
@@ -1672,9 +1662,7 @@ def test_the_misses_of_the_cap_are_counted_over_steps(world, tmp_path):
     assert [step["misses"] for step in steps] == [1, 0, 1, 0, 1]
 
 
-def test_each_step_samples_from_the_weights_that_the_last_one_left(
-    world, tmp_path, monkeypatch, runs
-):
+def test_each_step_samples_from_what_the_last_one_left(world, tmp_path, monkeypatch, runs):
     """In bfloat16 the sampler is a copy of the student, whose master weights are float32."""
     sampled_with = []
     rollout = opd.rollout_in_groups
@@ -1694,9 +1682,7 @@ def test_each_step_samples_from_the_weights_that_the_last_one_left(
     assert len(weights) == 3 and not torch.equal(weights[0], weights[1])
 
 
-def test_the_learning_rate_warms_up_the_norm_is_clipped_and_weights_do_not_decay(
-    world, tmp_path, monkeypatch
-):
+def test_rates_warm_up_norms_are_clipped_and_weights_do_not_decay(world, tmp_path, monkeypatch):
     seen = []
     step = opd.optimizer_step
 
@@ -1747,19 +1733,16 @@ def test_extrapolation_happens_at_powers_of_two_and_pays_for_its_samples(world, 
     assert first["validation_tokens"] > 0 and first["time_validation"] > 0
 
 
-def test_a_rejected_extrapolation_leaves_training_as_it_was(
-    world, tmp_path, first_run, monkeypatch
-):
+def test_a_rejected_try_leaves_training_as_it_was(world, tmp_path, first_run, monkeypatch):
     monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)  # no try is ever better
     steps = train(world, tmp_path, extrapolate=True, max_steps=4)[1]
     assert [line["loss"] for line in steps] == [line["loss"] for line in first_run[2]]
     assert {line.get("extrapolation_k", 0) for line in steps} == {0}
 
 
-def test_the_anchor_is_what_was_accepted_the_last_time_and_the_student_goes_on_from_there(
-    world, tmp_path, monkeypatch, runs
-):
-    """Else each try would repeat the jumps before it. The first is the student at the start."""
+def test_the_next_anchor_is_what_was_accepted(world, tmp_path, monkeypatch, runs):
+    """Else each try would repeat the jumps before it. The first is the student at the start; the
+    student goes on from what was accepted."""
     start = transformers.AutoModelForCausalLM.from_pretrained(world / "student")
     accepted, anchors = [opd.movable_weights(start)], []
 
@@ -1776,9 +1759,7 @@ def test_the_anchor_is_what_was_accepted_the_last_time_and_the_student_goes_on_f
     assert_same(opd.movable_weights(runs[0].student), accepted[-1], tolerance=0)
 
 
-def test_every_try_of_an_extrapolation_is_judged_on_the_same_problems_with_the_same_seed(
-    world, tmp_path, monkeypatch
-):
+def test_every_try_has_the_same_problems_and_the_same_seed(world, tmp_path, monkeypatch):
     seen = []
     evaluate = opd.evaluate
 
@@ -1872,7 +1853,7 @@ def test_one_problem_has_no_standard_error():
     assert math.isnan(evaluate(TWO[0])[0]["se"])
 
 
-TWO = ([2, 7, 3], "1"), ([2, 7, 8, 3], "2")
+TWO = {"prompt_ids": [2, 7, 3], "answer": "1"}, {"prompt_ids": [2, 7, 8, 3], "answer": "2"}
 
 
 def test_an_evaluation_has_random_numbers_of_its_own_and_samples_from_all_unless_told_otherwise():
@@ -1922,10 +1903,8 @@ def test_a_box_inside_the_thoughts_is_no_box(monkeypatch):
 
 def test_an_answer_that_was_begun_goes_on_from_there_and_both_parts_are_graded():
     """The box, <4> 5 <5>, is in what was begun."""
-    problem = {"problem": "", "prompt_ids": [2, 7, 3], "answer": "5", "begun": [4, 11, 5]}
-    _, (answer,) = opd.evaluate(
-        STUDENT, opd.tiny_tokenizer(WORDS), [problem], max_length=6, temperature=0, **SAMPLING
-    )
+    problem = {"prompt_ids": [2, 7, 3], "answer": "5", "begun": [4, 11, 5]}
+    _, (answer,) = evaluate(problem, max_length=6, temperature=0, num_samples=1)
     prompt = torch.tensor([[2, 7, 3, 4, 11, 5]])
     new = plain_generate(STUDENT, prompt, torch.ones_like(prompt), {END}, 6)[0].tolist()
     assert answer["response_ids"] == [4, 11, 5, *new] and answer["correct"]
@@ -1973,9 +1952,7 @@ def test_every_step_and_every_evaluation_logs_the_documented_names_as_numbers(wh
     assert len(read(out / "samples.jsonl")) == 4 * 3
 
 
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
-    whole_run, world, tmp_path, monkeypatch
-):
+def test_a_resumed_run_is_bit_for_bit_the_whole_one(whole_run, world, tmp_path, monkeypatch):
     """Its last checkpoint is that of step 3, in a folder whose metrics go on to step 5."""
     changes, out, _ = whole_run
     monkeypatch.setattr(opd, "is_correct", says_a)

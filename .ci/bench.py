@@ -16,7 +16,6 @@ import os
 import random
 import statistics
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from unittest import mock
@@ -49,27 +48,16 @@ class Sizes:
     teacher: dict
     update_width: int  # hidden size of the models of the update
     update_vocabularies: tuple = (32_000, 151_936)
-    chunk_vocabularies: tuple = (102, 151_936)
+    chunk_rows: tuple = ((102, 24), (151_936, 1))  # vocabulary, rows of 256 tokens
 
     @property
     def rows(self):
         return CANDIDATES * self.prompts
 
 
-def shape(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, **more):
-    """The size of a model, as transformers names it."""
-    return {
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        **more,
-    }
-
-
-# 512 rows of wide, shallow models: half of the rows do not halve what a step takes for none (a line of
-# the table shows it). Prompts much shorter than the responses, as in a real run: nobody saves what they
-# take
+# 512 rows of wide, shallow models: half of the rows do not halve what a step takes for none (a line
+# of the table shows it). Prompts much shorter than the responses, as in a real run: nobody saves
+# what they take
 CPU = Sizes(
     device="cpu",
     dtype=torch.float32,
@@ -78,8 +66,22 @@ CPU = Sizes(
     prompt_length=2,
     tokens=32,
     scale_rows=16,
-    student=shape(384, 1152, 2, 6, num_key_value_heads=3, head_dim=64),
-    teacher=shape(384, 1152, 4, 6, num_key_value_heads=3, head_dim=64),
+    student=dict(
+        hidden_size=384,
+        intermediate_size=1152,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=64,
+    ),
+    teacher=dict(
+        hidden_size=384,
+        intermediate_size=1152,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=64,
+    ),
     update_width=64,
 )
 
@@ -92,13 +94,27 @@ CUDA = Sizes(
     prompt_length=128,
     tokens=2048,
     scale_rows=32,
-    student=shape(2048, 6144, 28, 16, num_key_value_heads=8, head_dim=128),
-    teacher=shape(2560, 9728, 36, 32, num_key_value_heads=8, head_dim=128),
+    student=dict(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    teacher=dict(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
     update_width=2048,
 )
 
 
-def random_model(seed, vocabulary, **size):
+def random_model(seed, vocabulary, dtype=torch.float32, **size):
     """A random Qwen3."""
     torch.manual_seed(seed)
     config = transformers.Qwen3Config(
@@ -109,21 +125,20 @@ def random_model(seed, vocabulary, **size):
         eos_token_id=None,
         **size,
     )
-    dtype = size.get("dtype", torch.float32)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 @torch.no_grad()
 def countdown(seed, vocabulary, drifts=False, device="cpu", **size):
     """
-    A random model that goes on from the token n with n - 1, n - 2, ... down to 0: the last token of a
-    prompt sets how long its response gets, whoever samples it and whatever else is in the batch.
-    drifts: not in the upper half of the vocabulary, where a model without it counts down to the half.
+    A random model that goes on from the token n with n - 1, n - 2, ... down to 0: the last token of
+    a prompt sets how long its response gets, whoever samples it and whatever else is in the batch.
+    drifts: not in the upper half of the vocabulary, where a model without it goes down to the half.
     """
     with torch.device(device):
         model = random_model(seed, vocabulary, **size)
         embedding = model.get_input_embeddings().weight.normal_()
-        # The residual stream is mostly the embedding: the row of the head that equals it wins by far
+        # The residual stream is mostly the embedding: the head's row that equals it wins by far
         model.get_output_embeddings().weight.copy_(embedding.roll(-1, 0))
         if drifts:
             embedding[vocabulary // 2 :].normal_()
@@ -131,7 +146,7 @@ def countdown(seed, vocabulary, drifts=False, device="cpu", **size):
 
 
 def bench_prompts(lengths, vocabulary, longest, drifts=False):
-    """Prompts whose responses get these lengths; with drifts every other row is in the upper half."""
+    """Prompts whose responses get these lengths; drifts: every other row is in the upper half."""
     rng = random.Random(0)
     prompts = []
     for row, length in enumerate(lengths):
@@ -143,7 +158,7 @@ def bench_prompts(lengths, vocabulary, longest, drifts=False):
 
 
 def skewed(rows, longest):
-    """Response lengths as in reasoning: most are short, the mean is a quarter of the longest. (rows,)"""
+    """Response lengths as in reasoning: most are short, their mean a quarter of the longest."""
     share = torch.arange(1, rows + 1) / rows
     return (longest * share**3).round().clamp(min=1).long()
 
@@ -188,17 +203,15 @@ class Subject:
         """The half that drifts is unreliable after an eighth, and stops at the next border."""
 
         def still_reliable(length, overlap, mask, ended):
-            weights = opd.drift_weights(
-                overlap, mask, threshold=1 / 32, w_drop=8 / self.sizes.tokens
-            )
-            return weights[:, -1] > 1e-8
+            w_drop = 8 / self.sizes.tokens
+            return opd.drift_weights(overlap, mask, 1 / 32, w_drop)[:, -1] > 1e-8
 
         return self.plan(goes_on=still_reliable)
 
     def sampling_floor(self, prompt, lengths):
         """
-        Seconds that no program can beat for sampling rows with a prompt and response of so many tokens:
-        all weights are read at every step, and the keys and values of the rows that still run.
+        Seconds that no program can beat for sampling rows with a prompt and response of so many
+        tokens: every step reads all weights, and the keys and values of the rows that still run.
         """
         config, embedding = self.student.config, self.student.get_input_embeddings().weight
         of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -225,8 +238,8 @@ def median(numbers):
 
 def in_turns(jobs, device="cpu", repeats=5):
     """
-    Run the jobs in turns, so that what else the machine does falls on all alike; the first turn is to
-    warm up -> {job: {"seconds", and what the job itself returns: (repeats,)}}
+    Run the jobs in turns, so that what else the machine does falls on all alike; the first turn is
+    to warm up -> {job: {"seconds", and what the job itself returns: (repeats,)}}
     """
     told = {name: [] for name in jobs}
     for turn in range(repeats + 1):
@@ -251,7 +264,7 @@ def resident(name):
 
 
 def peak_bytes(job, device="cpu"):
-    """What a job holds at its peak above what was held before it; NaN where the system does not tell."""
+    """What a job holds at its peak above what was held before; NaN where nothing tells."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -279,13 +292,15 @@ def tokens_computed(model):
         counted.append(kwargs["input_ids"].numel())
 
     hook = model.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    yield counted
-    hook.remove()
+    try:
+        yield counted
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager
 def seconds_of(teacher):
-    """A list that fills with the seconds of every forward and head of a teacher, within a rollout."""
+    """A list that fills with the seconds of every forward and head of a teacher in a rollout."""
     spent = []
 
     def timed(function):
@@ -314,8 +329,8 @@ def exponent(sizes, seconds):
 
 def line(name, ours, baseline, unit=" s", floor=math.nan, value=None, most=None, least=None):
     """
-    One line of the table. Medians over turns (n,); the ratio's, too, which is taken turn by turn. The
-    target is on the ratio, or on a value of its own, which may also be a text.
+    One line of the table. Medians over turns (n,); the ratio's, too, which is taken turn by turn.
+    The target is on the ratio, or on a value of its own, which may also be a text.
     """
     ratio = median(ours / baseline)
     judged = ratio
@@ -345,13 +360,12 @@ def line(name, ours, baseline, unit=" s", floor=math.nan, value=None, most=None,
     }
 
 
-NOTES = textwrap.wrap(
-    "Behind a semicolon: the baseline. Floor: times what it would take to read the bytes at the speed of "
-    "a copy, or to compute at that of a matrix product. In front of a target of its own: times faster "
-    "(skewed), time saved / tokens saved (half, guided, prune), the exponent (8 times). Medians of 5 "
-    "turns.",
-    100,
-)
+NOTES = """
+Behind a semicolon: the baseline. Floor: times what it would take to read the bytes at the speed of
+a copy, or to compute at that of a matrix product. Before a target of its own: times faster
+(skewed), time saved / tokens saved (half, guided, prune), the exponent (8 times). Medians of 5
+turns.
+"""
 
 
 def bench_table(rows):
@@ -429,11 +443,15 @@ def rollout_job(subject, prompts, plan, teacher=None):
     top_k = TOP_K if teacher else 0
 
     def job():
-        with seconds_of(teacher) as spent:
+        with seconds_of(teacher) as spent, tokens_computed(subject.student) as computed:
             out = opd.rollout(
                 subject.student, teacher, prompts, plan, overlap_k=top_k, **subject.law
             )
-        return {"tokens": int(out["response_mask"].sum()), "teacher_pass": sum(spent)}
+        return {
+            "tokens": int(out["response_mask"].sum()),
+            "computed": sum(computed),
+            "teacher_pass": sum(spent),
+        }
 
     return job
 
@@ -473,12 +491,12 @@ def rollout_lines(subject):
 
 
 def selection_lines(seen, total_tokens):
-    """What is saved where half of the rows stop after a quarter, and what finding them out takes."""
+    """What is saved where half of the rows stop after a quarter, and what finding them takes."""
     assert {*seen["unprobed"]["tokens"].tolist()} == {total_tokens * 5 // 8}
     assert {*seen["prune"]["tokens"].tolist()} == {total_tokens * 5 // 8}
     whole, plain = seen["generate equal"]["seconds"], seen["unprobed"]["seconds"]
-    # The probe has a line of its own: guided rollouts without it, and what it took there is taken from
-    # prune, which cannot run without it, and scores as many tokens
+    # The probe has a line of its own: guided rollouts run without it, and what it took there is
+    # taken from prune, which cannot run without it, and scores as many tokens
     probe = seen["guided"]["seconds"] - seen["guided"]["teacher_pass"] - plain
     pruned = seen["prune"]["seconds"] - seen["prune"]["teacher_pass"]
     compared = (
@@ -497,33 +515,29 @@ def selection_lines(seen, total_tokens):
 
 
 def prompt_lines(subject):
-    """A rollout of prompts as long as the responses: read once each, and once for every candidate."""
-    length, vocabulary = subject.sizes.tokens, subject.sizes.vocabulary
-    shared, own = [], []
+    """A rollout of prompts as long as the responses, read once, and once for every candidate."""
+    length, count = subject.sizes.tokens, max(1, subject.sizes.prompts // 4)
     rng = random.Random(0)
-    for prompt in range(subject.sizes.prompts):
-        ids = [rng.randrange(2, vocabulary) for _ in range(length - 2)]
+    shared, own = [], []
+    for prompt in range(count):
+        ids = [rng.randrange(2, subject.sizes.vocabulary) for _ in range(length - 2)]
         for candidate in range(CANDIDATES):
             shared.append([prompt, *ids, length])
-            # The first token makes a prompt of its own of each candidate's
+            # Another first token makes it another prompt
             own.append([prompt * CANDIDATES + candidate, *ids, length])
     jobs = {}
     for name, prompts in (("once", shared), ("each", own)):
         jobs[name] = rollout_job(subject, prompts, subject.plan(), subject.teacher)
-
-    for model in (subject.student, subject.teacher):
-        columns = {}
-        for name, job in jobs.items():
-            with tokens_computed(model) as counted:
-                job()
-            columns[name] = sum(counted)
-        copies = (CANDIDATES - 1) * subject.sizes.prompts
-        assert columns["each"] - columns["once"] == copies * (length - 1)
     seen = in_turns(jobs, subject.sizes.device)
-    once, each = seen["once"]["seconds"], seen["each"]["seconds"]
-    assert seen["once"]["tokens"].tolist() == seen["each"]["tokens"].tolist()
-    saved = f"{1 - median(once / each):.0%} saved"
-    return [line(f"rollout, prompts of {length} read once; 4 times", once, each, value=saved)]
+
+    once, each = seen["once"], seen["each"]
+    assert once["tokens"].tolist() == each["tokens"].tolist()
+    # The last column of a prompt is read with the response
+    copies = (CANDIDATES - 1) * count * (length - 1)
+    assert {*(each["computed"] - once["computed"]).tolist()} == {copies}
+    name = f"rollout, prompts of {length}, once; for each"
+    saved = f"{1 - median(once['seconds'] / each['seconds']):.0%} saved"
+    return [line(name, once["seconds"], each["seconds"], value=saved)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -543,7 +557,7 @@ def full_logits_step(
     measure,
     **_,
 ):
-    """What train_step computes, by the book: logits of all tokens at once, one loss, one backward."""
+    """What train_step computes, by the book: all logits at once, one loss, one backward."""
     learned, T = batch["loss_mask"], batch["loss_mask"].shape[1]
     ids = torch.cat([batch["prompt_ids"], batch["response_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["response_mask"]], dim=1)
@@ -578,7 +592,15 @@ def update_settings(student, teacher, vocabulary, loss, rows, autocast=None):
 
 def made_up_update(vocabulary, width, device="cpu", rows=8, tokens=256, loss="reverse_kl"):
     """Small random models and a batch -> (student, optimizer, batch, learning rate), settings"""
-    size = shape(width, 48, 2, 4, num_key_value_heads=2, head_dim=8, initializer_range=0.1)
+    size = dict(
+        hidden_size=width,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.1,
+    )
     student = random_model(1, vocabulary, **size).to(device)
     teacher = random_model(2, vocabulary, **size).to(device)
     rng = random.Random(0)
@@ -636,8 +658,7 @@ def update_lines(sizes):
 def chunk_lines(sizes):
     """The seconds of an update with chunks of so many elements, and of 192 tokens."""
     table = []
-    for V in sizes.chunk_vocabularies:
-        rows = 1 if V > 100_000 else 24
+    for V, rows in sizes.chunk_rows:
         made, settings = made_up_update(V, sizes.update_width, sizes.device, rows)
         jobs = {}
         for chunk_tokens in (opd.tokens_at_once(V), 192):
@@ -669,9 +690,8 @@ def memory_lines(sizes):
 
 def step_job(subject, student, prompts):
     """A rollout and an update, as a run does them -> seconds by phase, tokens computed"""
-    bf16 = torch.autocast(
-        subject.sizes.device, torch.bfloat16, enabled=student.dtype != subject.sizes.dtype
-    )
+    on_gpu = subject.sizes.device == "cuda"
+    bf16 = torch.autocast(subject.sizes.device, torch.bfloat16, enabled=on_gpu)
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, weight_decay=0.0)
     settings = update_settings(
         student, subject.teacher, subject.sizes.vocabulary, "topk", rows=4, autocast=bf16
@@ -719,12 +739,12 @@ def step_lines(subject, student):
         table.append(line(f"    {phase}; step", seen[phase], seen["seconds"], floor=floor))
     at_full_speed = torch.full_like(seen["update"], floors["update"])
     least = 0.4 if subject.sizes.device == "cuda" else None
-    name = "    update's FLOPs at full speed; update"
+    name = "    its FLOPs at full speed; update"
     table.append(line(name, at_full_speed, seen["update"], least=least))
     # The last token of a row predicts nothing
     real = torch.tensor(int((prompt + lengths - 1).sum()))
-    table.append(line("    tokens computed in the rollout; real", seen["sampled"], real, unit=""))
-    name = "    tokens computed in the update; real"
+    table.append(line("    computed in the rollout; real", seen["sampled"], real, unit=""))
+    name = "    computed in the update; real"
     table.append(line(name, seen["learned"], real, unit="", most=1.1))
     return table
 
@@ -776,7 +796,7 @@ def main():
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{versions}, Python {sys.version.split()[0]}", flush=True)
     table = bench(sizes, rates)
-    print(*bench_table(table), *NOTES, sep="\n")
+    print(*bench_table(table), NOTES.strip(), sep="\n")
     print(f"{time.perf_counter() - began:.0f} s in all")
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every method from the same tiny student, with three seeds: of what both models learned from, the data,
-# the sampling. Two runs at a time; one that is done is not done again.
+# Every method from the same tiny student, with three seeds: of what both models learned from, the
+# data, the sampling. Two runs at a time; one that is done is not done again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS="0 1 2"
@@ -9,8 +9,8 @@ for seed in $SEEDS; do
     echo "seed-$seed seed=$seed"
 done | xargs -P 2 -L 1 .ci/world.sh
 
-# A method a line, its flags behind it. guided-random is a control: if candidates picked at random do as
-# well, it is not the overlap that helps
+# A method a line, its flags behind it. guided-random is a control: if candidates picked at random do
+# as well, it is not the overlap that helps
 for seed in $SEEDS; do
     while read -r method flags; do
         echo "compare/$method/seed-$seed seed-$seed $flags --seed $seed"

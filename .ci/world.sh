@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# world.sh NAME [ARGUMENT=VALUE ...]: make_world of opd.py with these arguments makes out/world/NAME,
+# world.sh NAME [ARGUMENT=VALUE ...]: make_world of opd.py, with these arguments, makes out/world/NAME,
 # unless it is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,9 +9,8 @@ if [ -e "$world" ]; then exit; fi
 
 echo "making $world"
 mkdir -p out/world
-arguments=$(printf ', %s' "$@")
-if ! .venv/bin/python -c "import opd; opd.torch.set_num_threads(1); opd.make_world('$world'$arguments)" \
-    > "$world.log" 2>&1; then
+make_it="opd.make_world('$world'$(printf ', %s' "$@"))"
+if ! .venv/bin/python -c "import opd; opd.torch.set_num_threads(1); $make_it" > "$world.log" 2>&1; then
     tail -n 3 "$world.log"
     exit 255  # xargs starts no other
 fi
