@@ -399,10 +399,11 @@ def generate(
     finally:
         model.generation_config = shipped
 
-    log_probs = F.log_softmax(scores / (temperature or 1), dim=-1)  # (B, V)
-    last = ids[:, -1:].clamp(max=vocab_size - 1)  # the pad of a row that ended may be no token
-    new_ids = ids[:, input_ids.shape[1] :]
-    return new_ids, torch.stack(topk, dim=1) if record_k else None, log_probs.gather(-1, last)[:, 0]
+    new_ids = ids[:, input_ids.shape[1] :]  # (B, n)
+    # The pad of a row that ended may be no token
+    last_ids = new_ids[:, -1:].clamp(max=vocab_size - 1)
+    log_probs = F.log_softmax(scores / (temperature or 1), dim=-1).gather(-1, last_ids)
+    return new_ids, torch.stack(topk, dim=1) if record_k else None, log_probs[:, 0]
 
 
 def hidden_states(model, ids, mask, num_last, cache=None):
@@ -588,8 +589,9 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
 
         # Choose: the method says who goes on; what has ended is complete
         if plan.goes_on:
-            seen = out["overlap"][:, :length], out["response_mask"][:, :length]
-            out["kept"] &= plan.goes_on(length, *seen, out["ended"]) | out["ended"]
+            overlap, valid = out["overlap"][:, :length], out["response_mask"][:, :length]
+            chosen = plan.goes_on(length, overlap, valid, out["ended"])
+            out["kept"] &= chosen | out["ended"]
 
         # Leave: whoever ended or was not chosen gives up its place in both caches
         stays = (out["kept"] & ~out["ended"])[running].nonzero().squeeze(-1)
@@ -609,6 +611,7 @@ def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generat
     rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to its own longest,
     so sort them by length. The plan's rule sees one group at a time.
     """
+    # So many rows that the candidates of a prompt stay together
     size = max(1, rows_at_once // num_generations) * num_generations
     began = clock(student.device)
     groups = []
@@ -616,6 +619,7 @@ def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generat
         own = prompts[start : start + size]
         groups.append(rollout(student, teacher, own, plan, **settings))
 
+    # Row by row, padded anew
     out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
     out["seconds"] = clock(student.device) - began
     for name in groups[0]:
@@ -994,6 +998,7 @@ def evaluate(
     teacher an answer has a reward, the mean of log q - log p over what was sampled, else NaN.
     -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]
     """
+    # This process's share of all answers still to be given
     answers = []
     for index, problem in enumerate(problems):
         answers += [{**problem, "index": index, "sample": sample} for sample in range(num_samples)]
@@ -1002,6 +1007,7 @@ def evaluate(
     plan = Plan(max_length, segment_length)
     starts = range(0, len(own), rows_per_batch)
     for start in tqdm(starts, title, leave=False, disable=not is_main()):
+        # Sample, and let the teacher judge what was sampled
         batch = own[start : start + rows_per_batch]
         prompts = [answer["prompt_ids"] + answer.get("begun", []) for answer in batch]
         out = rollout(model, None, prompts, plan, **sampling)
@@ -1011,6 +1017,7 @@ def evaluate(
             log_p = response_log_probs(model, out, sampling["vocab_size"])
             rewards = [(q - p).mean().item() for q, p in zip(log_q, log_p)]
 
+        # Grade the text, without the tokens that end it
         for row, answer in enumerate(batch):
             ids = out["response_ids"][row][out["response_mask"][row]].tolist()
             ids = answer.get("begun", []) + ids
@@ -1157,7 +1164,7 @@ def load_problems(path):
         r'|Remember to put your answer on its own line after "Answer:"\.'
         r"|Please reason step by step, and .*? within \\boxed\{\}\."
     )
-    records, problems = read_records(path), {}
+    records, problems = read_records(path), {}  # by text: the first of equal ones
     for number, record in enumerate(records, start=1):
         record = record if isinstance(record, dict) else {}
         problem, answer = read_fields(record)
@@ -1215,7 +1222,7 @@ def batch_indices(step, batch_size, num_problems, seed):
 
 def draw_prompts(config, run, step):
     """This process's problems of a step, short prompts first, G times each: row p * G + g"""
-    pools, shares = [sum(run.pools, [])], [1]
+    pools, shares = [sum(run.pools, [])], [1]  # all files are one pool, or each its own
     if config.mix:
         pools, shares = run.pools, config.mix
     # Each pool's share of the batch, to the nearest prompt
@@ -1400,6 +1407,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
 
         imitate(model, draw, steps, title)
 
+    # The order of the draws is that of these lines
     student = tiny_model(tokenizer)
     learn(student, "base model, short problems", 250, (1, 3), None, 0.1)
     learn(student, "base model, full problems", 130, (4, 8), None, 0.1)
@@ -1412,6 +1420,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(f"{partial}/{name}")
         tokenizer.save_pretrained(f"{partial}/{name}")
+    # Problems without slips; training needs no solutions
     for name, count in (("train", 2000), ("eval", 100)):
         rng = random.Random(f"{seed} {name}")
         for _ in range(count):
@@ -1575,6 +1584,7 @@ def parse_args(argv=None):
             titles[name] = title
         texts[name] = f"{texts.get(name, '')} {comment}".strip()
 
+    # Only what was given: the rest comes from Config, or from TINY
     parser = argparse.ArgumentParser(
         usage="python opd.py [flags]",
         description=__doc__,
@@ -1618,6 +1628,7 @@ def check_config(config):
         "seed cold_start_steps rollout_batch_size prefix_length horizon_growth drift_threshold "
         "w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every eval_every eval_temperature"
     ).split()
+    # Each alone; a Config may come from a notebook
     for item in fields(config):
         value = getattr(config, item.name)
         if get_origin(item.type) is Literal and value not in get_args(item.type):
@@ -1641,6 +1652,7 @@ def check_config(config):
     if config.batch_size < NUM_RANKS:
         raise ValueError(f"--batch_size must be at least the {NUM_RANKS} processes")
 
+    # Together
     if config.method == "prefix-guided":
         if config.prefix >= config.max_new_tokens:
             raise ValueError(f"--prefix_length {config.prefix} must be below --max_new_tokens")
@@ -1823,6 +1835,7 @@ def load_models(config, run, path):
             eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
             run.student.generation_config.eos_token_id = sorted(eos_ids)
 
+    # Both heads may have rows beyond the tokens that exist
     heads = [model.get_output_embeddings().weight.shape[0] for model in models]
     run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1, *heads)
     if config.overlap_k > run.vocab_size:
@@ -1853,6 +1866,7 @@ def rows_that_fit(config, run):
 
 def preflight(config, run):
     """What to look at before a run is paid for, and what ruins runs in silence -> list of lines"""
+    # Can the answers be graded, and does the teacher make sense of what the student writes?
     golds = [problem["answer"] for problem in run.answered[:500]]
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
     train = sum(run.pools, [])
@@ -1873,6 +1887,7 @@ def preflight(config, run):
         f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, "
         f"top-{config.overlap_k} overlap {overlap:.2f}",
     ]
+    # Do the two stop alike, and read alike?
     stops = []
     for role in ("student", "teacher"):
         model, tokenizer = run.student, run.tokenizer
@@ -1956,7 +1971,7 @@ def save_checkpoint(config, run):
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
-    os.replace(partial, folder)
+    os.replace(partial, folder)  # from here on it is a checkpoint
     for old in list_checkpoints(config.output_dir)[: -config.keep_checkpoints]:
         os.replace(old, partial)  # first the name: a kill must not leave half a checkpoint
         shutil.rmtree(partial)
@@ -1989,6 +2004,7 @@ def prepare_files(config, run, checkpoint):
     """
     os.makedirs(config.output_dir, exist_ok=True)
     own = checkpoint and os.path.samefile(f"{checkpoint}/..", config.output_dir)
+    # What goes aside
     aside = [path for path in run.files if os.path.exists(path)]
     for path in list_checkpoints(config.output_dir):
         if not own or int(path.rsplit("-", 1)[1]) > run.step:
@@ -1996,6 +2012,7 @@ def prepare_files(config, run, checkpoint):
     for path in aside:
         shutil.rmtree(f"{path}.old", ignore_errors=True)
         os.replace(path, f"{path}.old")
+    # What takes its place
     for path in run.files:
         if checkpoint:
             shutil.copy(f"{checkpoint}/{os.path.basename(path)}", path)
@@ -2126,7 +2143,7 @@ def row_facts(config, batch):
         "response_length": mask.sum(-1),
         "trained_length": batch["loss_mask"].sum(-1),
         "reliable_length": reliable_length(reliability, mask),
-        "agreed": overlap.sum(-1),
+        "overlap": overlap.sum(-1),
         "truncated_fraction": ~batch["ended"],
         "kept_fraction": batch["kept"],
         "repetition": torch.tensor([repetition(ids) for ids in responses]),
@@ -2158,12 +2175,14 @@ def step_metrics(run, batch, rows, update):
     run.count(generated_tokens=sampled, teacher_tokens=sampled, trained_tokens=int(trained.sum()))
     run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, context))
     run.count(flops=3 * forward_flops(run.student, learned[trained > 0]))
+    shown = "response_length reliable_length truncated_fraction kept_fraction repetition".split()
+    means = {name: rows[name].mean().item() for name in shown}
     return {
         **update,
         **run.standing(),
-        **{name: fact.mean().item() for name, fact in rows.items()},
+        **means,
         # Of all that was sampled, not only of what is trained on
-        "overlap_ratio": rows["agreed"].sum().item() / sampled,
+        "overlap_ratio": rows["overlap"].sum().item() / sampled,
         "overlap_by_position": overlap_by_position(batch["overlap"], batch["response_mask"]),
         "time_rollout": batch["seconds"] - batch["teacher_seconds"],
         "time_teacher": batch["teacher_seconds"],
@@ -2185,6 +2204,7 @@ def evaluate_files(config, run, who):
     """Evaluate who on every --eval_file -> {file: metrics}; they are shown and recorded"""
     run.phase = f"evaluation after step {run.step}"
     began = clock(run.device)
+    # Who answers, and who judges the answers
     model, judge_model = run.sampler, run.teacher
     if who in ("teacher", "eval_only"):
         judge_model = None
@@ -2208,6 +2228,7 @@ def evaluate_files(config, run, who):
         metrics, answers = evaluate(model, problems=problems, **more, **how)
         if judge_model:
             metrics |= probe(config, run, answers, metrics["avg_at_n"], how)
+        # To the screen, the tracker, and later the files
         shown = ", ".join(f"{key} {round(value, 3)}" for key, value in metrics.items())
         tqdm.write(f"{who} on {name}, step {run.step}: {shown}")
         run.tell(metrics, f"{who}/{name}/")
@@ -2269,6 +2290,7 @@ def extrapolate_student(config, run):
 def cold_start_step(config, run, step):
     """A supervised step on the teacher's own right solutions -> their share     [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
+    # The teacher writes; its right solutions, and those of unknown answer, are learned
     problems = draw_prompts(config, run, step)
     prompts = [problem["prompt_ids"] for problem in problems]
     plan = Plan(config.max_new_tokens, config.segment_length)
@@ -2293,6 +2315,7 @@ def cold_start_step(config, run, step):
     train_step(run.student, run.optimizer, out, rate, config.max_grad_norm, **settings)
     run.sampler.load_state_dict(run.student.state_dict())
 
+    # What it cost
     rows = row_facts(config, out)
     length, right = rows["prompt_length"] + rows["response_length"], rows["trained_length"] > 0
     run.count(cold_start_tokens=int(rows["response_length"].sum()))
@@ -2414,6 +2437,7 @@ def draw_report(runs):
     """Accuracy against tokens and seconds, overlap by position, a colour per method -> figure"""
     from matplotlib.figure import Figure
 
+    # Three panels
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     by_tokens, by_position, by_seconds = figure.subplots(1, 3)
     by_tokens.set(xlabel="generated tokens", ylabel="accuracy (a line per seed)")
@@ -2422,6 +2446,7 @@ def draw_report(runs):
     by_seconds.set(xlabel="seconds of training", ylabel="accuracy")
     by_position.set(xlabel="start to end of the longest response", ylim=(0, 1))
     by_position.set_ylabel("overlap (dotted: first step)")
+    # A line per run
     for index, name in enumerate(sorted({run["group"] for run in runs})):
         group = [run for run in runs if run["group"] == name]
         for run in group:
@@ -2483,6 +2508,7 @@ def open_run(config):
     if not config.student:
         config = open_world(config)
 
+    # Everything that is loaded
     files = [f"{config.output_dir}/{name}.jsonl" for name in ("metrics", "samples")]
     run = Run(flags, files, cap=min(config.cap_init, config.max_new_tokens))
     counted = "generated_tokens teacher_tokens trained_tokens validation_tokens cold_start_tokens"
@@ -2499,6 +2525,7 @@ def open_run(config):
     ask_math_verify("1", None)  # if it cannot start, better now than after an evaluation
     kind = config.report_to if is_main() else "none"
     run.track = open_tracker(kind, config.output_dir, flags, state.get("step", -1) + 1)
+    # Where it stands
     if state:
         run.optimizer.load_state_dict(state.pop("optimizer"))
         vars(run).update(state, flags=flags)

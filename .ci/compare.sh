@@ -9,8 +9,8 @@ for seed in $SEEDS; do
     echo "seed-$seed seed=$seed"
 done | xargs -P 2 -L 1 .ci/world.sh
 
-# A method a line, its flags behind it. guided-random is a control: if candidates picked at random do
-# as well, it is not the overlap that helps
+# A method a line, its flags behind it. guided-random is a control: if candidates picked at random
+# do as well, it is not the overlap that helps
 for seed in $SEEDS; do
     while read -r method flags; do
         echo "compare/$method/seed-$seed seed-$seed $flags --seed $seed"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# one_run.sh NAME WORLD [FLAG ...]: a run of opd.py in out/NAME, on a copy of out/world/WORLD, unless
-# it is done. FLAGS="--max_steps 2" make compare: more flags, for every run that is not done.
+# one_run.sh NAME WORLD [FLAG ...]: a run of opd.py in out/NAME, on a copy of out/world/WORLD,
+# unless it is done. FLAGS="--max_steps 2" make compare: more flags, for every run not done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=out/$1 world=out/world/$2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# world.sh NAME [ARGUMENT=VALUE ...]: make_world of opd.py, with these arguments, makes out/world/NAME,
-# unless it is there.
+# world.sh NAME [ARGUMENT=VALUE ...]: make_world of opd.py, with these arguments, makes
+# out/world/NAME, unless it is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 world=out/world/$1
@@ -9,8 +9,8 @@ if [ -e "$world" ]; then exit; fi
 
 echo "making $world"
 mkdir -p out/world
-make_it="opd.make_world('$world'$(printf ', %s' "$@"))"
-if ! .venv/bin/python -c "import opd; opd.torch.set_num_threads(1); $make_it" > "$world.log" 2>&1; then
+make="import opd; opd.torch.set_num_threads(1); opd.make_world('$world'$(printf ', %s' "$@"))"
+if ! .venv/bin/python -c "$make" > "$world.log" 2>&1; then
     tail -n 3 "$world.log"
     exit 255  # xargs starts no other
 fi
