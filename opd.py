@@ -2143,7 +2143,7 @@ def row_facts(config, batch):
         "response_length": mask.sum(-1),
         "trained_length": batch["loss_mask"].sum(-1),
         "reliable_length": reliable_length(reliability, mask),
-        "overlap": overlap.sum(-1),
+        "agreed_tokens": overlap.sum(-1),
         "truncated_fraction": ~batch["ended"],
         "kept_fraction": batch["kept"],
         "repetition": torch.tensor([repetition(ids) for ids in responses]),
@@ -2175,14 +2175,13 @@ def step_metrics(run, batch, rows, update):
     run.count(generated_tokens=sampled, teacher_tokens=sampled, trained_tokens=int(trained.sum()))
     run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, context))
     run.count(flops=3 * forward_flops(run.student, learned[trained > 0]))
-    shown = "response_length reliable_length truncated_fraction kept_fraction repetition".split()
-    means = {name: rows[name].mean().item() for name in shown}
+    means = {name: fact.mean().item() for name, fact in rows.items()}
     return {
         **update,
         **run.standing(),
         **means,
         # Of all that was sampled, not only of what is trained on
-        "overlap_ratio": rows["overlap"].sum().item() / sampled,
+        "overlap_ratio": rows["agreed_tokens"].sum().item() / sampled,
         "overlap_by_position": overlap_by_position(batch["overlap"], batch["response_mask"]),
         "time_rollout": batch["seconds"] - batch["teacher_seconds"],
         "time_teacher": batch["teacher_seconds"],

@@ -1387,7 +1387,7 @@ def test_recomputing_layers_changes_no_gradient_even_in_a_model_with_dropout():
 
 
 NOT_FINITE = {
-    "a loss of NaN": lambda p, q, ids: opd.reverse_kl(p, q) * math.nan,
+    "a loss of NaN": lambda p, q, ids: opd.reverse_kl(p, q) + math.nan,
     "an infinite gradient": lambda p, q, ids: (p - p.detach()).sum(-1) * 3e38,
 }
 
@@ -1539,8 +1539,8 @@ def test_prune_stops_rows_at_the_first_border_where_their_reliability_is_used_up
     assert out["kept"].tolist() == [length == 12] * 4
 
 
-def test_your_own_rule_is_a_function_of_four_lines(world, tmp_path, monkeypatch):
-    """Go on while the last four tokens overlap by more than half: README.md has it, too."""
+def test_your_own_rule_is_a_function_of_four_lines(world, tmp_path, monkeypatch, updates):
+    """Go on while the last four tokens overlap by more than half. README.md has it, too."""
 
     def plan(config, step, cap):
         def goes_on(length, overlap, mask, ended):
@@ -1549,8 +1549,13 @@ def test_your_own_rule_is_a_function_of_four_lines(world, tmp_path, monkeypatch)
         return opd.Plan(config.max_new_tokens, config.segment_length, goes_on=goes_on)
 
     monkeypatch.setattr(opd, "plan_rollout", plan)
-    step = train(world, tmp_path, max_steps=1, eval_file=None)[1][0]
-    assert step["kept_fraction"] < 1 and step["response_length"] < 12
+    train(world, tmp_path, max_steps=1, eval_file=None)
+    out = updates[0][1]
+    stopped = (~out["kept"]).nonzero().flatten().tolist()
+    assert stopped
+    for row in stopped:
+        length = int(out["response_mask"][row].sum())
+        assert length in (4, 8, 12) and out["overlap"][row, length - 4 : length].mean() <= 0.5
 
 
 OUT = {  # of two rows, the second stopped by the method

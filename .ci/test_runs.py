@@ -114,7 +114,11 @@ def watch(monkeypatch, *names):
         signature = inspect.signature(real)
 
         def call(*args, **kwargs):
-            calls[name].append(signature.bind(*args, **kwargs).arguments)
+            known = {}
+            for argument, value in signature.bind(*args, **kwargs).arguments.items():
+                gathered = signature.parameters[argument].kind == inspect.Parameter.VAR_KEYWORD
+                known |= value if gathered else {argument: value}
+            calls[name].append(known)
             return real(*args, **kwargs)
 
         return call
@@ -1468,6 +1472,11 @@ def test_a_config_is_checked_like_a_command_line(world, tmp_path, capfd):
     assert status == 2 and "--batch_size 0" in line and os.listdir(tmp_path) == []
 
 
+def test_a_choice_that_is_none_is_refused_in_a_config_too():
+    with pytest.raises(ValueError, match="--select best: one of overlap, random"):
+        opd.check_config(dataclasses.replace(opd.TINY, select="best"))
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_users_mistake_ends_in_one_line_and_status_2_with_nothing_written(
     mistake, world, tmp_path, capfd
@@ -1576,11 +1585,11 @@ def depth_of(probe):
 
 ARRIVES = {
     "seed": lambda calls: calls["evaluate"][0]["seed"],
-    "overlap_k": lambda calls: calls["groups"][0]["settings"]["overlap_k"],
+    "overlap_k": lambda calls: calls["groups"][0]["overlap_k"],
     "batch_size": lambda calls: len(calls["groups"][0]["prompts"]) // 4,
     "num_generations": lambda calls: calls["groups"][0]["num_generations"],
     "max_new_tokens": lambda calls: calls["groups"][0]["plan"].max_length,
-    "temperature": lambda calls: calls["groups"][0]["settings"]["temperature"],
+    "temperature": lambda calls: calls["groups"][0]["temperature"],
     "segment_length": lambda calls: calls["groups"][0]["plan"].segment_length,
     "rollout_batch_size": lambda calls: calls["groups"][0]["rows_at_once"],
     "learning_rate": lambda calls: calls["optimizer_step"][1]["learning_rate"],
@@ -1590,8 +1599,8 @@ ARRIVES = {
     "micro_batch_size": lambda calls: calls["backward"][0]["micro_batch_size"],
     "validation_size": lambda calls: len(calls["validation"][0]["problems"]),
     "eval_samples": lambda calls: calls["evaluate"][0]["num_samples"],
-    "eval_temperature": lambda calls: calls["evaluate"][0]["law"]["temperature"],
-    "eval_top_p": lambda calls: calls["evaluate"][0]["law"]["top_p"],
+    "eval_temperature": lambda calls: calls["evaluate"][0]["temperature"],
+    "eval_top_p": lambda calls: calls["evaluate"][0]["top_p"],
     "eval_max_new_tokens": lambda calls: calls["evaluate"][0]["max_length"],
     "eval_batch_size": lambda calls: calls["evaluate"][0]["rows_per_batch"],
     "probe_depths": lambda calls: [depth_of(calls["probes"][0])],
@@ -1610,7 +1619,7 @@ def test_the_seed_orders_the_problems_too(unusual):
 def test_the_validation_samples_as_training_does(unusual):
     """And as many rows at once as an evaluation."""
     for call in unusual["validation"]:
-        assert call["law"]["temperature"] == 1.25 and "top_p" not in call["law"]
+        assert call["temperature"] == 1.25 and call.get("top_p", 1) == 1
         assert call["max_length"] == 11 and call["rows_per_batch"] == 13
 
 
@@ -1754,7 +1763,7 @@ for support in ("teacher", "intersection", "union"):
     )
 
 
-@pytest.mark.parametrize("flags, expected", LOSS_FLAGS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("flags, expected", LOSS_FLAGS, ids=[str(case[0]) for case in LOSS_FLAGS])
 def test_the_flags_of_the_loss_choose_it(flags, expected):
     run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
     loss = opd.update_settings(opd.Config(**flags), run)["token_loss"]
@@ -2812,7 +2821,7 @@ def test_the_facts_of_each_row_by_hand():
         "response_length": [4, 1],
         "trained_length": [4, 0],
         "reliable_length": [2, 1],
-        "agreed": [2.5, 0],
+        "agreed_tokens": [2.5, 0],
         "truncated_fraction": [1, 0],
         "kept_fraction": [1, 0],
         "repetition": [0, 0],
@@ -3016,7 +3025,7 @@ def test_the_stop_ids_of_the_graded_model_end_its_answers(world, tmp_path, monke
     teacher = changed_copy(world, "teacher", tmp_path / "teacher", stops)
     calls = watch(monkeypatch, "evaluate")["evaluate"]
     train(world, tmp_path / "out", teacher=teacher, max_steps=1)
-    assert [sorted(call["law"]["eos_ids"]) for call in calls] == [[1, 20, 21], [1], [1]]
+    assert [sorted(call["eos_ids"]) for call in calls] == [[1, 20, 21], [1], [1]]
 
 
 def test_the_student_is_judged_by_the_teacher_and_the_teacher_by_nobody(
