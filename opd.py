@@ -650,8 +650,8 @@ def backward_in_chunks(
     student_head,
     teacher_head,
     token_loss,
-    chunk_tokens,
     measure=None,
+    chunk_tokens=192,
 ):
     """Heads, loss and backward, chunk by chunk: the logits of all tokens never exist at once.
 

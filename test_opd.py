@@ -333,7 +333,7 @@ def chosen(score, ended=(0, 0, 0, 0, 0, 0), at=6, **changes):
 
 def settings_of(**changes):
     """What the update is told under these flags."""
-    run = types.SimpleNamespace(student=STUDENT, teacher=TEACHER, vocab_size=20, autocast=None)
+    run = types.SimpleNamespace(student=STUDENT, teacher=TEACHER, vocab_size=20, autocast="low")
     return opd.update_settings(flags(**changes), run)
 
 
@@ -452,7 +452,7 @@ def whole_run(request, world, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
     changes = {"method": request.param, "loss": LOSS_OF[request.param], "extrapolate": True}
     changes |= {"max_steps": 5, "save_every": 3, "eval_every": 4, "max_grad_norm": 1e9}
-    changes |= {"drift_threshold": 0.5, "w_drop": 0.1}
+    changes |= {"drift_threshold": 0.5, "w_drop": 0.1, "rollout_batch_size": 3}
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         watch_updates(patch, seen)
@@ -698,13 +698,12 @@ def test_alignment_of_bfloat16_logits_is_computed_in_float32():
 
 
 def test_overlap_by_position_averages_equal_parts_of_the_longest_response():
-    """16 positions in 8 parts; of the second half one row only; where there is none, NaN."""
+    """Over tokens: 16 positions in 8 parts, to which one row comes up to 7 and one up to 14."""
     overlap = torch.stack([torch.arange(16) / 16, torch.full((16,), 1.0)])
-    mask = torch.ones(2, 16)
-    mask[1, 8:] = 0
-    mask[0, 14:] = 0
+    mask = torch.arange(16) < torch.tensor([[14], [7]])
     parts = opd.overlap_by_position(overlap, mask)
-    assert parts[:4] == [((2 * i + 0.5) / 16 + 1) / 2 for i in range(4)]
+    assert parts[:3] == [((2 * i + 0.5) / 16 + 1) / 2 for i in range(3)]
+    assert parts[3] == pytest.approx((6 / 16 + 7 / 16 + 1) / 3)
     assert parts[4:7] == [(2 * i + 0.5) / 16 for i in range(4, 7)]
     assert math.isnan(parts[7]) and len(parts) == 8
 
@@ -829,7 +828,6 @@ def test_extrapolation_tries_1_plus_2k_times_the_update_from_the_anchor():
 @pytest.mark.parametrize(
     "scores, k, value",
     [
-        ([0.5, 0.4], 0, 3.0),
         ([0.5, 0.5], 0, 3.0),
         ([0.5, 0.6, 0.6], 1, 5.0),
         ([0.5, 0.6, 0.7, 0.65, 1], 2, 7.0),
@@ -880,9 +878,7 @@ LEAVES = {
     "overlap_by_position": (OVERLAP, MASK),
     "select_prefixes": (OVERLAP, 3),
     "drift_weights": (OVERLAP, MASK, 0.5, 0.1),
-    "reliable_length": (OVERLAP, MASK),
     "extrapolate": ({"w": Z}, {"w": T}, lambda weights: weights["w"].sum()),
-    "mask_through_eos": (MASK.long(), {0}),
 }
 
 
@@ -1176,8 +1172,15 @@ def test_a_rule_sees_all_rows_so_far_at_each_border_and_decides_for_good():
 
 
 def test_a_row_that_ended_is_complete_whatever_the_rule_says():
-    out = roll(STUDENT, TEACHER, eos_ids=ENDS, goes_on=lambda *_: torch.tensor(False))
-    assert out["kept"].tolist() == out["ended"].tolist() and out["ended"].any()
+    """The rule is told who has ended, and stops everybody."""
+    told = []
+
+    def rule(length, overlap, mask, ended):
+        told.append(ended.tolist())
+        return torch.zeros(4).bool()
+
+    out = roll(STUDENT, TEACHER, eos_ids=ENDS, goes_on=rule)
+    assert told == [out["ended"].tolist()] == [out["kept"].tolist()] and out["ended"].any()
     assert out["response_mask"].shape == (4, 4)  # nobody is left after the first border
 
 
@@ -1618,9 +1621,11 @@ def test_temperature_divides_the_logits_of_both_models_in_the_loss_and_the_vocab
         close(settings[f"{role}_head"](hidden), model.lm_head(hidden)[:, :20] / 2)
 
 
-def test_the_update_takes_as_many_tokens_at_once_as_the_flag_and_the_vocabulary_allow():
-    settings = settings_of(micro_batch_size=3)
-    assert (settings["chunk_tokens"], settings["micro_batch_size"]) == (25_000_000 // 20, 3)
+def test_the_update_is_told_its_sizes_and_its_precision():
+    """As many tokens at once as the vocabulary of 20 allows."""
+    told = settings_of(micro_batch_size=3)
+    assert told["chunk_tokens"] == 25_000_000 // 20
+    assert (told["micro_batch_size"], told["autocast"]) == (3, "low")
 
 
 def test_the_update_measures_alignment_and_how_far_it_is_from_what_was_sampled():
@@ -1671,12 +1676,16 @@ def test_each_step_samples_from_what_the_last_one_left(world, tmp_path, monkeypa
             assert torch.equal(sampled_with[-1][name], value.bfloat16()), name
         return rollout(sampler, *args, **settings)
 
+    def jump(weights, anchor, validate):
+        return {name: value + 0.1 for name, value in weights.items()}, 1, [validate(weights)]
+
     monkeypatch.setattr(opd, "rollout_in_groups", watched)
-    changes = {"dtype": "bfloat16", "learning_rate": 0.1, "extrapolate": True, "max_steps": 3}
-    train(world, tmp_path, eval_file=None, **changes)
-    name = "model.layers.0.mlp.up_proj.weight"
-    weights = [state[name] for state in sampled_with]
-    assert len(weights) == 3 and not torch.equal(weights[0], weights[1])
+    monkeypatch.setattr(opd, "extrapolate", jump)
+    train(world, tmp_path, dtype="bfloat16", extrapolate=True, max_steps=4, eval_file=None)
+    # After the second step it jumps, after the third one it does not
+    weights = [state["model.layers.0.mlp.up_proj.weight"] for state in sampled_with]
+    assert [len(weights), (weights[2] - weights[1]).mean() > 0.09] == [4, True]
+    assert not torch.equal(weights[2], weights[3])
 
 
 def test_rates_warm_up_norms_are_clipped_and_weights_do_not_decay(world, tmp_path, monkeypatch):
@@ -1717,6 +1726,7 @@ def test_the_numbers_of_a_step_are_those_of_what_was_sampled(world, tmp_path, up
     }
     assert {name: step[name] for name in expected} == pytest.approx(expected)
     assert step["sampling_mismatch"] < 1e-4
+    assert set((out["overlap"] * 4 % 1).flatten().tolist()) == {0}  # k is 4
     assert step["overlap_by_position"][0] == pytest.approx(
         opd.overlap_by_position(out["overlap"], mask)[0]
     )
@@ -1808,6 +1818,7 @@ def test_last_boxed_is_the_last_box_that_closes(text, content):
     ],
 )
 def test_the_last_box_after_any_thoughts_is_the_answer_and_nothing_else(response, gold, right):
+    opd.ask_math_verify("1", "2", seconds=60)  # its first question takes longer than others
     assert opd.is_correct(response, gold) is right
 
 
@@ -1846,10 +1857,6 @@ def test_the_error_is_over_problems_and_one_right_answer_passes_a_problem():
     assert (got["no_box_fraction"], got["repetition"]) == (0.5, 0.125)
 
 
-def test_one_problem_has_no_standard_error():
-    assert math.isnan(evaluate(TWO[0])[0]["se"])
-
-
 TWO = {"prompt_ids": [2, 7, 3], "answer": "1"}, {"prompt_ids": [2, 7, 8, 3], "answer": "2"}
 
 
@@ -1880,8 +1887,12 @@ def test_the_text_that_is_graded_has_no_special_tokens(monkeypatch):
         assert answer["length"] == len(answer["response_ids"])
 
 
-def test_the_reward_of_an_answer_is_the_mean_of_log_q_minus_log_p_over_its_tokens():
-    _, answers = evaluate(*TWO, eos_ids={2, 3}, teacher=TEACHER)
+def test_the_reward_of_an_answer_is_the_mean_of_log_q_minus_log_p_over_its_tokens(monkeypatch):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    metrics, answers = evaluate(*TWO, eos_ids={2, 3}, teacher=TEACHER, num_samples=8)
+    rewards = [answer["reward"] for answer in answers]
+    correct = [answer["correct"] for answer in answers]
+    assert metrics["auroc"] == opd.auroc(rewards, correct) and len(set(correct)) == 2
     for answer in answers:
         prompt, tokens = len(answer["prompt_ids"]), answer["response_ids"]
         ids = torch.tensor([answer["prompt_ids"] + tokens])
@@ -1925,28 +1936,28 @@ def test_each_update_of_a_method_is_the_loss_by_the_book_where_the_method_learns
         assert learned.any() and line["grad_norm"] > 0.1
 
 
-STEP_NAMES = """step loss reverse_kl overlap_ratio overlap_token_advantage overlap_mass_student
-    overlap_mass_teacher entropy_student entropy_teacher entropy_gap response_length repetition
-    truncated_fraction kept_fraction generated_tokens teacher_tokens trained_tokens flops
-    time_rollout time_teacher time_update peak_memory_gb grad_norm sampling_mismatch"""
-EVAL_NAMES = """avg_at_n se pass_at_n mean_length truncated_fraction no_box_fraction temperature
-    top_p max_new_tokens seed"""
-
-
-def test_every_step_and_every_evaluation_logs_the_documented_names_as_numbers(whole_run):
-    _, out, _ = whole_run
+def test_a_run_has_all_its_steps_evaluations_and_answers(whole_run):
+    """And samples what it scores; only prune moves its cap."""
+    changes, out, _ = whole_run
     lines = read(out / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
-    graded = [line for line in lines if "eval" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
     for line in steps:
-        assert all(math.isfinite(line[name]) for name in STEP_NAMES.split())
-        assert line["sampling_mismatch"] < 1e-4 and len(line["overlap_by_position"]) == 8
-    who = [(line["step"], line["model"]) for line in graded]
-    assert who == [(0, "teacher"), (0, "student"), (4, "student"), (5, "student")]
-    for line in graded:
-        assert all(math.isfinite(line["eval"]["eval"][name]) for name in EVAL_NAMES.split())
+        assert line["sampling_mismatch"] < 1e-4
+        assert line["cap"] == 8 or changes["method"] == "prune"
+    graded = [(line["step"], line["model"]) for line in lines if "eval" in line]
+    assert graded == [(0, "teacher"), (0, "student"), (4, "student"), (5, "student")]
     assert len(read(out / "samples.jsonl")) == 4 * 3
+
+
+def test_a_run_draws_every_problem_before_any_comes_again(whole_run):
+    """Two of nine a step, twice each."""
+    drawn = []
+    for _, batch, _ in whole_run[2][:4]:
+        prompts = without_padding(batch["prompt_ids"], batch["prompt_mask"])
+        assert prompts[0] == prompts[1] and prompts[2] == prompts[3]
+        drawn += [tuple(prompts[0]), tuple(prompts[2])]
+    assert len(set(drawn)) == 8
 
 
 def test_a_resumed_run_is_bit_for_bit_the_whole_one(whole_run, world, tmp_path, monkeypatch):
@@ -1957,14 +1968,6 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_one(whole_run, world, tmp_path, 
     shutil.rmtree(tmp_path / "killed" / "checkpoint-5")
     train(world, tmp_path / "killed", **changes, resume=True)
     assert outcome(tmp_path / "killed") == outcome(out)
-
-
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, tmp_path, first_run):
-    """Evaluating more often and sampling more answers does not change training either."""
-    same = train(world, tmp_path / "a", max_steps=4, eval_every=1, eval_samples=2)[1]
-    assert repeatable(same) == repeatable(first_run[2])
-    other = train(world, tmp_path / "b", max_steps=4, seed=1)[1]
-    assert repeatable(other) != repeatable(first_run[2])
 
 
 def test_the_flags_of_an_evaluation_are_those_it_samples_with(world, tmp_path):

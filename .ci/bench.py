@@ -251,8 +251,9 @@ def in_turns(jobs, device="cpu", repeats=5):
                 told[name].append({**(result or {}), "seconds": seconds})
     seen = {}
     for name, turns in told.items():
-        columns = {key: [turn[key] for turn in turns] for key in turns[0]}
-        seen[name] = {key: torch.tensor(column).double() for key, column in columns.items()}
+        seen[name] = {}
+        for key in turns[0]:
+            seen[name][key] = torch.tensor([turn[key] for turn in turns]).double()
     return seen
 
 
@@ -371,7 +372,9 @@ turns.
 def bench_table(rows):
     """Dicts of texts -> lines in columns, under their names."""
     rows = [{name: name for name in rows[0]}, *rows]
-    widths = {name: max(len(row[name]) for row in rows) for name in rows[0]}
+    widths = {}
+    for name in rows[0]:
+        widths[name] = max(len(row[name]) for row in rows)
     lines = []
     for row in rows:
         cells = []
@@ -458,16 +461,16 @@ def rollout_job(subject, prompts, plan, teacher=None):
 
 def rollout_lines(subject):
     """Sampling alone, and with the rules of prefix-guided OPD and Prune-OPD."""
-    tokens, rows, teacher = subject.sizes.tokens, subject.sizes.rows, subject.teacher
+    tokens, rows = subject.sizes.tokens, subject.sizes.rows
     lengths = {"equal": torch.full((rows,), tokens), "skewed": skewed(rows, tokens)}
     equal = subject.prompts(lengths["equal"])
     uneven = subject.prompts(lengths["skewed"])
     jobs = {  # what is compared runs close together
-        "prune": rollout_job(subject, equal, subject.prune(), teacher),
+        "prune": rollout_job(subject, equal, subject.prune(), subject.teacher),
         "generate equal": generate_job(subject, equal),
         "equal": rollout_job(subject, equal, subject.plan()),
         "generate half": generate_job(subject, equal[::2]),
-        "guided": rollout_job(subject, equal, subject.guided(), teacher),
+        "guided": rollout_job(subject, equal, subject.guided(), subject.teacher),
         "unprobed": rollout_job(subject, equal, subject.guided()),
         "generate skewed": generate_job(subject, uneven),
         "skewed": rollout_job(subject, uneven, subject.plan(segments=8)),

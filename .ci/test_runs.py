@@ -388,8 +388,9 @@ def in_two(job, folder, *args):
         port = str(free.getsockname()[1])
     meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [start(job, folder, *args, RANK=rank, LOCAL_RANK=rank, **meet) for rank in "01"]
+    end = time.monotonic() + PATIENCE
     for process in ranks:
-        process.join(PATIENCE)
+        process.join(max(0, end - time.monotonic()))
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()  # one that hangs; its exit code was None
@@ -618,8 +619,8 @@ RECORDS = [
     ({"problem": "2+3?"}, None),
 ]
 UNREADABLE = [
-    ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3"),
-    ('[{"problem": "a"},\n{"problem": \n', "line 3"),
+    ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3: not JSON"),
+    ('[{"problem": "a"},\n{"problem": \n', "line 3: not JSON"),
     ('{"text": "a", "id": 1}\n', "text, id"),
     ('"just a string"\n', "record 1"),
     ("", "empty"),
@@ -957,6 +958,8 @@ def test_a_json_file_may_hold_lines_and_a_byte_order_mark(tmp_path):
     text = '\ufeff{"problem": "2", "answer": "1"}\n{"problem": "3", "answer": "4"}\n'
     path = write(tmp_path / "lines.json", text=text)
     assert [problem["answer"] for problem in opd.load_problems(path)] == ["1", "4"]
+    path = write(tmp_path / "list.json", text='\ufeff[{"problem": "2", "answer": "1"}]')
+    assert [problem["answer"] for problem in opd.load_problems(path)] == ["1"]
 
 
 @pytest.mark.parametrize("text, says", UNREADABLE)
@@ -1000,6 +1003,12 @@ def test_parquet_without_pyarrow_says_what_to_install(world, tmp_path, monkeypat
 def test_a_chat_prompt_has_the_templates_special_tokens_once():
     ids = opd.encode_prompt(TOKENIZER, "1 2", "{problem}")
     assert TOKENIZER.convert_ids_to_tokens(ids) == ["<user>", "1", "2", "<solve>"]
+
+
+def test_the_template_is_asked_for_the_beginning_of_an_answer():
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    tokenizer.chat_template = "{{ '1' if add_generation_prompt else '0' }}"
+    assert tokenizer.decode(opd.encode_prompt(tokenizer, "2", "{problem}")) == "1"
 
 
 @pytest.mark.parametrize("chat_template", [True, False])
@@ -1771,14 +1780,6 @@ def test_the_flags_of_the_loss_choose_it(flags, expected):
     close(loss(p, q, torch.arange(5)), expected(p, q, torch.arange(5)), rtol=0, atol=0)
 
 
-def test_temperature_divides_the_logits_of_both_models_in_the_loss():
-    run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
-    settings = opd.update_settings(opd.Config(temperature=4.0), run)
-    for name, model, width in (("student", STUDENT, 32), ("teacher", TEACHER, 48)):
-        hidden = torch.randn(5, width)
-        close(settings[f"{name}_head"](hidden), model.lm_head(hidden) / 4, rtol=1e-5, atol=1e-6)
-
-
 def test_overlap_k_is_that_of_the_logged_overlap():
     run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
     p, q = test_opd.logits(5, seed=1), test_opd.logits(5, seed=2)
@@ -2050,7 +2051,7 @@ def test_what_was_sampled_is_scored_alike_but_for_bfloat16(dtype, low, high, wor
     assert all(low <= line["sampling_mismatch"] < high for line in steps)
 
 
-def test_no_weight_decays_unless_a_gradient_says_so(world, tmp_path):
+def test_no_weight_decays(world, tmp_path):
     """AdamW's own default would shrink the student towards 0 by a hundredth of every step."""
     _, run = opened(world, tmp_path)
     assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.0]
@@ -2879,28 +2880,6 @@ def test_every_step_logs_the_documented_names(first_run):
     assert [line["step"] for line in first_run[2]] == [1, 2, 3, 4]
 
 
-def test_a_logged_step_is_that_of_its_rollout(world, tmp_path, monkeypatch, updates):
-    """From the rollout itself, in another way: lengths, ends, and log-probs of both models."""
-    flags = {"max_steps": 1, "batch_size": 4, "loss": "reverse_kl", "eval_file": None}
-    _, (line,), _ = train(world, tmp_path, **flags)
-    ((student, batch, _),) = updates
-    teacher = load_student(world / "teacher")
-    lengths, cut = [], 0
-    kl, ratio = [], []
-    for ids, prompt in rows_of(batch):
-        p = student(ids).logits[:, prompt - 1 : -1, :V]
-        q = teacher(ids).logits[:, prompt - 1 : -1, :V]
-        kl.append(opd.reverse_kl(p, q).flatten())
-        ratio.append(opd.topk_overlap(p, q, 4).flatten())
-        lengths.append(len(kl[-1]))
-        cut += ids[0, -1].item() != END
-    assert len(set(lengths)) > 1
-    assert line["response_length"] == sum(lengths) / 8 and line["truncated_fraction"] == cut / 8
-    assert line["reverse_kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4)
-    assert line["overlap_ratio"] == pytest.approx(torch.cat(ratio).mean().item(), rel=1e-6)
-    assert line["loss"] == pytest.approx(line["reverse_kl"], rel=1e-5)
-
-
 def test_where_everything_sampled_is_trained_on_the_three_token_counts_are_one(first_run):
     lengths = sum(line["response_length"] * 4 for line in first_run[2])
     last = first_run[2][-1]
@@ -2919,21 +2898,6 @@ def test_the_overlap_of_a_step_is_over_all_that_was_sampled_trained_on_or_not(wo
     assert without["generated_tokens"] == with_them["generated_tokens"]
     assert without["trained_tokens"] < without["generated_tokens"] == with_them["trained_tokens"]
     assert without["overlap_ratio"] == with_them["overlap_ratio"]
-
-
-def test_the_cap_moves_from_step_to_step_and_its_misses_are_counted(world, tmp_path):
-    """Misses are kept between steps: with a patience of 2 every second one shrinks the cap."""
-    flags = {"method": "prune", "cap_patience": 2, "w_drop": 1, "drift_threshold": 1.1}
-    _, steps, _ = train(world, tmp_path, **flags, max_steps=4, eval_file=None)
-    assert [line["max_length"] for line in steps] == [8, 8, 6, 6]
-    assert [line["misses"] for line in steps] == [1, 0, 1, 0]
-    assert [line["cap"] for line in steps] == [8, 6, 6, 4]
-
-
-def test_the_learning_rate_warms_up_and_stays(world, tmp_path):
-    flags = {"warmup_steps": 2, "learning_rate": 0.5, "max_steps": 3, "max_grad_norm": 1e-9}
-    _, steps, _ = train(world, tmp_path, **flags, eval_file=None)
-    assert [line["learning_rate"] for line in steps] == [0.25, 0.5, 0.5]
 
 
 def test_every_evaluation_logs_its_result_and_its_sampling_settings(first_run):
@@ -2990,30 +2954,6 @@ def test_of_two_evaluation_files_of_one_name_the_second_goes_by_its_path(world, 
     results = opd.main(command(world, tmp_path, **flags))
     counts = {name: row["num_problems"] for name, row in results.items()}
     assert counts == {"eval": 3, again: 2}
-
-
-def grade_of(begun, max_length=1):
-    """The graded answer to a problem whose answer is 5, which begins with these words."""
-    ids = TOKENIZER.convert_tokens_to_ids(begun.split())
-    problem = {"answer": "5", "prompt_ids": [2, 7, 3], "begun": ids}
-    law = {**SAMPLING, "temperature": 0, "max_length": max_length}
-    metrics, answers = opd.evaluate(STUDENT, TOKENIZER, [problem], **law)
-    return metrics, answers[0]
-
-
-def test_special_tokens_are_no_part_of_a_graded_text():
-    """With them the content of this box would not be 5."""
-    metrics, answer = grade_of("\\boxed{ <pad> 5 <end> }")
-    assert answer["correct"] and answer["response"].startswith("\\boxed{ 5 }")
-    assert metrics["avg_at_n"] == 1
-
-
-def test_a_box_inside_the_thoughts_is_no_box(monkeypatch):
-    monkeypatch.setattr(
-        transformers.PreTrainedTokenizerFast, "decode", lambda *_, **__: r"\boxed{5} </think> no"
-    )
-    metrics, answer = grade_of("1")
-    assert metrics["no_box_fraction"] == 1 and not answer["correct"]
 
 
 def test_the_stop_ids_of_the_graded_model_end_its_answers(world, tmp_path, monkeypatch):
@@ -3129,16 +3069,6 @@ def test_at_depth_0_the_advantage_is_the_teachers_accuracy_minus_the_students(
     assert students["advantage_from_0"] == pytest.approx(gain)
 
 
-def test_what_an_answer_began_with_is_read_and_graded_with_it():
-    """The box is in what the student wrote, before the teacher takes over."""
-    metrics, answer = grade_of("\\boxed{ 5 }", max_length=6)
-    assert answer["correct"] and answer["length"] == len(answer["response_ids"])
-    prompt = torch.tensor([[2, 7, 3, 4, 11, 5]])  # it goes on from there, not from the problem
-    new = test_opd.plain_generate(STUDENT, prompt, torch.ones_like(prompt), {END}, 6)[0].tolist()
-    assert answer["response_ids"] == [4, 11, 5, *new]
-    assert not grade_of("5", max_length=6)[1]["correct"]
-
-
 def test_the_teacher_goes_on_from_the_stated_share_of_each_answer(world, tmp_path, monkeypatch):
     """And an answer is not longer in all."""
     calls = watch(monkeypatch, "evaluate")["evaluate"]
@@ -3154,16 +3084,6 @@ def test_the_teacher_goes_on_from_the_stated_share_of_each_answer(world, tmp_pat
 
 
 # EffOPD's tries
-
-
-@pytest.mark.parametrize("method", ["opd", "prefix-guided"])
-def test_extrapolation_happens_at_powers_of_two_and_pays_for_its_samples(method, world, tmp_path):
-    flags = {"method": method, "extrapolate": True, "max_steps": 5, "eval_file": None}
-    _, steps, _ = train(world, tmp_path, **flags)
-    assert [line["step"] for line in steps if "extrapolation_k" in line] == [1, 2, 4]
-    first = steps[0]
-    assert first["validation_tokens"] > 0 and first["time_validation"] > 0
-    assert first["generated_tokens"] == first["teacher_tokens"] + first["validation_tokens"]
 
 
 def test_the_tries_cost_the_flops_of_their_forwards(world, tmp_path, monkeypatch):
@@ -3201,15 +3121,6 @@ def test_every_try_is_judged_on_the_same_problems_with_the_same_seed(world, tmp_
     assert judged[0] != judged[1]
 
 
-def test_a_rejected_extrapolation_leaves_training_as_it_was(
-    world, tmp_path, first_run, monkeypatch
-):
-    monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)  # no try is ever better
-    steps = train(world, tmp_path, extrapolate=True, max_steps=4, eval_file=None)[1]
-    assert [line["loss"] for line in steps] == [line["loss"] for line in first_run[2]]
-    assert {line.get("extrapolation_k", 0) for line in steps} == {0}
-
-
 def test_what_an_extrapolation_accepts_is_what_samples_and_what_learns(
     world, tmp_path, monkeypatch
 ):
@@ -3233,25 +3144,6 @@ def test_what_an_extrapolation_accepts_is_what_samples_and_what_learns(
     saved = real(load_student(tmp_path / "checkpoint-1"))
     assert_same(saved, {name: value + 1 for name, value in start.items()}, tolerance=1e-6)
     assert_same(seen[-1], {name: value.bfloat16() for name, value in saved.items()}, tolerance=0)
-
-
-def test_the_anchor_of_an_extrapolation_is_what_was_accepted_the_last_time(
-    world, tmp_path, monkeypatch
-):
-    """Else each try would repeat the jumps before it. The first anchor is the first student."""
-    accepted = [opd.movable_weights(load_student(world / "student"))]
-    anchors = []
-
-    def extrapolate(weights, anchor, validate):
-        anchors.append(anchor)
-        accepted.append({name: value + 0.01 for name, value in weights.items()})
-        return accepted[-1], 1, [0.0, 1.0]
-
-    monkeypatch.setattr(opd, "extrapolate", extrapolate)
-    train(world, tmp_path, extrapolate=True, max_steps=4, eval_file=None)
-    assert len(anchors) == 3
-    for anchor, expected in zip(anchors, accepted):
-        assert_same(anchor, expected, tolerance=0)
 
 
 # A cold start
@@ -3850,17 +3742,6 @@ def test_a_resumed_tiny_world_is_not_another_run(tmp_path, monkeypatch, made):
     assert steps == [1, 2]
 
 
-def test_gradient_checkpointing_changes_no_gradient_even_in_a_model_with_dropout(world, tmp_path):
-    """Layers are recomputed in training mode only, and training mode brings dropout back."""
-    student = save_model(tmp_path / "dropout", tiny_llama(4, attention_dropout=0.5))
-    norms = []
-    for flag in (None, True):
-        flags = {"student": student, "gradient_checkpointing": flag, "eval_file": None}
-        _, steps, _ = train(world, tmp_path / f"{flag}", **flags)
-        norms.append([line["grad_norm"] for line in steps])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-
-
 # A flag without a case fails here: write one, and name it
 CASES = {
     "student teacher": test_the_student_and_the_teacher_are_those_of_their_flags,
@@ -3899,7 +3780,7 @@ CASES = {
     ),
     "no_prune_in_flight": test_no_prune_in_flight_stops_no_row,
     "gradient_checkpointing": test_gradient_checkpointing_recomputes_the_layers_of_the_student,
-    "extrapolate": test_extrapolation_happens_at_powers_of_two_and_pays_for_its_samples,
+    "extrapolate": test_the_tries_cost_the_flops_of_their_forwards,
     "save_every": test_checkpoints_come_every_so_many_steps_and_at_the_end,
     "keep_checkpoints": test_only_the_last_checkpoints_are_kept_by_number,
     "resume": test_a_finished_run_goes_on_with_more_steps_as_if_it_had_had_them_from_the_start,
