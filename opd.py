@@ -1242,6 +1242,7 @@ def draw_prompts(config, run, step):
 # is taken for (1,2), but not the other way round
 MATH_VERIFY = r"""import json, sys
 from math_verify import parse, verify
+verify(parse("$1$"), parse("$1$"))  # the first call is slow
 print("ready")
 for line in sys.stdin:
     texts = [text for text in json.loads(line) if text is not None]
@@ -2035,6 +2036,9 @@ def whole_step(run):
     try:
         yield
         run.halfway = False
+    except FloatingPointError:  # of optimizer_step, before a weight has changed
+        run.halfway = False
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -2378,7 +2382,7 @@ def percent(values, sign=""):
 
 def report_row(group, baseline):
     """What a report says of the runs of one method, one a seed, beside those of the baseline"""
-    row = {"runs": f"{len(group)}"}
+    row = {}
     for who in ("teacher", "before", "after"):
         row[who] = percent([run[who] for run in group])
 
@@ -2402,9 +2406,10 @@ def report_row(group, baseline):
     row["overlap"] = (
         f"{mean(group, 'overlap_ratio', 'first'):.2f}-{mean(group, 'overlap_ratio'):.2f}"
     )
-    for key in ("generated_tokens", "trained_tokens", "flops", "seconds"):
+    costs = {"sampled": "generated_tokens", "FLOPs": "flops", "seconds": "seconds"}
+    for label, key in costs.items():
         cost, least = mean(group, key), mean(baseline, key)
-        row[key] = tqdm.format_sizeof(cost) if group is baseline else f"{cost / least:.2f}x"
+        row[label] = tqdm.format_sizeof(cost) if group is baseline else f"{cost / least:.2f}x"
     return row
 
 
@@ -2417,19 +2422,19 @@ def report_table(runs):
     for run in runs:
         groups[run["group"]].append(run)
     rows = [report_row(group, groups[names[0]]) for group in groups.values()]
-    notes = ["accuracy in %; ±: standard error over seeds"]
+    notes = [f"accuracy in %; ±: standard error over the seeds; {len(runs)} runs"]
     if len(rows) == 1:
         return [f"{label:<32}{text:>20}" for label, text in rows[0].items() if text != "-"] + notes
     # A column is its title, one or several lines of it, and its cells
     columns = [[""] * 4 + names]
     for label in rows[0]:
-        title = textwrap.wrap(label.replace("_", " "), 9)
+        title = textwrap.wrap(label, 9)
         columns.append([""] * (4 - len(title)) + title + [row[label] for row in rows])
     widths = [max(map(len, column)) for column in columns]
     lines = []
     for cells in zip(*columns):
         lines.append(" ".join(f"{text:>{width}}" for text, width in zip(cells, widths)))
-    return lines + notes + [f"opd is {names[0]}; x: times its cost; seconds: of training alone"]
+    return lines[1:] + notes + [f"opd is {names[0]}; x: times its cost; seconds of training"]
 
 
 def draw_report(runs):
