@@ -1606,7 +1606,7 @@ def test_what_a_rollout_teaches_by_method(changes, weight, learned):
             lambda p, q, y: opd.reverse_kl_sampled(p, q, y, True),
         ),
     ],
-    ids=str,
+    ids=range(6),
 )
 def test_the_loss_is_that_of_the_flags(changes, expected):
     p, q, y = [logits(5, seed=1), logits(5, seed=2), torch.arange(5)]

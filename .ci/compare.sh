@@ -25,4 +25,5 @@ guided-random    --method prefix-guided --select random
 END
 done | xargs -P 2 -L 1 .ci/one_run.sh
 
-.venv/bin/python opd.py --report out/compare
+.venv/bin/python opd.py --report out/compare | tee assets/compare.txt
+cp out/compare/report.png assets/compare.png

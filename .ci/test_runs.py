@@ -3622,7 +3622,7 @@ def test_half_a_line_is_left_out_wherever_it_is(tmp_path):
     made_run(tmp_path / "opd")
     rest = json.dumps(graded(0, "eval_only", 0.5)) + "\n"
     made_run(tmp_path / "x", after=None, text='{"step": 3, "lo' + rest)
-    assert table(tmp_path)[0]["x"]["generated tokens"] == "1.00x"
+    assert table(tmp_path)[0]["x"]["sampled"] == "1.00x"
 
 
 def test_runs_without_evaluations_are_listed_and_leave_no_curve(tmp_path):
