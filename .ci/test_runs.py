@@ -10,7 +10,7 @@ torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
 
 import collections
 import dataclasses
-import hashlib
+import functools
 import inspect
 import itertools
 import json
@@ -45,13 +45,16 @@ from test_opd import (
     WORDS,
     V,
     assert_same,
+    checkpoints,
     close,
     command,
     gradients_of,
     make_batch,
+    outcome,
     repeatable,
     rows_of,
     save_model,
+    says_a,
     tiny,
     tiny_llama,
     train,
@@ -89,6 +92,14 @@ def world(small_world):
     write(small_world / "bad.jsonl", text='{"problem": "1"}\n{"problem": \n')
     write(small_world / "keys.jsonl", {"text": "1", "label": 2})
     return small_world
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flags_read_once():
+    """parse_args reads the source of Config, for --help: .1 s each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -163,12 +174,6 @@ def stopped(argv, capfd):
     return stop.value.code, lines[0]
 
 
-def says_a(text, gold):
-    """In place of is_correct, so that random models are right now and then."""
-    assert gold is not None  # nobody may ask without an answer
-    return "a" in text.split()
-
-
 def problems_of(batch, num_generations=1):
     """The problems of a batch as texts, in its order, one of each candidates."""
     texts = []
@@ -208,11 +213,6 @@ LONG = {
 
 def is_checkpoint(path):
     return re.fullmatch(r"checkpoint-\d+", os.path.basename(path))
-
-
-def checkpoints(folder):
-    """Names of the whole checkpoints in a folder."""
-    return sorted(filter(is_checkpoint, os.listdir(folder)), key=lambda name: int(name[11:]))
 
 
 def any_call(*_, **__):
@@ -331,14 +331,6 @@ def after_one_step(world, tmp_path_factory):
     return out / "checkpoint-1"
 
 
-def outcome(folder):
-    """All that a run leaves, as it can be compared bit for bit."""
-    last = checkpoints(folder)[-1]
-    weights = hashlib.sha256((folder / last / "model.safetensors").read_bytes()).hexdigest()
-    samples = (folder / "samples.jsonl").read_text().splitlines()
-    return repeatable(test_opd.read(folder / "metrics.jsonl")), samples, last, weights
-
-
 def assert_whole(folder):
     """Model, tokenizer and state of a checkpoint can be loaded."""
     load_student(folder)
@@ -378,7 +370,9 @@ def start(job, folder, *args, **environ):
     name = f"rank-{environ.get('RANK', 0)}"
     files = folder / f"{name}.log", folder / f"{name}.pt"
     process = SERVER.Process(target=in_child, args=(job, *files, environ, *args))
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server begins with the first
+        process.start()
     return process
 
 
@@ -1535,7 +1529,7 @@ def test_no_number_is_negative_or_infinite(value):
         "--method prefix --prefix_length 500",
         "--eval_top_p 1 --probe_depths 0 99",
         "--cap_init 24 --cap_min 24 --cap_max 24",
-        "--student a --teacher b --train_file c d e --mix 0.333 0.333 0.334",
+        "--student a --teacher b --train_file c d e --mix 0.7 0.2 0.1",  # .9999999999999999
         "--eval_only --student a --eval_file b",
         "--device mps",
     ],
@@ -2115,6 +2109,12 @@ def test_the_rows_sampled_at_once_are_those_of_the_flag_in_the_cold_start_too(
     assert seen == cold + warm and step["rollout_batch_size"] == (rows or 8)
 
 
+def test_all_ranks_sample_as_many_rows_at_once_as_the_smallest_can(world, tmp_path, monkeypatch):
+    """Else they would go through groups of different sizes."""
+    monkeypatch.setattr(opd, "gather", lambda items: [*items, 3])
+    assert opened(world, tmp_path)[1].rows_at_once == 3
+
+
 def warnings_of(world, folder, change=None):
     """What the preflight warns of where the teacher is the student with a change."""
     teacher = changed_copy(world, "student", folder, change or (lambda *_: None))
@@ -2157,7 +2157,8 @@ def test_the_preflight_tells_what_a_run_is_about(world, tmp_path, monkeypatch):
     path = tmp_path / "train.jsonl"
     golds = ["12", "x", "y", "z"]
     write(path, *[{"problem": f"{index} 1", "answer": gold} for index, gold in enumerate(golds)])
-    config, run = opened(world, tmp_path / "out", train_file=path, method="prune", loss="sampled")
+    flags = {"train_file": path, "method": "prune", "loss": "sampled", "batch_size": 6}
+    config, run = opened(world, tmp_path / "out", **flags)
     calls = watch(monkeypatch, "rollout")["rollout"]
     told = "\n".join(opd.preflight(config, run))
     assert "method prune; loss sampled of KL(student || teacher)" in told
@@ -2166,7 +2167,8 @@ def test_the_preflight_tells_what_a_run_is_about(world, tmp_path, monkeypatch):
     assert "student: qwen3, 0.0M parameters, 24 rows cut to 24, stops at [1]" in told
     assert "teacher: qwen3, 0.0M parameters, 32 rows cut to 24, stops at [1]" in told
     (call,) = calls
-    assert call["plan"].max_length == 32 and call["teacher"] is run.teacher
+    assert call["teacher"] is run.teacher
+    assert call["plan"].max_length == 32 and len(call["prompts"]) == 4
 
 
 def test_the_preflights_numbers_are_those_of_a_plain_forward(world, tmp_path, monkeypatch):
@@ -2226,6 +2228,15 @@ def test_only_the_last_checkpoints_are_kept_by_number(world, tmp_path):
         opd.save_checkpoint(config, run)
     assert checkpoints(tmp_path) == ["checkpoint-10", "checkpoint-11"]
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".partial", ".old"))]
+
+
+def test_nothing_of_a_half_checkpoint_gets_into_a_whole_one(world, tmp_path):
+    config, run = opened(world, tmp_path)
+    run.step = 3
+    write(tmp_path / "checkpoint.partial" / "model-2-of-2.safetensors", text="half")
+    opd.save_checkpoint(config, run)
+    assert not (tmp_path / "checkpoint-3" / "model-2-of-2.safetensors").exists()
+    assert not (tmp_path / "checkpoint.partial").exists()
 
 
 def test_a_checkpoint_is_a_model_folder_like_any_other(world, first_run):
@@ -2524,6 +2535,17 @@ def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(wo
     added = test_opd.read(tmp_path / "metrics.jsonl")
     assert added[:-1] == lines and added[-1]["model"] == "eval_only"
     assert len(opd.read_run(tmp_path, "")["curve"]) == 2
+
+
+def test_what_was_put_aside_before_gives_way_to_what_is_put_aside_now(world, tmp_path):
+    """Three runs in one folder: of the first nothing is left."""
+    lines = [
+        train(world, tmp_path, max_steps=1, seed=seed, eval_file=None)[1] for seed in (0, 1, 2)
+    ]
+    old = test_opd.read(tmp_path / "metrics.jsonl.old")
+    assert [line for line in old if "loss" in line] == lines[1] != lines[0]
+    names = {"metrics.jsonl", "samples.jsonl", "checkpoint-1"}
+    assert set(os.listdir(tmp_path)) == names | {f"{name}.old" for name in names}
 
 
 SIGNALS = {
@@ -3111,7 +3133,8 @@ def test_the_tries_cost_the_flops_of_their_forwards(world, tmp_path, monkeypatch
             lengths += answer["length"]
             context = torch.tensor([len(answer["prompt_ids"]) + answer["length"]])
             flops += opd.forward_flops(student, context)
-    assert step["validation_tokens"] == lengths
+    assert step["validation_tokens"] == lengths > 0
+    assert step["generated_tokens"] == plain["generated_tokens"] + lengths
     assert step["flops"] - plain["flops"] == pytest.approx(flops, rel=1e-9)
 
 
@@ -3452,6 +3475,12 @@ def test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names(
     assert all(type(value) in (int, float) for _, value, _ in told)
 
 
+def test_only_the_first_rank_has_a_tracker_and_files(world, tmp_path, logged, monkeypatch):
+    monkeypatch.setattr(opd, "RANK", 1)
+    _, run = opened(world, tmp_path / "out", report_to="tensorboard")
+    assert run.track is None and logged == [] and os.listdir(tmp_path) == []
+
+
 def test_a_resumed_run_purges_what_tensorboard_has_of_later_steps(world, tmp_path, logged):
     flags = {"report_to": "tensorboard", "eval_file": None}
     train(world, tmp_path, **flags, max_steps=1)
@@ -3675,7 +3704,8 @@ def test_the_picture_has_three_panels_with_a_line_per_seed(tmp_path):
     tokens, positions, seconds = (axes.lines for axes in figure.axes)
     curves = [line.get_xydata().tolist() for line in tokens]
     assert curves[:2] == [[[0, 0.1], [2000, 0.5]], [[0, 0.1], [6000, 0.7]]]
-    assert [line.get_xydata().tolist()[1] for line in seconds][:2] == [[8, 0.5], [24, 0.7]]
+    curves = [line.get_xydata().tolist() for line in seconds]
+    assert curves[:2] == [[[0, 0.1], [8, 0.5]], [[0, 0.1], [24, 0.7]]]
     by_position = [line.get_xydata().tolist()[0] for line in positions]
     assert by_position[:2] == [[0, 0.6], [0, 0.7]]  # the first step, the last
     colors = [line.get_color() for line in tokens]
