@@ -7,7 +7,7 @@ PYTHON ?= python3
 demo: .venv/ready
 	.venv/bin/python opd.py --output_dir out/demo
 
-# Every claim, offline, on tiny models: three to six minutes.
+# Every claim, offline, on tiny models: under two minutes.
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 --dist worksteal test_opd.py .ci/test_runs.py .ci/test_bench.py
 
