@@ -60,6 +60,9 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal, get_args, get_origin
 
+# Before torch is imported: caches grow all the time, and a GPU's memory falls to pieces without it
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 import numpy as np
 import tokenizers
 import torch
@@ -367,17 +370,16 @@ def generate(
     input_ids, attention_mask: (B, L), padded on the left. cache: of the columns 0 to L - 2, as the
     last call left it, or None; it grows in place. temperature 0 is greedy. pad_id: what rows that
     ended go on with, any id that has an embedding; when all have ended, there are no more columns.
-    -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
+    -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K); the
        log-prob of each row's last new token (B,), before top_p; meaningless if the row ended before
     """
-    topk, scores = [], None
+    topk, scores = [], []
 
     def within_vocabulary(_, head_scores):  # (B, rows of the head), float32
-        nonlocal scores
-        scores = head_scores[:, :vocab_size]  # the other rows are no tokens
-        if record_k:
-            topk.append(scores.topk(record_k).indices)
-        return scores
+        within = head_scores[:, :vocab_size]  # the other rows are no tokens
+        scores[:] = [*scores[-1:], within]
+        topk.append(within.topk(record_k).indices)
+        return within
 
     draw = {"do_sample": False}
     if temperature:
@@ -400,28 +402,39 @@ def generate(
         model.generation_config = shipped
 
     new_ids = ids[:, input_ids.shape[1] :]  # (B, n)
+    # Where transformers looks late whether all have ended (mps), it takes the last step back
+    taken_back = len(topk) - new_ids.shape[1]
+    last_scores = scores[-1 - taken_back] / (temperature or 1)
     # The pad of a row that ended may be no token
     last_ids = new_ids[:, -1:].clamp(max=vocab_size - 1)
-    log_probs = F.log_softmax(scores / (temperature or 1), dim=-1).gather(-1, last_ids)
-    return new_ids, torch.stack(topk, dim=1) if record_k else None, log_probs[:, 0]
+    log_probs = F.log_softmax(last_scores, dim=-1).gather(-1, last_ids)
+    return new_ids, torch.stack(topk, dim=1)[:, : new_ids.shape[1]], log_probs[:, 0]
 
 
 def hidden_states(model, ids, mask, num_last, cache=None):
     """The final hidden states that predict the last num_last columns. ids, mask (B, L) -> (B, n, H)
     With a cache, columns that it holds are not computed again, and it grows to L - 1 columns.
     """
-    seen = cache.get_seq_length() if cache is not None else 0
+    # The shift by one, for scoring and for training: what predicts column t is the state at t - 1
+    start, end = 0, ids.shape[1] - 1
+    width = end  # of a pass
+    if cache is not None:
+        # In passes of 32,768 tokens: a layer's activations of all rows would fill a GPU
+        start, width = cache.get_seq_length(), max(1, 2**15 // len(ids))
     # Left padding is no position: rotary models only see differences, but GPT-2's are absolute
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, L)
-    # The shift by one, for scoring and for training: what predicts column t is the state at t - 1
-    output = model.base_model(
-        input_ids=ids[:, seen:-1],
-        attention_mask=mask[:, :-1].long(),
-        position_ids=positions[:, seen:-1],
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
-    return output.last_hidden_state[:, -num_last:]
+    states = []
+    for first in range(start, end, width):
+        last = min(first + width, end)
+        output = model.base_model(
+            input_ids=ids[:, first:last],
+            attention_mask=mask[:, :last].long(),
+            position_ids=positions[:, first:last],
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        states.append(output.last_hidden_state)
+    return torch.cat(states, dim=1)[:, -num_last:]
 
 
 def head_logits(model, hidden, vocab_size, temperature=1.0):
@@ -691,7 +704,8 @@ def learned_rows(batch):
         learned = batch["loss_mask"][row].bool()[valid]  # (length,)
         if not learned.any():
             continue
-        columns = {"teacher_hidden": batch["teacher_hidden"][row][learned]}
+        states = batch["teacher_hidden"][row]
+        columns = {"teacher_hidden": states if learned.all() else states[learned]}  # seldom a copy
         for name in ("response_ids", "log_probs", "token_weight"):
             columns[name] = batch[name][row][valid][learned]
 
@@ -754,22 +768,30 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     return {"loss": loss, "num_tokens": num_tokens, **means}
 
 
-def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0):
-    """Clip and apply the gradients -> their norm before. FloatingPointError if it is not finite"""
+def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0, offload=False):
+    """Clip and apply the gradients -> their norm before. FloatingPointError if it is not finite.
+    offload: Adam's moments are on the device during the step only, else on the host.
+    """
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"gradient norm {norm}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    if offload:
+        moments_to(optimizer, student.device)
     optimizer.step()
+    if offload:
+        moments_to(optimizer, "cpu")
     return norm
 
 
-def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **settings):
+def train_step(
+    student, optimizer, batch, learning_rate, max_grad_norm=1.0, offload=False, **settings
+):
     """An update on a rollout: backward, with these settings, and optimizer_step -> its metrics"""
     metrics = backward(student, batch, **settings)
     if metrics:
-        norm = optimizer_step(student, optimizer, learning_rate, max_grad_norm)
+        norm = optimizer_step(student, optimizer, learning_rate, max_grad_norm, offload)
         metrics["grad_norm"] = norm
     return metrics
 
@@ -858,7 +880,7 @@ def update_settings(config, run):
         "token_loss": token_loss,
         "measure": measure,
         "chunk_tokens": tokens_at_once(run.vocab_size),
-        "micro_batch_size": config.micro_batch_size,
+        "micro_batch_size": run.rows_at_once["micro_batch_size"],
         "autocast": run.autocast,
     }
 
@@ -872,8 +894,9 @@ def train(config, run):
         prompts = [problem["prompt_ids"] for problem in problems]
         plan = plan_rollout(config, step, run.cap)
         candidates = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
+        rows = run.rows_at_once["rollout_batch_size"]
         out = rollout_in_groups(
-            run.sampler, run.teacher, prompts, plan, run.rows_at_once, **candidates, **run.sampling
+            run.sampler, run.teacher, prompts, plan, rows, **candidates, **run.sampling
         )
 
         run.phase = f"the update of step {step}"
@@ -884,9 +907,10 @@ def train(config, run):
 
         # From here to the record a step is done whole or not at all: signals wait
         with whole_step(run):
-            update["grad_norm"] = optimizer_step(
-                run.student, run.optimizer, update["learning_rate"], config.max_grad_norm
-            )
+            rate, clip = update["learning_rate"], config.max_grad_norm
+            norm = optimizer_step(run.student, run.optimizer, rate, clip, run.offload)
+            update["grad_norm"] = norm
+            run.optimizer.zero_grad()  # the gradient's place is that of the next rollout's caches
             # On-policy: the next rollout samples from what was just learned
             run.sampler.load_state_dict(run.student.state_dict())
             update["time_update"] = clock(run.device) - began
@@ -1105,6 +1129,15 @@ def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def peak_memory(device):
+    """GB that a GPU held at most since the last call."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1480,7 +1513,7 @@ class Config:
     max_new_tokens: int = 7168  # cap of a training response [Rethinking-OPD]
     temperature: float = 1.0  # divides the logits of both models, in sampling and loss [all: 1]
     segment_length: int = 512  # tokens between two looks at who goes on (our choice)
-    rollout_batch_size: int = 0  # rows a process samples at once; 0: all, on a GPU what fits
+    rollout_batch_size: int = 0  # rows a process samples at once; 0: on a GPU what fits, else all
     prefix_length: int = 0  # tokens of the prefix; 0: 1024 in prefix (our choice), 128 in
     # prefix-guided [PG-OPD, second hand]
     probe_window: int = 128  # prefix-guided: first tokens, whose mean overlap scores [PG-OPD]
@@ -1507,8 +1540,10 @@ class Config:
     warmup_steps: int = 0  # steps of linear warm-up; then the rate is constant [EffOPD]
     max_steps: int = 200  # DAPO-Math-17K once [Rethinking-OPD]
     max_grad_norm: float = 1.0  # gradient clipping (our choice)
-    micro_batch_size: int = 4  # longest rows at once in the update, or more short ones
-    gradient_checkpointing: bool = False  # recompute layers in backward, to save memory
+    micro_batch_size: int = 0  # longest rows at once in the update, or more short ones; 0: on a
+    # GPU what fits, else 4
+    gradient_checkpointing: bool = False  # recompute layers in backward: on a GPU it always does
+    no_gradient_checkpointing: bool = False  # not even on a GPU: faster, and 18 times the memory
     extrapolate: bool = False  # at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]
     validation_size: int = 50  # answered training problems that judge --extrapolate [EffOPD]
     save_every: int = 0  # steps between checkpoints; 0: only at the end
@@ -1517,6 +1552,8 @@ class Config:
 
     # -- evaluation
     eval_only: bool = False  # grade --student on --eval_file and stop
+    eval_first: Literal["auto", "none", "student", "both"] = "auto"  # whom to evaluate before the
+    # first step; auto: both where that takes under a tenth of the run, else the student
     eval_every: int = 20  # steps between evaluations; 0: only at the end [Prune-OPD]
     eval_samples: int = 16  # answers per problem [Rethinking-OPD]
     probe_depths: list[int] = ()  # percent of an answer: how the teacher goes on from there
@@ -1524,7 +1561,7 @@ class Config:
     eval_temperature: float = 0.7  # 0 is greedy [Rethinking-OPD]
     eval_top_p: float = 0.95  # nucleus; 1 is all [Rethinking-OPD]
     eval_max_new_tokens: int = 31744  # full length [Rethinking-OPD]
-    eval_batch_size: int = 32  # rows of an evaluation at once (our choice)
+    eval_batch_size: int = 0  # rows of an evaluation at once; 0: on a GPU what fits, else 32
 
     @property
     def prefix(self):
@@ -1534,6 +1571,7 @@ class Config:
 # Where neither model is named
 TINY = replace(
     Config(),
+    device="cpu",
     prompt_template="{problem}",
     loss="reverse_kl",
     overlap_k=4,
@@ -1557,6 +1595,7 @@ TINY = replace(
     warmup_steps=5,
     max_steps=60,
     micro_batch_size=64,
+    eval_first="both",
     eval_every=10,
     eval_samples=4,
     eval_temperature=1.0,
@@ -1627,7 +1666,8 @@ def check_config(config):
     """ValueError for flags that cannot work, alone or together, before anything is loaded."""
     may_be_zero = (
         "seed cold_start_steps rollout_batch_size prefix_length horizon_growth drift_threshold "
-        "w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every eval_every eval_temperature"
+        "w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every micro_batch_size "
+        "eval_every eval_temperature eval_batch_size"
     ).split()
     # Each alone; a Config may come from a notebook
     for item in fields(config):
@@ -1699,7 +1739,9 @@ class Run:
     vocab_size: int = 0  # tokens that both models have; other rows of their heads are cut off
     sampling: dict = None  # vocab_size, eos_ids and temperature, for rollout
     grading: dict = None  # what evaluate needs beside it and does not change
-    cache_bytes: int = 0  # what the caches of both models keep of a token
+    cache_bytes: list = None  # what the caches of sampler and teacher keep of a token
+    kept_bytes: int = 0  # what the student's forward keeps of a token for backward
+    offload: bool = False  # Adam's moments wait on the host for the optimizer's step
     pools: list = None  # training problems, a list for each file
     answered: list = None  # those that have an answer
     evals: dict = None  # name of a file -> problems to evaluate on
@@ -1707,7 +1749,9 @@ class Run:
     # Where it stands. A checkpoint has all of this, and the optimizer
     step: int = 0  # the last whole step
     graded: int = 0  # the last step after which the student was evaluated
-    rows_at_once: int = 0  # rows that a rollout samples at once
+    rows_at_once: dict = field(
+        default_factory=dict
+    )  # how many rows, by the names of the flags that end in batch_size
     cap: int = 0  # prune: tokens
     misses: int = 0  # prune: in a row
     anchor: dict = field(default_factory=dict)  # EffOPD: the weights accepted the last time
@@ -1723,7 +1767,8 @@ class Run:
 
     def standing(self):
         """What every line of metrics.jsonl says of where the run stands."""
-        standing = {"cap": self.cap, "misses": self.misses, "rollout_batch_size": self.rows_at_once}
+        standing = {"cap": self.cap, "misses": self.misses}
+        standing["rollout_batch_size"] = self.rows_at_once["rollout_batch_size"]
         return {**standing, **self.counts}
 
     def record(self, metrics):
@@ -1846,23 +1891,277 @@ def load_models(config, run, path):
         "eos_ids": eos_ids,
         "temperature": config.temperature,
     }
-    run.cache_bytes = sum(check_model(model, config.eval_only) for model in models)
+    run.cache_bytes = [check_model(model, config.eval_only) for model in models]
     run.device = run.sampler.device
     run.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=bf16)
-    run.optimizer = torch.optim.AdamW(run.student.parameters(), weight_decay=0.0)
-    if config.gradient_checkpointing:
+    # fused: the default on a GPU makes a copy of all weights on the way
+    run.optimizer = torch.optim.AdamW(run.student.parameters(), weight_decay=0.0, fused=on_gpu)
+    checkpointed = config.gradient_checkpointing or on_gpu and not config.no_gradient_checkpointing
+    if checkpointed:
         run.student.gradient_checkpointing_enable({"use_reentrant": False})
+    run.kept_bytes = kept_for_backward(run.student, run.autocast, checkpointed)
+
+
+def kept_for_backward(student, autocast, checkpointed):
+    """The bytes that the student's forward keeps of a token for backward."""
+    sizes = []
+    kept = {}
+
+    def note(tensor):  # by where it lies: many an operation keeps the same tensor
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+
+    for width in (16, 32):
+        ids = torch.arange(width + 1, device=student.device)[None]  # any text
+        with autocast, torch.autograd.graph.saved_tensors_hooks(note, note):
+            states = hidden_states(student, ids, torch.ones_like(ids), width)
+        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+        kept.clear()
+    every_layer = (sizes[1] - sizes[0]) // 16  # weights and their casts are in both
+    shape = student.config.get_text_config()
+    if not checkpointed:
+        return every_layer
+    # What goes into each layer, and one layer while it is recomputed
+    layers = shape.num_hidden_layers
+    return layers * shape.hidden_size * states.element_size() + every_layer // layers
+
+
+def memory_plan(
+    student,
+    teacher,
+    *,
+    bf16,
+    rows,
+    columns,
+    vocab,
+    offload=False,
+    states=0,
+    cache=0,
+    segment=0,
+    judged=0,
+    kept=0,
+):
+    """What a GPU must hold -> dict of bytes: the parts, and their sums in rollout and update.
+
+    student, teacher: parameters N, M. rows at once, of so many columns, prompt and response. Bytes
+    of a token: cache, in the caches; judged, in a pass of the teacher; kept, for backward. states:
+    bytes of the teacher's hidden states of a step. segment: columns that are judged at once.
+        weights      4 N + 2 N + 2 M     float32, the bfloat16 copy that samples, the teacher
+        gradient     4 N
+        moments      8 N of Adam; offload: on the host but for the optimizer's step
+        caches       rows * columns * cache
+        judging      tokens * judged + 10 * elements, tokens = rows * segment, at most 2^15
+        activations  rows * columns * kept + 2 N, autocast's casts
+        logits       32 * elements, those of the chunk: logits, losses, measures, gradient
+        rollout      weights, moments, states, caches, judging
+        update       weights, moments, states, gradient, activations, logits
+    elements: tokens * vocab, at most 25,000,000. Without bf16: no copy, no casts, 4 M.
+    """
+    copy = 2 * student if bf16 else 0
+    tokens = min(rows * segment, 2**15)
+    plan = {
+        "weights": 4 * student + copy + (2 if bf16 else 4) * teacher,
+        "gradient": 4 * student,
+        "moments": 8 * student,
+        "states": states,
+        "caches": rows * columns * cache,
+        "judging": tokens * judged + 10 * min(tokens * vocab, 25_000_000),
+        "activations": rows * columns * kept + copy,
+        "logits": 32 * min(rows * columns * vocab, 25_000_000),
+    }
+    always = plan["weights"] + states + (0 if offload else plan["moments"])
+    passing = plan["activations"] + plan["logits"]
+    if offload:
+        passing = max(passing, plan["moments"])
+    plan["rollout"] = always + plan["caches"] + plan["judging"]
+    plan["update"] = always + plan["gradient"] + passing
+    return plan
+
+
+def longest(config, run):
+    """In tokens: the longest prompt and response of a step, the same of an evaluation -> 4 ints"""
+    train = [len(problem["prompt_ids"]) for problem in sum(run.pools, [])]
+    graded = [len(problem["prompt_ids"]) for problem in sum(run.evals.values(), [])]
+    cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
+    return max(train, default=1), cap, max(graded, default=1), config.eval_max_new_tokens
+
+
+def plan_phases(config, run):
+    """What memory_plan is told of each -> {flag: (phase, most rows, dict)}"""
+    prompt, cap, graded, answer = longest(config, run)
+    on_gpu, bf16 = run.device.type == "cuda", run.sampler is not run.student
+    rows = math.ceil(config.batch_size / NUM_RANKS) * config.num_generations  # of this process
+    common = {"student": run.student.num_parameters(), "bf16": bf16, "vocab": run.vocab_size}
+    common["teacher"] = run.teacher.num_parameters() if run.teacher else 0
+    step = {**common, "columns": prompt + cap}
+    if run.teacher:
+        shape = run.teacher.config.get_text_config()
+        step["states"] = rows * cap * shape.hidden_size * (2 if bf16 else 4)
+        step["judged"] = 6 * shape.intermediate_size + 14 * shape.hidden_size
+    sampling = {**step, "cache": sum(run.cache_bytes), "segment": config.segment_length}
+    evaluation = {**common, "columns": graded + answer}
+    few, many = (rows, 1024) if on_gpu else (4, 32)
+    return {
+        "rollout_batch_size": ("rollout", rows, sampling),
+        "micro_batch_size": ("update", few, {**step, "kept": run.kept_bytes}),
+        "eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[0]}),
+        "teacher_eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[-1]}),
+    }
 
 
 def rows_that_fit(config, run):
-    """Rows to sample at once: all of a step; on a GPU as many as half of its memory holds."""
-    rows = config.batch_size * config.num_generations
+    """How many rows at once, by the flags that end in batch_size: as they say; for 0 as a resumed
+    run had, or all, on a GPU what fits. ValueError for what does not.
+    """
+    free = math.inf
     if run.device.type == "cuda":
-        # What is free less 12 bytes a parameter: the gradient and Adam's two moments, still to come
-        free = torch.cuda.mem_get_info(run.device)[0] - 12 * run.student.num_parameters()
-        columns = config.max_prompt_length + config.max_new_tokens
-        rows = min(rows, int(free / (2 * run.cache_bytes * columns)))
-    return max(1, rows)
+        free = torch.cuda.mem_get_info(run.device)[0]
+    rows = {}
+    for flag, (phase, most, sizes) in plan_phases(config, run).items():
+
+        def left(count, phase=phase, sizes=sizes):
+            """Bytes that so many rows leave; the weights are there"""
+            plan = memory_plan(**sizes, rows=count, offload=run.offload)
+            return free - (plan[phase] - plan["weights"])
+
+        if flag == "rollout_batch_size":
+            # On the host, Adam's moments leave their place to the caches, where that doubles it
+            run.offload = left(0) < 8 * sizes["student"]
+        # What fits: a fifth stays for what is not planned
+        fits = most
+        while fits > 1 and left(fits) < 0.2 * left(0):
+            fits -= 1
+        before = run.rows_at_once.get(flag, 0)
+        if left(before) < 0:  # another GPU
+            before = 0
+        asked = getattr(config, flag.removeprefix("teacher_"))
+        count = asked or before or fits
+        least = config.num_generations if flag == "rollout_batch_size" else 1
+        if left(max(count, least)) < 0:
+            instead = flag if asked > least else "max_new_tokens"
+            if phase == "update" and config.no_gradient_checkpointing:
+                instead = "no_gradient_checkpointing"
+            if "eval" in flag:
+                instead = "eval_max_new_tokens"
+            raise ValueError(
+                f"{count} rows of {sizes['columns']} tokens do not fit: by the plan the {phase} "
+                f"lacks {-left(count) / 1e9:.1f} GB of GPU memory; lower --{instead}"
+            )
+        rows[flag] = min(gather([count]))
+    return rows
+
+
+def moments_to(optimizer, device):
+    """Move Adam's moments to a device. Not pinned: a step of minutes waits for seconds."""
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].to(device)
+
+
+def try_update(config, run):
+    """One update at learning rate 0 of made-up rows, on a GPU as many and as long as they get: what
+    would run out of memory hours later does it now -> seconds a token
+    """
+    run.phase = "the update of longest rows"
+    prompt, cap, _, _ = longest(config, run)
+    rows, rest = run.rows_at_once["micro_batch_size"], plan_phases(config, run)
+    held = rest["micro_batch_size"][2]["states"]
+    if run.device.type != "cuda":
+        rows, cap, held = 1, min(cap, 32), 0
+    ids = torch.zeros(rows, prompt, dtype=torch.long, device=run.device)
+    batch = make_room(ids, ids == 0, cap, 0)
+    for name in ("response_mask", "loss_mask", "token_weight"):
+        batch[name] = torch.ones_like(batch["response_mask"])
+    width = run.teacher.config.get_text_config().hidden_size
+    states = torch.zeros(rows, cap, width, dtype=run.teacher.dtype, device=run.device)
+    batch["teacher_hidden"] = list(states)
+    # Beside them, the states of the step's other rows
+    held = torch.empty(max(0, held - states.nbytes), dtype=torch.uint8, device=run.device)
+
+    began = clock(run.device)
+    settings = {**update_settings(config, run), "offload": run.offload}
+    train_step(run.student, run.optimizer, batch, 0.0, **settings)
+    run.optimizer.state.clear()  # of this step nothing stays
+    run.optimizer.zero_grad()
+    return (clock(run.device) - began) / (rows * (prompt + cap))
+
+
+def columns_at_most(config, run):
+    """How many columns are sampled, one after the other, in a step and in an evaluation -> dict"""
+    rows, (_, cap, _, answer) = run.rows_at_once, longest(config, run)
+    own = math.ceil(config.batch_size / NUM_RANKS) * config.num_generations
+    answers = sum(map(len, run.evals.values())) * config.eval_samples / NUM_RANKS
+    return {
+        "step": math.ceil(own / rows["rollout_batch_size"]) * cap,
+        "student": math.ceil(answers / rows["eval_batch_size"]) * answer,
+        "teacher": math.ceil(answers / rows["teacher_eval_batch_size"]) * answer,
+    }
+
+
+def evaluated_first(config, run):
+    """Whom to evaluate before the first step. By columns, not by seconds: that is repeatable."""
+    whom = {"none": [], "student": ["student"], "both": ["teacher", "student"]}
+    columns = columns_at_most(config, run)
+    both = columns["student"] + columns["teacher"]
+    cheap = both < 0.1 * config.max_steps * columns["step"]
+    return whom.get(config.eval_first, whom["both" if cheap else "student"])
+
+
+def plan_lines(config, run, out):
+    """The memory and the time that a run will take at most, from a short rollout -> lines"""
+    rows, (prompt, cap, graded, answer) = run.rows_at_once, longest(config, run)
+    plans = {}
+    for flag, (_, _, sizes) in plan_phases(config, run).items():
+        plan = memory_plan(**sizes, rows=rows[flag], offload=run.offload)
+        plans[flag] = {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
+    sampled, learned = plans["rollout_batch_size"], plans["micro_batch_size"]
+    total = run.device.type
+    if run.device.type == "cuda":
+        total = f"{torch.cuda.get_device_name(run.device)}, {tqdm.format_sizeof(torch.cuda.mem_get_info(run.device)[1])}B"
+    lines = [
+        f"plan for {total}: weights {sampled['weights']}, gradient {sampled['gradient']}, moments "
+        f"{sampled['moments']}{' on the host' if run.offload else ''}, teacher's hidden states of "
+        f"a step {sampled['states']}",
+        f"rollout: {rows['rollout_batch_size']} rows at once of {prompt} + {cap} tokens, caches "
+        f"{sampled['caches']}; in all {sampled['rollout']}",
+        f"update: {rows['micro_batch_size']} rows at once, activations {learned['activations']}, "
+        f"logits {learned['logits']}; in all {learned['update']}",
+        f"evaluation: of {graded} + {answer} tokens {rows['eval_batch_size']} rows at once of the "
+        f"student, {rows['teacher_eval_batch_size']} of the teacher",
+    ]
+
+    seconds = seconds_at_most(config, run, out)
+    told = [f"{name} {tqdm.format_interval(took)}" for name, took in seconds.items()]
+    first = " and ".join(evaluated_first(config, run)) or "nobody"
+    lines.append(
+        f"time at most, if tokens cost what the first did: {', '.join(told)}; evaluated before "
+        f"step 1: {first}"
+    )
+    return lines
+
+
+def seconds_at_most(config, run, out):
+    """What a step, an evaluation and a run take if every response gets as long as it may and each
+    token costs what those of out did, a short rollout -> dict
+    """
+    # A column written by the student, a token judged, a token learned, a column of the teacher's
+    B, T = out["response_ids"].shape
+    written = (out["seconds"] - out["teacher_seconds"]) / T
+    judged = out["teacher_seconds"] / (B * T)
+    learned = try_update(config, run)
+    prompts = [ids[mask].tolist() for ids, mask in zip(out["prompt_ids"], out["prompt_mask"])]
+    began = clock(run.device)
+    rollout(run.teacher, None, prompts, Plan(T), **run.sampling)
+    teacher_written = (clock(run.device) - began) / T
+
+    columns, (prompt, cap, _, _) = columns_at_most(config, run), longest(config, run)
+    own = math.ceil(config.batch_size / NUM_RANKS) * config.num_generations
+    step = columns["step"] * written + own * (cap * judged + (prompt + cap) * learned)
+    seconds = {"a step": step, "an evaluation of the student": columns["student"] * written}
+    seconds["of the teacher"] = columns["teacher"] * teacher_written
+    evaluations = config.max_steps // (config.eval_every or config.max_steps)
+    seconds["all steps"] = config.max_steps * step
+    seconds["all evaluations of the student"] = evaluations * columns["student"] * written
+    return seconds
 
 
 def preflight(config, run):
@@ -1871,12 +2170,10 @@ def preflight(config, run):
     golds = [problem["answer"] for problem in run.answered[:500]]
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
     train = sum(run.pools, [])
-    drawn = draw_prompts(config, run, step=1)[:: config.num_generations]
-    prompts = [problem["prompt_ids"] for problem in drawn[:4]]
-    plan = Plan(32, config.segment_length)
-    out = rollout(
-        run.sampler, run.teacher, prompts, plan, overlap_k=config.overlap_k, **run.sampling
-    )
+    rows = run.rows_at_once["rollout_batch_size"]
+    prompts = [problem["prompt_ids"] for problem in draw_prompts(config, run, step=1)[:rows]]
+    settings = {"overlap_k": config.overlap_k, **run.sampling}
+    out = rollout_in_groups(run.sampler, run.teacher, prompts, Plan(32), rows, **settings)
     log_q = torch.cat(response_log_probs(run.teacher, out, run.vocab_size))
     overlap = out["overlap"][out["response_mask"]].mean().item()
     lines = [
@@ -1906,7 +2203,7 @@ def preflight(config, run):
         )
     if run.tokenizer.chat_template != run.teacher_tokenizer.chat_template:
         lines.append("warning: the chat templates differ; both models read the student's")
-    return lines
+    return lines + plan_lines(config, run, out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2108,8 +2405,9 @@ def cut_room(out, length):
     """A finished rollout, cut to its longest response, the teacher's states end to end."""
     for name in ("response_ids", "response_mask", "overlap", "log_probs"):
         out[name] = out[name][:, :length]
-    joined = [torch.cat(pieces) if pieces else None for pieces in out["teacher_hidden"]]
-    return {**out, "teacher_hidden": joined}
+    for row, pieces in enumerate(out["teacher_hidden"]):  # in place: never all of them twice
+        out["teacher_hidden"][row] = torch.cat(pieces) if pieces else None
+    return out
 
 
 def concatenate(parts):
@@ -2190,7 +2488,7 @@ def step_metrics(run, batch, rows, update):
         "time_rollout": batch["seconds"] - batch["teacher_seconds"],
         "time_teacher": batch["teacher_seconds"],
         "time_validation": 0.0,
-        "peak_memory_gb": torch.cuda.max_memory_allocated(run.device.index) / 2**30,
+        "peak_memory_gb": peak_memory(run.device),
     }
 
 
@@ -2217,9 +2515,11 @@ def evaluate_files(config, run, who):
         "temperature": config.eval_temperature,
         "top_p": config.eval_top_p,
         "max_length": config.eval_max_new_tokens,
+        "rows_per_batch": run.rows_at_once["eval_batch_size"],
     }
     if who == "teacher":
         model = run.teacher
+        how["rows_per_batch"] = run.rows_at_once["teacher_eval_batch_size"]
         how["eos_ids"] = run.sampling["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
     results, lines = {}, []
     for name, problems in run.evals.items():
@@ -2260,6 +2560,7 @@ def probe(config, run, answers, accuracy, how):
             begun.append({**answer, "begun": kept})
         left = how["max_length"] - how["max_length"] * depth // 100  # not more in all
         onward = {**how, "eos_ids": eos_ids, "max_length": left, "title": f"teacher from {depth}%"}
+        onward["rows_per_batch"] = run.rows_at_once["teacher_eval_batch_size"]
         metrics, _ = evaluate(run.teacher, problems=begun, **onward)
         advantages[f"advantage_from_{depth}"] = metrics["avg_at_n"] - accuracy
     return advantages
@@ -2274,6 +2575,7 @@ def extrapolate_student(config, run):
     def validate(weights):
         run.sampler.load_state_dict(weights, strict=False)
         settings = {**run.grading, **run.sampling, "max_length": config.max_new_tokens}
+        settings["rows_per_batch"] = run.rows_at_once["eval_batch_size"]
         metrics, answers = evaluate(run.sampler, problems=problems, **settings)
         # Its samples are part of the price
         lengths = torch.tensor([answer["length"] for answer in answers])
@@ -2297,8 +2599,9 @@ def cold_start_step(config, run, step):
     problems = draw_prompts(config, run, step)
     prompts = [problem["prompt_ids"] for problem in problems]
     plan = Plan(config.max_new_tokens, config.segment_length)
+    rows = run.rows_at_once["rollout_batch_size"]
     out = rollout_in_groups(
-        run.teacher, None, prompts, plan, run.rows_at_once, config.num_generations, **run.sampling
+        run.teacher, None, prompts, plan, rows, config.num_generations, **run.sampling
     )
     run.phase = f"the update of cold start step {step}"
     mask, right = out["response_mask"], out["ended"].clone()
@@ -2314,8 +2617,10 @@ def cold_start_step(config, run, step):
     out["teacher_hidden"] = [valid[valid][:, None] for valid in mask]
     settings = update_settings(config, run)
     settings |= {"teacher_head": torch.nn.Identity(), "measure": None, "token_loss": cross_entropy}
+    settings["offload"] = run.offload
     rate = config.cold_start_learning_rate
     train_step(run.student, run.optimizer, out, rate, config.max_grad_norm, **settings)
+    run.optimizer.zero_grad()
     run.sampler.load_state_dict(run.student.state_dict())
 
     # What it cost
@@ -2362,7 +2667,7 @@ def read_run(root, name):
         "group": group or ".",
         "pair": (seed, *sorted(final)),  # runs that may be subtracted
         "teacher": accuracy.get("teacher", math.nan),
-        "before": curve[0][2] if curve else math.nan,
+        "before": curve[0][2] if curve and not curve[0][0] else math.nan,
         "after": curve[-1][2] if final else math.nan,
         "first": steps[0],
         "last": {**steps[-1], "seconds": seconds[-1]},
@@ -2521,7 +2826,6 @@ def open_run(config):
     run.grading = {
         "tokenizer": run.tokenizer,
         "seed": config.seed,
-        "rows_per_batch": config.eval_batch_size,
         "segment_length": config.segment_length,
     }
     read_files(config, run)
@@ -2530,11 +2834,13 @@ def open_run(config):
     kind = config.report_to if is_main() else "none"
     run.track = open_tracker(kind, config.output_dir, flags, state.get("step", -1) + 1)
     # Where it stands
-    if state:
-        run.optimizer.load_state_dict(state.pop("optimizer"))
-        vars(run).update(state, flags=flags)
-    rows = config.rollout_batch_size or run.rows_at_once or rows_that_fit(config, run)
-    run.rows_at_once = min(gather([rows]))
+    moments = state.pop("optimizer", None)
+    vars(run).update(state, flags=flags)
+    run.rows_at_once = rows_that_fit(config, run)
+    if moments:
+        run.optimizer.load_state_dict(moments)
+    if run.offload:
+        moments_to(run.optimizer, "cpu")
     if is_main() and not config.eval_only:
         prepare_files(config, run, folder)
     return run
@@ -2560,8 +2866,8 @@ def main(argv=None):
             return evaluate_files(config, run, "eval_only")
         if run.step == 0:
             print("\n".join(preflight(config, run)), flush=True)
-            evaluate_files(config, run, "teacher")
-            evaluate_files(config, run, "student")
+            for who in evaluated_first(config, run):
+                evaluate_files(config, run, who)
             for step in range(1, config.cold_start_steps + 1):
                 right = cold_start_step(config, run, step)
                 tqdm.write(f"cold start: {right:.0%} of the solutions are right")
@@ -2571,7 +2877,7 @@ def main(argv=None):
                 run.anchor = movable_weights(run.student)  # OPD's update begins here
         train(config, run)
     except (Exception, KeyboardInterrupt) as error:
-        now = {**vars(config), "rollout_batch_size": run.rows_at_once} if run else {}
+        now = run.rows_at_once if run else {}
         told, status = explain(error, run.phase if run else "set-up", now)
         if run and run.step:
             # A second signal does not break off the saving
