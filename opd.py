@@ -1026,7 +1026,8 @@ def evaluate(
     answers = []
     for index, problem in enumerate(problems):
         answers += [{**problem, "index": index, "sample": sample} for sample in range(num_samples)]
-    own = share(answers)
+    # Side by side those of like prompts, so that little is padded, and ended rows leave together
+    own = share(sorted(answers, key=lambda answer: len(answer["prompt_ids"])))
     seed_sampling(seed)  # not restored: every step of training seeds for itself
     plan = Plan(max_length, segment_length)
     starts = range(0, len(own), rows_per_batch)
@@ -1062,7 +1063,7 @@ def evaluate(
     metrics["auroc"] = auroc(
         [answer["reward"] for answer in answers], [answer["correct"] for answer in answers]
     )
-    metrics |= {"max_new_tokens": max_length, "seed": seed}
+    metrics |= {"max_new_tokens": max_length, "seed": seed, "rows_per_batch": rows_per_batch}
     metrics |= {name: sampling.get(name, 1.0) for name in ("temperature", "top_p")}
     return metrics, answers
 
@@ -1911,7 +1912,7 @@ def kept_for_backward(student, autocast, checkpointed):
         kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
 
     for width in (16, 32):
-        ids = torch.arange(width + 1, device=student.device)[None]  # any text
+        ids = torch.ones(1, width + 1, dtype=torch.long, device=student.device)  # any text
         with autocast, torch.autograd.graph.saved_tensors_hooks(note, note):
             states = hidden_states(student, ids, torch.ones_like(ids), width)
         sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
@@ -2037,14 +2038,14 @@ def rows_that_fit(config, run):
         count = asked or before or fits
         least = config.num_generations if flag == "rollout_batch_size" else 1
         if left(max(count, least)) < 0:
-            instead = flag if asked > least else "max_new_tokens"
-            if phase == "update" and config.no_gradient_checkpointing:
-                instead = "no_gradient_checkpointing"
-            if "eval" in flag:
-                instead = "eval_max_new_tokens"
+            instead = f"lower --{'eval_' if 'eval' in flag else ''}max_new_tokens"
+            if asked > least:
+                instead = f"lower --{flag}"
+            elif phase == "update" and config.no_gradient_checkpointing:
+                instead = "leave out --no_gradient_checkpointing"
             raise ValueError(
                 f"{count} rows of {sizes['columns']} tokens do not fit: by the plan the {phase} "
-                f"lacks {-left(count) / 1e9:.1f} GB of GPU memory; lower --{instead}"
+                f"lacks {-left(count) / 1e9:.1f} GB of GPU memory; {instead}"
             )
         rows[flag] = min(gather([count]))
     return rows
@@ -2114,11 +2115,11 @@ def plan_lines(config, run, out):
         plan = memory_plan(**sizes, rows=rows[flag], offload=run.offload)
         plans[flag] = {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
     sampled, learned = plans["rollout_batch_size"], plans["micro_batch_size"]
-    total = run.device.type
-    if run.device.type == "cuda":
-        total = f"{torch.cuda.get_device_name(run.device)}, {tqdm.format_sizeof(torch.cuda.mem_get_info(run.device)[1])}B"
+    device = run.device.type
+    if device == "cuda":
+        device += f" of {tqdm.format_sizeof(torch.cuda.mem_get_info(run.device)[1])}B"
     lines = [
-        f"plan for {total}: weights {sampled['weights']}, gradient {sampled['gradient']}, moments "
+        f"plan for {device}: weights {sampled['weights']}, gradient {sampled['gradient']}, moments "
         f"{sampled['moments']}{' on the host' if run.offload else ''}, teacher's hidden states of "
         f"a step {sampled['states']}",
         f"rollout: {rows['rollout_batch_size']} rows at once of {prompt} + {cap} tokens, caches "

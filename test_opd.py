@@ -334,6 +334,7 @@ def chosen(score, ended=(0, 0, 0, 0, 0, 0), at=6, **changes):
 def settings_of(**changes):
     """What the update is told under these flags."""
     run = types.SimpleNamespace(student=STUDENT, teacher=TEACHER, vocab_size=20, autocast="low")
+    run.rows_at_once = {"micro_batch_size": 3}
     return opd.update_settings(flags(**changes), run)
 
 
@@ -1622,7 +1623,7 @@ def test_temperature_divides_the_logits_of_both_models_in_the_loss_and_the_vocab
 
 def test_the_update_is_told_its_sizes_and_its_precision():
     """As many tokens at once as the vocabulary of 20 allows."""
-    told = settings_of(micro_batch_size=3)
+    told = settings_of()
     assert told["chunk_tokens"] == 25_000_000 // 20
     assert (told["micro_batch_size"], told["autocast"]) == (3, "low")
 
