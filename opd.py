@@ -56,7 +56,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import unicodedata
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal, get_args, get_origin
@@ -908,104 +907,69 @@ def train(config, run):
 # 9. Evaluation
 
 
-# One answer in many spellings -> one, by signs, and by patterns in turn. Text goes into quotes
-SIGNS = r"""– - — - − - ⁄ / ÷ / × \times · \cdot ⋅ \cdot π \pi ∞ \infty ≤ \le ≥ \ge ∪ \cup ∩ \cap ∈ \in
-    ± \pm ∅ \emptyset ° ^\circ ½ \frac{1}{2} ⅓ \frac{1}{3} ⅔ \frac{2}{3} ¼ \frac{1}{4} ¾ \frac{3}{4}"""
-SIGNS = {ord(a): f"{b} " for a, b in zip(SIGNS.split()[::2], SIGNS.split()[1::2])}
+THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # and all, where they go on: no answer yet
+# Spellings of one answer: signs, then patterns in turn. Quotes hold text: words, a unit, a base
+SIGNS = dict(zip(map(ord, "–—−∞°²³½（），"), r"- - - \infty ^\circ ^2 ^3 \frac12 ( ) ,".split()))
 SPELLINGS = {
-    r"([⁰-ⁿ¹²³]+)": r"^{\1}",
-    r"(?<!\\)\\([,;: >]|(q?quad|left|right|[bB]igg?[lr]?)(?![a-zA-Z]))|~": " ",
-    r"^ *\\\$(.*)": r'\1 "dollars"',
-    r"\\(text\w*|[mhf]box|math(rm|bf|it|sf|tt)) *\{([^{}]*)\}": r' "\3" ',
-    # Ornaments and introductions
-    r"(?<!\\)\\?\$|(?<!\\)\\[()[\]!]|[€£¥✓✔✅]|\\checkmark|\*\*|\\(text)?color\{\w+\}": "",
-    r"(?i)^[ \"]*(the )?(final |correct )?(answer|option|choice)( is)?:?|^ *(=|\\approx)|&(?= *=)": "",
-    r"(?<!\.)([.,;\s]|\\\\)+(\"? *)$|\\(begin|end)\{aligned\}|(?<=\\\\)\[\w+\]": r"\2",
-    r"(?<=\d) (?=\d{3}(?!\d))|^[A-Z](?=\([^()]*,[^()]*\)$)": "",
-    r"^[ \"(]*([A-J])(\)|\.(?!\d))(?!.*[A-J][).]).*": r"\1",
-    # Words, lists, numbers
-    r"(?i)(the )?empty set|no (real )?solutions?|\\varnothing": r"\\emptyset ",
-    r"(?i)all (real numbers|reals)": r"\\mathbb{R}",
-    r"(?i)[\" ]*\bpercent\b|\\?%": r"\\%",
-    r"(?i)(?<=\d)[ \"]*million\b": r"\\cdot 10^6",
-    r"(?i)[, ]*\"? *\b(and|or)\b( equivalently)? *\"?,?": ", ",
-    r"\\\{[a-z] *(:|\||\\mid)(.*)\\\}": r"\2",
-    r"(?<![\\a-zA-Z])(pi|infty)(?![a-zA-Z])": r"\\\1 ",
-    r"\\frac *\\pi *(\w)": r"\\frac{\\pi}{\1}",
+    r"(?<!\\)\\([,;: >]|q?quad|left(?!a)|right(?!a)|[bB]igg?[lr]?(?![a-z]))|~": " ",
+    r"\\!|\\?\$|\\checkmark|[€£¥✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
+    r"(?i)[, ]*(\\\w+\{)? *\b(and|or)\b( equivalently)? *\}?,?": ", ",
+    r"\\(text\w*|[mhf]box|mathrm|mathbf) *\{([^{}\d]*[a-df-hj-z][^{}\d]*|())([^{}]*)\}": r'"\2"\4 ',
+    r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?:?|^ *(=|\\approx)': "",
+    r'^[" (]*([A-J])(\)|\.(?!\d))(?!.*[A-J][).]).*': r"\1",
+    r'(?i)"? *((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
+    r'(?<=\d) *(""| ) *([a-zA-Z.]{3,}|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
+    r'^[" ]*([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)(?=[ "]|$)(?!.*[-=+^(])': r'\\text "\1"',
+    r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
+    r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
+    r"(?:\(?\b(\d\w*)\)? *_|\(? *\\?[pb]?(mod)\b) *\{? *(\w+) *\}? *\)?$": r'\1 "\2\3"',
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
-    r"^(-?\d+) +(\d+)/ *(\d+)$": r"\1\\frac{\2}{\3}",
-    r"\\degree|\^ *\{?[ \"]*(\\circ|o\b)[ \"]*\}?": ' "degrees" ',
-    r"(\\(sin|cos|tan)) *\(?(\d+) *\"degrees\" *\)?": r"\1(\3\\pi/180)",
-    r"\(? *\\?[pb]?mod\b *\{?(\w+)\}? *\)?": r"\\mod \1",
-    r"\(?(\b\w+)\)? *_ *\{?[ \"]*(\w+)[ \"]*\}?$": r"\1_{\2}",
+    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?<!\.)([.,; ]|\\\\)+$|(?<=\d) (?=\d{3}(?!\d))': "",
 }
-UNIT = r"""(?x)(?<=[\d)}\]i]) [ ]* (?: _\{\w+\}$ | (?:
-    "(?![ei]")[^"\d]*" | (?<=[ ])(?:[a-zA-Z./]{4,}|[ckm]m|[ap]\.?m)(?![a-zA-Z]) )+ (?:[ ]*\^\{?\d\}?)? )"""
 
 
 def spell(answer):
-    r"""An answer -> (its value, its unit or base). Example: r"5.0\,\text{cm}." -> ("5.0", "cm")"""
-    answer = " ".join(answer.split()).translate(SIGNS)
-    for _ in range(2):  # one may be inside another
-        for pattern, plain in SPELLINGS.items():
-            answer = re.sub(pattern, plain, answer)
-        answer = unicodedata.normalize("NFKC", answer)
-    unit = " ".join(re.findall(UNIT, answer)).lower()
-    return re.sub(UNIT, " ", answer).replace('"', " "), re.sub(
-        r"\^\W*\d|\W|_|square|cubic", "", unit
-    )
-
-
-def all_boxed(text):
-    r"""The contents of all balanced \boxed{...} of a text. \boxed 4 and \boxed4 are boxes, too."""
-    boxes = []
-    for rest in re.split(r"\\boxed\s*(?=[{\d\\]|-\d)", text)[1:]:
-        rest, depth = re.sub(r"^(-?[\d.]*\d|\\[a-z][^\s$]*)", r"{\1}", rest), 0
-        for brace in re.finditer(r"\\.|[{}]", rest):  # \{ is a brace of a set, not of the box
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                boxes.append(rest[1 : brace.start()])
-                break
-    return boxes
+    r"""An answer -> (its value, its text in small letters). Example: 5\,\text{cm} -> 5, cm"""
+    answer = " ".join(answer.replace('"', " ").split()).translate(SIGNS)
+    for pattern, plain in SPELLINGS.items():
+        answer = re.sub(pattern, plain, answer)
+    text = "".join(re.findall('"[^"]*"', answer)).lower()
+    return re.sub('"[^"]*"|"', "", answer), re.sub(r"\W|square|cubic", "", text)
 
 
 def last_boxed(text):
     r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is
-    none: a solution that was cut off in its answer has no answer.
+    none: a solution that was cut off in its answer has no answer. \boxed 4 is a box, too.
     Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"
     """
-    return (all_boxed(text) or [None])[-1]
-
-
-def after_thoughts(text, prompt=""):
-    """What follows the last </think>. Nothing does where <think>, in prompt or text, is still open."""
-    opened = "<think>" if prompt.rstrip().endswith("<think>") else ""
-    text = (opened + text).rsplit("</think>", 1)[-1]
-    return "" if "<think>" in text else text
+    text = re.sub(r"\\boxed\s*(-?[\d.]*\d|\\[a-z][^\s$]*)", r"\\boxed{\1}", text)
+    for rest in reversed(re.split(r"\\boxed\s*\{", text)[1:]):
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", rest):  # \{ is a brace of a set, not of the box
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return rest[: brace.start()]
+    return None
 
 
 def is_correct(response_text, gold):
-    r"""Whether the last \boxed{...} after any thoughts equals the gold answer. No box is wrong. Where
-    the gold is a list of as many as there are boxes, all of them are the answer.
-    """
-    boxes = list(dict.fromkeys(reversed(all_boxed(after_thoughts(response_text)))))
-    if not boxes or len(boxes[0]) + len(gold) > 5000:
+    r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box is wrong."""
+    rest = re.sub(THOUGHTS, "", response_text)
+    answer = last_boxed(rest)
+    if answer is None or len(answer) + len(gold) > 5000:
         return False
     gold, unit = spell(last_boxed(gold) or gold.rsplit("####", 1)[-1])
-    if len(boxes) == len(re.split(r",(?![^(\[{]*[)\]}])", gold)) > 1 and "," not in boxes[0]:
-        boxes[0] = ", ".join(boxes)
-    answer, other = spell(boxes[0])
+    boxes = dict.fromkeys(re.findall(r"\\boxed *\{((?:[^{}]|\{[^{}]*\})*)\}", rest))
+    if len(boxes) == len(re.split(r",(?![^(\[{]*[)\]}])", gold)) > 1 and "," not in answer:
+        answer = ", ".join(boxes)  # to a list, as many boxes are one
+    answer, other = spell(answer)
 
-    # A unit or base may be missing or short, but no other one: cm is centimetres, m is not
+    # Letters commute in math-verify: strings of them are text. A unit may be missing or short
+    same = "".join(gold.split()) == "".join(answer.split())
+    if re.search(r"^ *$|\\text|\.\.\.|\\[lc]?dots", gold):
+        return same and unit == other
     short, long = sorted([unit, other], key=len)
-    if short and short != long and not (len(long) > 2 and re.match(".*".join(short), long)):
-        return False
-
-    # Words, capitals, remainders and dots are text: for math-verify letters commute
-    text = r"(?<![\\{a-zA-Z])[a-zA-Z]{4,}|^ *[A-Z]{2,} *$|\\mod|\.\.\.|\\[lc]?dots"
-    if not re.search(text, gold):
-        return ask_math_verify(gold, answer)
-    return "".join(gold.lower().split()) == "".join(answer.lower().split())
+    return bool(re.match(".*".join(short), long)) and (same or ask_math_verify(gold, answer))
 
 
 def pass_at_k(num_samples, num_correct, k):
@@ -1099,8 +1063,8 @@ def evaluate(
             ids = out["response_ids"][row][out["response_mask"][row]].tolist()
             ids = answer.get("begun", []) + ids
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            prompt = tokenizer.decode(answer["prompt_ids"], skip_special_tokens=True)
-            graded = after_thoughts(text, prompt)
+            prompt = tokenizer.decode(answer["prompt_ids"], skip_special_tokens=True).rstrip()
+            graded = re.sub(THOUGHTS, "", prompt[-7:] + text)  # it may end in <think>
             answer |= {
                 "response": text,
                 "response_ids": ids,
@@ -1318,18 +1282,16 @@ def draw_prompts(config, run, step):
 
 # What the process of ask_math_verify runs. Answers go into a box, because a bare
 # \left( 3, \frac{\pi}{2} \right) is read as 3; gold first, because verify is not symmetric: 1<x<2
-# is taken for (1,2), but not the other way round
+# may be (1,2), but not the other way round: a point. Latex() alone: no 4 out of 1 \pmod 4
 MATH_VERIFY = r"""import json, sys
-from math_verify import LatexExtractionConfig, parse, verify
-latex = LatexExtractionConfig()  # no number out of what cannot be read
+from math_verify import LatexExtractionConfig as Latex, parse, verify
 verify(parse("$1$"), parse("$1$"))  # the first call is slow
 print("ready")
 for line in sys.stdin:
     texts = [text for text in json.loads(line) if text is not None]
-    read = [parse(f"\\boxed{{{text}}}", [latex], parsing_timeout=None) for text in texts]
-    ranges = any(mark in texts[0] for mark in ("[", "]", "infty"))  # (1,2) may be a point
-    options = {"timeout_seconds": None, "allow_set_relation_comp": ranges}
-    print(verify(*read, **options) if len(read) > 1 else len(read[0]) > 1)"""
+    read = [parse(f"\\boxed{{{text}}}", [Latex()], parsing_timeout=None) for text in texts]
+    options = {"allow_set_relation_comp": any(mark in texts[0] for mark in ("[", "]", "infty"))}
+    print(verify(*read, timeout_seconds=None, **options) if len(read) > 1 else len(read[0]) > 1)"""
 
 
 def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noqa: B006, kept
@@ -2386,8 +2348,8 @@ def cold_start_step(config, run, step):
     mask, right = out["response_mask"], out["ended"].clone()
     for row, problem in enumerate(problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
-        text = after_thoughts(text, run.tokenizer.decode(problem["prompt_ids"]))
-        right[row] &= problem["answer"] is None or is_correct(text, problem["answer"])
+        prompt = run.tokenizer.decode(problem["prompt_ids"], skip_special_tokens=True).rstrip()
+        right[row] &= problem["answer"] is None or is_correct(prompt[-7:] + text, problem["answer"])
 
     def cross_entropy(logits, _, ids):
         return F.cross_entropy(logits, ids, reduction="none")
