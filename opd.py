@@ -914,17 +914,17 @@ SPELLINGS = {
     r"(?<!\\)\\([,;: >]|q?quad|left(?!a)|right(?!a)|[bB]igg?[lr]?(?![a-z]))|~": " ",
     r"\\!|\\?\$|\\checkmark|[€£¥✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
     r"(?i)[, ]*(\\\w+\{)? *\b(and|or)\b( equivalently)? *\}?,?": ", ",
-    r"\\(text\w*|[mhf]box|mathrm|mathbf) *\{([^{}\d]*[a-df-hj-z][^{}\d]*|())([^{}]*)\}": r'"\2"\4 ',
+    r"\\(text\w*|\wbox|mathrm|mathbf) *\{([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": r'"\2"\3 ',
     r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?:?|^ *(=|\\approx)': "",
     r'^[" (]*([A-J])(\)|\.(?!\d))(?!.*[A-J][).]).*': r"\1",
     r'(?i)"? *((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
     r'(?<=\d) *(""| ) *([a-zA-Z.]{3,}|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
-    r'^[" ]*([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)(?=[ "]|$)(?!.*[-=+^(])': r'\\text "\1"',
+    r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
     r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
     r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
     r"(?:\(?\b(\d\w*)\)? *_|\(? *\\?[pb]?(mod)\b) *\{? *(\w+) *\}? *\)?$": r'\1 "\2\3"',
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
-    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?<!\.)([.,; ]|\\\\)+$|(?<=\d) (?=\d{3}(?!\d))': "",
+    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?<!\.)[.,; \\]+$|(?<=\d) (?=\d{3}(?!\d))': "",
 }
 
 
@@ -934,7 +934,7 @@ def spell(answer):
     for pattern, plain in SPELLINGS.items():
         answer = re.sub(pattern, plain, answer)
     text = "".join(re.findall('"[^"]*"', answer)).lower()
-    return re.sub('"[^"]*"|"', "", answer), re.sub(r"\W|square|cubic", "", text)
+    return re.sub('"[^"]*"|"', "", answer), re.sub(r"\^\d|\W|square|cubic", "", text)
 
 
 def last_boxed(text):
@@ -960,13 +960,15 @@ def is_correct(response_text, gold):
         return False
     gold, unit = spell(last_boxed(gold) or gold.rsplit("####", 1)[-1])
     boxes = dict.fromkeys(re.findall(r"\\boxed *\{((?:[^{}]|\{[^{}]*\})*)\}", rest))
-    if len(boxes) == len(re.split(r",(?![^(\[{]*[)\]}])", gold)) > 1 and "," not in answer:
+    if len(boxes) == len(re.split(r",(?![^(\[{]*[)\]}])", gold)) > 1 and answer.count(
+        ","
+    ) < gold.count(","):
         answer = ", ".join(boxes)  # to a list, as many boxes are one
     answer, other = spell(answer)
 
     # Letters commute in math-verify: strings of them are text. A unit may be missing or short
     same = "".join(gold.split()) == "".join(answer.split())
-    if re.search(r"^ *$|\\text|\.\.\.|\\[lc]?dots", gold):
+    if re.search(r"^ *;|\\text|;mod|\.\.\.|\\[lc]?dots", f"{gold};{unit}"):
         return same and unit == other
     short, long = sorted([unit, other], key=len)
     return bool(re.match(".*".join(short), long)) and (same or ask_math_verify(gold, answer))
