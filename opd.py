@@ -960,9 +960,8 @@ def is_correct(response_text, gold):
         return False
     gold, unit = spell(last_boxed(gold) or gold.rsplit("####", 1)[-1])
     boxes = dict.fromkeys(re.findall(r"\\boxed *\{((?:[^{}]|\{[^{}]*\})*)\}", rest))
-    if len(boxes) == len(re.split(r",(?![^(\[{]*[)\]}])", gold)) > 1 and answer.count(
-        ","
-    ) < gold.count(","):
+    parts = re.split(r",(?![^(\[{]*[)\]}])", gold)
+    if len(boxes) == len(parts) > 1 and answer.count(",") < gold.count(","):
         answer = ", ".join(boxes)  # to a list, as many boxes are one
     answer, other = spell(answer)
 
@@ -1282,9 +1281,8 @@ def draw_prompts(config, run, step):
     return [problem for problem in own for _ in range(config.num_generations)]
 
 
-# What the process of ask_math_verify runs. Answers go into a box, because a bare
-# \left( 3, \frac{\pi}{2} \right) is read as 3; gold first, because verify is not symmetric: 1<x<2
-# may be (1,2), but not the other way round: a point. Latex() alone: no 4 out of 1 \pmod 4
+# The process of ask_math_verify. In a box, or \left( 3, 4 \right) is 3. Gold first: the answer (1,2)
+# is taken for 1<x<2, but not 1<x<2 for (1,2), a point. Latex() alone, or 1 \pmod 4 is read as 4
 MATH_VERIFY = r"""import json, sys
 from math_verify import LatexExtractionConfig as Latex, parse, verify
 verify(parse("$1$"), parse("$1$"))  # the first call is slow
