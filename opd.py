@@ -911,12 +911,12 @@ THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # and all, where they go on: no
 # Spellings of one answer: signs, then patterns in turn. Quotes hold text: words, a unit, a base
 SIGNS = dict(zip(map(ord, "–—−∞°²³½（），"), r"- - - \infty ^\circ ^2 ^3 \frac12 ( ) ,".split()))
 SPELLINGS = {
-    r"(?<!\\)\\([,;: >]|q?quad|left(?!a)|right(?!a)|[bB]igg?[lr]?(?![a-z]))|~": " ",
-    r"\\!|\\?\$|\\checkmark|[€£¥✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
+    r"(?<!\\)\\([,;: >]|[bB]igg?[lr]?(?![a-z]))|~": " ",
+    r"\\?\$|\\checkmark|[€£¥✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
     r"(?i)[, ]*(\\\w+\{)? *\b(and|or)\b( equivalently)? *\}?,?": ", ",
     r"\\(text\w*|\wbox|mathrm|mathbf) *\{([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": r'"\2"\3 ',
     r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?:?|^ *(=|\\approx)': "",
-    r'^[" (]*([A-J])(\)|\.(?!\d))(?!.*[A-J][).]).*': r"\1",
+    r'^[" (]*([A-J])[).](?!.*[A-J][).]).*': r"\1",
     r'(?i)"? *((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
     r'(?<=\d) *(""| ) *([a-zA-Z.]{3,}|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
@@ -924,7 +924,7 @@ SPELLINGS = {
     r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
     r"(?:\(?\b(\d\w*)\)? *_|\(? *\\?[pb]?(mod)\b) *\{? *(\w+) *\}? *\)?$": r'\1 "\2\3"',
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
-    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?<!\.)[.,; \\]+$|(?<=\d) (?=\d{3}(?!\d))': "",
+    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?<!\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
 }
 
 
@@ -1281,7 +1281,7 @@ def draw_prompts(config, run, step):
     return [problem for problem in own for _ in range(config.num_generations)]
 
 
-# The process of ask_math_verify. In a box, or \left( 3, 4 \right) is 3. Gold first: the answer (1,2)
+# The process of ask_math_verify. In a box, or \left( 3, 4 \right) is 3. Gold first: an answer (1,2)
 # is taken for 1<x<2, but not 1<x<2 for (1,2), a point. Latex() alone, or 1 \pmod 4 is read as 4
 MATH_VERIFY = r"""import json, sys
 from math_verify import LatexExtractionConfig as Latex, parse, verify
