@@ -924,7 +924,7 @@ SPELLINGS = {
     r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
     r"(?:\(?\b(\d\w*)\)? *_|\(? *\\?[pb]?(mod)\b) *\{? *(\w+) *\}? *\)?$": r'\1 "\2\3"',
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
-    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?<!\.)(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
+    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
 }
 
 
@@ -967,7 +967,7 @@ def is_correct(response_text, gold):
 
     # Letters commute in math-verify: strings of them are text. A unit may be missing or short
     same = "".join(gold.split()) == "".join(answer.split())
-    if re.search(r"^ *;|\\text|;mod|\.\.\.|\\[lc]?dots", f"{gold};{unit}"):
+    if re.search(r"^ *;|\\text|;mod|\.\.|\\[lc]?dots", f"{gold};{unit}"):
         return same and unit == other
     short, long = sorted([unit, other], key=len)
     return bool(re.match(".*".join(short), long)) and (same or ask_math_verify(gold, answer))
@@ -1283,14 +1283,14 @@ def draw_prompts(config, run, step):
 
 # The process of ask_math_verify. In a box, or \left( 3, 4 \right) is 3. Gold first: an answer (1,2)
 # is taken for 1<x<2, but not 1<x<2 for (1,2), a point. Latex() alone, or 1 \pmod 4 is read as 4
-MATH_VERIFY = r"""import json, sys
+MATH_VERIFY = r"""import json, re, sys
 from math_verify import LatexExtractionConfig as Latex, parse, verify
 verify(parse("$1$"), parse("$1$"))  # the first call is slow
 print("ready")
 for line in sys.stdin:
     texts = [text for text in json.loads(line) if text is not None]
     read = [parse(f"\\boxed{{{text}}}", [Latex()], parsing_timeout=None) for text in texts]
-    options = {"allow_set_relation_comp": any(mark in texts[0] for mark in ("[", "]", "infty"))}
+    options = dict(numeric_precision=99, allow_set_relation_comp=re.search("[][]|infty", texts[0]))
     print(verify(*read, timeout_seconds=None, **options) if len(read) > 1 else len(read[0]) > 1)"""
 
 
