@@ -81,6 +81,8 @@ SPELLINGS = [
         [r"x \equiv 3 \pmod{5}", r"x \equiv 2 \pmod{7}", r"3 \pmod 5", "5", "2"],
     ),
     (r"2y \bmod 9", [r"2 y \bmod 9"], ["9", r"4y \bmod 9", "2y"]),
+    (r"A \to 7", [r"A\to 7"], ["7"]),
+    (r"p \nmid 7", [r"p\nmid 7"], ["7"]),
     # Choices, words and strings of capitals
     (
         "D",
