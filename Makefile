@@ -9,7 +9,8 @@ demo: .venv/ready
 
 # Every claim, offline, on tiny models: under two minutes.
 test: .venv/ready
-	.venv/bin/python -m pytest -q -n 2 --dist worksteal test_opd.py .ci/test_runs.py .ci/test_bench.py
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal test_opd.py .ci/test_runs.py .ci/test_grading.py \
+		.ci/test_bench.py
 
 # The layout of all Python files, and the usual mistakes: one second. Silent where all is well.
 lint: .venv/ready

@@ -931,15 +931,46 @@ def train(config, run):
 # 9. Evaluation
 
 
+THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # and all, where they go on: no answer yet
+# Spellings of one answer: signs, then patterns in turn. Quotes hold text: words, a unit, a base
+SIGNS = dict(zip(map(ord, "–—−∞°²³½（），"), r"- - - \infty ^\circ ^2 ^3 \frac12 ( ) ,".split()))
+SPELLINGS = {
+    r"(?<!\\)\\([,;: >]|[bB]igg?[lr]?(?![a-z]))|~": " ",
+    r"\\?\$|\\checkmark|[€£¥✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
+    r"(?i)[, ]*(\\\w+\{)? *\b(and|or)\b( equivalently)? *\}?,?": ", ",
+    r"\\(text\w*|\wbox|mathrm|mathbf) *\{([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": r'"\2"\3 ',
+    r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?:?|^ *(=|\\approx)': "",
+    r'^[" (]*([A-J])[).](?!.*[A-J][).]).*': r"\1",
+    r'(?i)"? *((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
+    r'(?<=\d) *(""| ) *([a-zA-Z.]{3,}|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
+    r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
+    r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
+    r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
+    r"(?:\(?\b(\d\w*)\)? *_|\(? *\\?[pb]?(mod)\b) *\{? *(\w+) *\}? *\)?$": r'\1 "\2\3"',
+    r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
+    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
+}
+
+
+def spell(answer):
+    r"""An answer -> (its value, its text in small letters). Example: 5\,\text{cm} -> 5, cm"""
+    answer = " ".join(answer.replace('"', " ").split()).translate(SIGNS)
+    for pattern, plain in SPELLINGS.items():
+        answer = re.sub(pattern, plain, answer)
+    text = "".join(re.findall('"[^"]*"', answer)).lower()
+    return re.sub('"[^"]*"|"', "", answer), re.sub(r"\^\d|\W|square|cubic", "", text)
+
+
 def last_boxed(text):
     r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is
-    none: a solution that was cut off in its answer has no answer.
+    none: a solution that was cut off in its answer has no answer. \boxed 4 is a box, too.
     Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"
     """
+    text = re.sub(r"\\boxed\s*(-?[\d.]*\d|\\[a-z][^\s$]*)", r"\\boxed{\1}", text)
     for rest in reversed(re.split(r"\\boxed\s*\{", text)[1:]):
         depth = 1
-        for brace in re.finditer(r"(?<!\\)[{}]", rest):  # \{ is a brace of a set, not of the box
-            depth += 1 if brace[0] == "{" else -1
+        for brace in re.finditer(r"\\.|[{}]", rest):  # \{ is a brace of a set, not of the box
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
                 return rest[: brace.start()]
     return None
@@ -947,12 +978,23 @@ def last_boxed(text):
 
 def is_correct(response_text, gold):
     r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box is wrong."""
-    answer = last_boxed(response_text.rsplit("</think>", 1)[-1])
-    if answer is None:
+    rest = re.sub(THOUGHTS, "", response_text)
+    answer = last_boxed(rest)
+    if answer is None or len(answer) + len(gold) > 5000:
         return False
-    answer = answer.strip().strip("$").strip()
-    gold = (last_boxed(gold) or gold).strip().strip("$").strip()
-    return "".join(answer.split()) == "".join(gold.split()) or ask_math_verify(gold, answer)
+    gold, unit = spell(last_boxed(gold) or gold.rsplit("####", 1)[-1])
+    boxes = dict.fromkeys(re.findall(r"\\boxed *\{((?:[^{}]|\{[^{}]*\})*)\}", rest))
+    parts = re.split(r",(?![^(\[{]*[)\]}])", gold)
+    if len(boxes) == len(parts) > 1 and answer.count(",") < gold.count(","):
+        answer = ", ".join(boxes)  # to a list, as many boxes are one
+    answer, other = spell(answer)
+
+    # Letters commute in math-verify: strings of them are text. A unit may be missing or short
+    same = "".join(gold.split()) == "".join(answer.split())
+    if re.search(r"^ *;|\\text|;mod|\.\.|\\[lc]?dots", f"{gold};{unit}"):
+        return same and unit == other
+    short, long = sorted([unit, other], key=len)
+    return bool(re.match(".*".join(short), long)) and (same or ask_math_verify(gold, answer))
 
 
 def pass_at_k(num_samples, num_correct, k):
@@ -1047,11 +1089,13 @@ def evaluate(
             ids = out["response_ids"][row][out["response_mask"][row]].tolist()
             ids = answer.get("begun", []) + ids
             text = tokenizer.decode(ids, skip_special_tokens=True)
+            prompt = tokenizer.decode(answer["prompt_ids"], skip_special_tokens=True).rstrip()
+            graded = re.sub(THOUGHTS, "", prompt[-7:] + text)  # it may end in <think>
             answer |= {
                 "response": text,
                 "response_ids": ids,
-                "correct": is_correct(text, answer["answer"]),
-                "no_box": last_boxed(text.rsplit("</think>", 1)[-1]) is None,
+                "correct": is_correct(graded, answer["answer"]),
+                "no_box": last_boxed(graded) is None,
                 "truncated": not out["ended"][row].item(),
                 "length": len(ids),
                 "repetition": repetition(ids),
@@ -1271,17 +1315,17 @@ def draw_prompts(config, run, step):
     return [problem for problem in own for _ in range(config.num_generations)]
 
 
-# What the process of ask_math_verify runs. Answers go into a box, because a bare
-# \left( 3, \frac{\pi}{2} \right) is read as 3; gold first, because verify is not symmetric: 1<x<2
-# is taken for (1,2), but not the other way round
-MATH_VERIFY = r"""import json, sys
-from math_verify import parse, verify
+# The process of ask_math_verify. In a box, or \left( 3, 4 \right) is 3. Gold first: an answer (1,2)
+# is taken for 1<x<2, but not 1<x<2 for (1,2), a point. Latex() alone, or 1 \pmod 4 is read as 4
+MATH_VERIFY = r"""import json, re, sys
+from math_verify import LatexExtractionConfig as Latex, parse, verify
 verify(parse("$1$"), parse("$1$"))  # the first call is slow
 print("ready")
 for line in sys.stdin:
     texts = [text for text in json.loads(line) if text is not None]
-    read = [parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in texts]
-    print(verify(*read, timeout_seconds=None) if len(read) > 1 else len(read[0]) > 1)"""
+    read = [parse(f"\\boxed{{{text}}}", [Latex()], parsing_timeout=None) for text in texts]
+    options = dict(numeric_precision=99, allow_set_relation_comp=re.search("[][]|infty", texts[0]))
+    print(verify(*read, timeout_seconds=None, **options) if len(read) > 1 else len(read[0]) > 1)"""
 
 
 def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noqa: B006, kept
@@ -2608,7 +2652,8 @@ def cold_start_step(config, run, step):
     mask, right = out["response_mask"], out["ended"].clone()
     for row, problem in enumerate(problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
-        right[row] &= problem["answer"] is None or is_correct(text, problem["answer"])
+        prompt = run.tokenizer.decode(problem["prompt_ids"], skip_special_tokens=True).rstrip()
+        right[row] &= problem["answer"] is None or is_correct(prompt[-7:] + text, problem["answer"])
 
     def cross_entropy(logits, _, ids):
         return F.cross_entropy(logits, ids, reduction="none")

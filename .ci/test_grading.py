@@ -1,0 +1,277 @@
+"""
+What guards the grading of answers: is_correct, last_boxed and ask_math_verify of opd.py. Tables of
+spellings, of which every row is one that a model or a data set writes, and its verdict by hand.
+"""
+
+import torch
+
+torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
+
+import os
+import sys
+import time
+
+import pytest
+import transformers
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import opd
+from test_opd import TWO, evaluate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    opd.ask_math_verify("1", "2", seconds=60)  # its first question takes longer than others
+
+
+def boxed(answer):
+    return f"Thus \\boxed{{{answer}}}."
+
+
+# By kind: gold, what is taken for it, and what is not
+SPELLINGS = [
+    # What only lays out
+    ("14", [r"14\,", r"14~", r"14\ ", r"14\qquad", r"\;14\!"], [r"1\,5"]),
+    ("(1,-2)", [r"\left(1,\,-2\right)", r"\Bigl(1,-2\Bigr)"], ["(-2,1)"]),
+    (
+        r"\begin{pmatrix}1\\2\end{pmatrix}",
+        [r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"],
+        [r"\begin{pmatrix} 1 & 2 \end{pmatrix}"],
+    ),
+    (r"x \leftarrow y", [r"x\leftarrow y"], [r"y\leftarrow x"]),
+    ("14", ["$14$", r"\$14", "**14**", r"14 \checkmark", "14 ✅", "€14", "£14"], [r"\$15"]),
+    ("14", [r"\color{blue}14", r"\textcolor{blue}{14}"], [r"\color{blue}15"]),
+    ("14", [r"\begin{aligned} n &= 14 \end{aligned}"], [r"\begin{aligned} n &= 15 \end{aligned}"]),
+    ("3:4", [r"\text{3:4}", r"\mbox{3:4}", r"\mathrm{3:4}"], [r"\text{4:3}"]),
+    ("14", ["14.", "14;", r"14\\", "14 .", r"\text{14}."], ["14!", "1.4"]),
+    ("1250", [r"1\,250", r"1\,\,250", "1 250", r"1,\!250", "1,250"], ["1 25", "1, 250, 0"]),
+    ("1,250", [r"1\,250", "1 250"], ["250"]),
+    # Signs of Unicode
+    ("-7", ["–7", "−7", "—7"], ["7"]),
+    ("x^3+y^2", ["x³+y²"], ["x²+y³"]),
+    (r"-\infty", ["−∞"], ["∞"]),
+    ("(5,6)", ["（5，6）"], ["（6，5）"]),
+    (r"\frac{1}{2}", ["½"], ["¼"]),
+    (r"\frac{5}{2}", ["2½"], ["½"]),
+    (r"2\sqrt{3}", ["2√3", "√12", "2√(3)", r"2\sqrt3"], ["3√2"]),
+    (r"\sqrt[3]{5}", [r"\sqrt[3]5"], [r"\sqrt5"]),
+    # Sentences
+    ("14", [r"\text{The answer is }14", r"\text{Final answer: }14", r"\approx 14", "= 14"], []),
+    (r"\text{Answer: }14", ["14"], ["41"]),
+    ("2, 7", [r"2 \text{ and } 7", r"x=2 \text{ or } x=7", r"\text{7 and 2}", "7 or 2"], ["27"]),
+    ("36", [r"36 \text{ or equivalently } 6^2"], [r"36 \text{ or } 37"]),
+    (r"\emptyset", [r"\varnothing", r"\text{the empty set}", r"\text{no real solutions}"], ["0"]),
+    # Units
+    ("12", [r"12\text{ m}", r"12\,\mathrm{m^2}", r"12\text{ m}^2", "12 cm", r"12~\text{m/s}"], []),
+    (r"12\text{ cm}", ["12", r"12\text{ centimeters}"], [r"12\text{ m}", r"12\text{ kg}", "12 km"]),
+    (r"9\text{ cm}^2", [r"9\text{ square centimeters}"], [r"8\text{ square centimeters}"]),
+    (r"7 \text{ hours}", ["7 hours", r"7\,\text{h}"], [r"7 \text{ days}"]),
+    ("4:15", [r"4:15 \text{ PM}", r"\text{4:15 p.m.}", "4:15 am"], ["4:51"]),
+    (r"8 \text{ AM}", ["8"], [r"8 \text{ PM}", "8 pm"]),
+    ("25", [r"\text{25 points}", "25%", r"25 \text{ percent}"], ["25x"]),
+    ("45", ["45°", r"45^{\circ}", r"45^\circ", r"45\degree", r"45^{\text{o}}"], ["54°"]),
+    (r"30^\circ, 60^\circ", ["60°, 30°", "30, 60"], ["30°"]),
+    (r"45^\circ", [r"\text{45 degrees}"], [r"45\text{ rad}"]),
+    # Bases and remainders
+    ("1101_2", ["1101", "(1101)_2", "1101_{2}", r"1101_{\text{two}}"], ["1101_8", "1100_2"]),
+    (r"345_{6}", ["345_6", "(345)_{6}"], ["345_7", "354_6"]),
+    (
+        r"x \equiv 2 \pmod{5}",
+        [r"x\equiv 2 \pmod 5", r"x \equiv 2 (\bmod 5)"],
+        [r"x \equiv 3 \pmod{5}", r"x \equiv 2 \pmod{7}", r"3 \pmod 5", "5", "2"],
+    ),
+    (r"2y \bmod 9", [r"2 y \bmod 9"], ["9", r"4y \bmod 9", "2y"]),
+    (r"A \to 7", [r"A\to 7"], ["7"]),
+    (r"p \nmid 7", [r"p\nmid 7"], ["7"]),
+    # Choices, words and strings of capitals
+    (
+        "D",
+        [r"\textbf{(D) }\frac{1}{2}", "D.", "D) 8", r"\text{D. } 8", r"\text{Option D}"],
+        ["A. D"],
+    ),
+    ("D", [r"$\textbf{(D)}\ 8$", r"\mathbf{(D)}\ 8"], [r"$\textbf{(C)}\ 8$"]),
+    (r"\textbf{(D)}\ 12", ["D", r"\text{(D)}"], [r"\textbf{(E)}\ 12"]),
+    ("(A) 3, (B) 4", ["(A) 3, (B) 4"], ["(A) 4, (B) 3", "A"]),
+    (r"\text{Friday}", ["Friday", r"\textbf{friday}", r"\text{Friday}."], ["Sunday", "Fri"]),
+    ("No", [r"\text{no}", r"\text{No.}"], ["on", "Not"]),
+    (r"\text{March 3}", ["March 3", r"\text{March }3"], [r"\text{March 4}", "3", "May 3"]),
+    ("CAB", [r"\text{CAB}"], ["ABC", "BCA"]),
+    ("DE", [r"\mathrm{DE}"], ["ED"]),
+    ("A, D", [r"\text{A, D}", r"\text{A and D}", "D, A"], ["A", "A, C"]),
+    ("abc", ["cab"], ["abd"]),
+    (r"m \text{ is even}", [r"m \text{ is even}"], [r"m \text{ is odd}"]),
+    (r"1, 2, \ldots, 9", [r"1,2,\ldots,9"], [r"1,3,\ldots,9", "2"]),
+    ("1, 2, 3, ...", ["1,2,3,..."], ["1, 2, 3"]),
+    ("5", ["area = 5"], ["area = 6"]),
+    # Numbers
+    (r"-\frac{7}{2}", ["−3 1/2", "-3 1/2"], ["3 1/2"]),
+    (r"\frac{7}{2}", ["3 1/2", r"3\frac{1}{2}", "3.5"], ["31/2", "3"]),
+    ("4 2/3", [r"\frac{14}{3}"], ["4"]),
+    ("2^{-98}", [r"\frac{1}{2^{98}}"], ["2^{-99}"]),
+    (r"1.1\sqrt{2}", [r"\frac{11\sqrt{2}}{10}"], [r"1.2\sqrt{2}"]),
+    ("3+2i", [r"3 + 2\mathrm{i}"], [r"3 - 2\mathrm{i}"]),
+    # Intervals: only where the gold cannot be a point
+    ("(2,5]", [r"2 < x \leq 5", r"x \in (2,5]"], [r"2 < x < 5", r"2 \le x \le 5"]),
+    (r"[3,\infty)", [r"t \ge 3", r"3 \le x"], ["t > 3", r"t \le 3"]),
+    ("(2,5)", ["(2, 5)"], ["2<x<5"]),
+    # Golds as data sets write them
+    ("2+3 = <<2+3=5>>5\n#### 5", ["5"], ["2"]),
+    ('["8"]', ["8"], ["9"]),
+    (r"so $\boxed{8}$", ["8"], ["9"]),
+]
+TAKEN = [(gold, answer) for gold, taken, _ in SPELLINGS for answer in taken]
+REFUSED = [(gold, answer) for gold, _, refused in SPELLINGS for answer in refused]
+
+
+@pytest.mark.parametrize("gold, answer", TAKEN)
+def test_another_spelling_of_the_gold_is_right(gold, answer):
+    assert opd.is_correct(boxed(answer), gold) is True
+
+
+@pytest.mark.parametrize("gold, answer", REFUSED)
+def test_what_only_looks_like_the_gold_is_wrong(gold, answer):
+    assert opd.is_correct(boxed(answer), gold) is False
+
+
+@pytest.mark.parametrize("gold", sorted({gold for gold, _, _ in SPELLINGS if "####" not in gold}))
+def test_every_gold_is_right_as_it_is(gold):
+    assert opd.is_correct(boxed(gold), gold)
+
+
+# --------------------------------------------------------------------------------------------------
+# Boxes
+
+
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        (r"\boxed 42", "42"),
+        (r"so $\boxed4$.", "4"),
+        (r"\boxed -3.5.", "-3.5"),
+        (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
+        (r"\boxed{3}, as \boxed was asked for", "3"),
+        (r"\boxed{\begin{pmatrix}1\\{2}\end{pmatrix}}", r"\begin{pmatrix}1\\{2}\end{pmatrix}"),
+        (r"\boxed{\{1\}\\\{2\}}", r"\{1\}\\\{2\}"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{1} then \boxed{\frac{2}{3}", "1"),
+        ("", None),
+    ],
+)
+def test_a_box_needs_no_braces_and_a_row_of_a_matrix_may_begin_with_one(text, content):
+    assert opd.last_boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    "response, gold, right",
+    [
+        (r"$\boxed{6}$ or $\boxed{8}$", "6,8", True),
+        (r"\boxed{\frac{1}{2}} and \boxed{-2}", r"-2, \frac{1}{2}", True),
+        (r"\boxed{(1,2)} and \boxed{(3,4)}", "(1,2), (3,4)", True),
+        (r"\boxed{6}, \boxed{8}", r"6, \text{ and } 8", True),
+        (r"\boxed{6}, \boxed{7}, \boxed{8}", "6,8", False),
+        (r"\boxed{6} or \boxed{9}", "6,8", False),
+        (r"\boxed{6, 8}. Again: \boxed{6, 8}", "6,8", True),
+        (r"\boxed{5}, no: \boxed{6, 8}", "6,8", True),
+        (r"\boxed{6} or \boxed{8}", "8", True),
+        (r"\boxed{8}, no: \boxed{6}", "8", False),
+        (r"\boxed{6} or \boxed{8}", "(6,8)", False),
+        (r"<think>\boxed{6}</think> \boxed{8}", "6,8", False),
+    ],
+)
+def test_several_boxes_are_a_list_only_if_the_gold_is_one_of_as_many(response, gold, right):
+    assert opd.is_correct(response, gold) is right
+
+
+# --------------------------------------------------------------------------------------------------
+# Thoughts
+
+
+@pytest.mark.parametrize(
+    "response, right",
+    [
+        (r"<think>Try \boxed{9}? Let me check", False),
+        (r"Well. <think>\boxed{9}", False),
+        (r"<think>no</think> so <think> \boxed{9}", False),
+        (r"<think>\boxed{9}</think> \boxed{8}", False),
+        (r"<think>\boxed{8}</think> \boxed{9}", True),
+        (r"\boxed{8}</think></think> \boxed{9}", True),
+        (r"\boxed{9}", True),
+    ],
+)
+def test_thoughts_that_never_end_hold_no_answer(response, right):
+    assert opd.is_correct(response, "9") is right
+
+
+@pytest.mark.parametrize(
+    "prompt, text, no_box",
+    [
+        ("Assistant: <think>\n", r"Try \boxed{1}? Hmm", 1),
+        ("Assistant: <think>\n", r"yes </think> \boxed{1}", 0),
+        ("Assistant: <think>\n\n</think>\n\n", r"\boxed{1}", 0),
+        ("Write <think> first. Assistant:", r"\boxed{1}", 0),
+        (r"Answer in \boxed{}.", "one", 1),
+    ],
+)
+def test_a_prompt_can_open_the_thoughts(prompt, text, no_box, monkeypatch):
+    """And what has no box counts as such in the same sense."""
+
+    def decode(_, ids, **__):
+        return prompt if ids == TWO[0]["prompt_ids"] else text
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "decode", decode)
+    metrics, answers = evaluate(TWO[0])
+    assert metrics["no_box_fraction"] == no_box
+    assert metrics["avg_at_n"] == 1 - no_box
+    assert answers[0]["response"] == text
+
+
+# --------------------------------------------------------------------------------------------------
+# Boundaries
+
+
+@pytest.mark.parametrize(
+    "response, gold",
+    [
+        (boxed('{"a": 1}'), '{"a": 2}'),
+        (boxed("NaN"), "0"),
+        (boxed("5"), "NaN"),
+        (boxed("\ud800"), "5"),
+        (boxed("5"), "\ud800"),
+        (boxed("}{"), "5"),
+        (boxed("5"), "}{"),
+        (boxed(r"\frac{}{"), "5"),
+        (boxed(r"\text{"), "5"),
+        (boxed('"'), '"5"'),
+        (boxed("_" * 4000), "5"),
+        (boxed("," * 4000 + "x"), "5"),
+        (boxed(" and" * 900), "5"),
+        (boxed("(" * 12), "5"),
+        (boxed("9" * 1_000_000), "5"),
+        (boxed("5"), "9" * 1_000_000),
+        ("\\boxed{" * 140_000, "5"),
+        ("\\boxed " * 140_000, "5"),
+        ("{" * 1_000_000 + "\\boxed{6}", "5"),
+        ("\\boxed{" + "{" * 1_000_000, "5"),
+        ("<think>" * 140_000, "5"),
+        ("</think>" * 120_000 + "\\boxed{6}", "5"),
+    ],
+    ids=range(22),
+)
+def test_no_text_raises_or_takes_long_and_the_next_answer_is_graded(response, gold):
+    begin = time.perf_counter()
+    assert opd.is_correct(response, gold) is False
+    assert time.perf_counter() - begin < 6  # 3 in math-verify
+    assert opd.is_correct(r"\boxed{\frac{2}{4}}", "0.5")
+
+
+def test_a_lone_surrogate_leaves_the_process_of_math_verify_alive():
+    (worker,) = [value for value in opd.ask_math_verify.__defaults__ if isinstance(value, dict)]
+    before = worker["process"].pid
+    opd.ask_math_verify("\ud800", "\udfff5")
+    assert opd.ask_math_verify("0.5", r"\frac{2}{4}")
+    assert worker["process"].pid == before
+
+
+@pytest.mark.parametrize("gold", ['{"a": 1}', "NaN", "\ud800", "}{", '""', "", "None", "\\", "0/0"])
+def test_an_odd_gold_does_not_raise_and_is_never_five(gold):
+    assert opd.is_correct(r"\boxed{5}", gold) is False
