@@ -370,7 +370,7 @@ def generate(
     input_ids, attention_mask: (B, L), padded on the left. cache: of the columns 0 to L - 2, as the
     last call left it, or None; it grows in place. temperature 0 is greedy. pad_id: what rows that
     ended go on with, any id that has an embedding; when all have ended, there are no more columns.
-    -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K); the
+    -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
        log-prob of each row's last new token (B,), before top_p; meaningless if the row ended before
     """
     topk, scores = [], []
@@ -378,7 +378,7 @@ def generate(
     def within_vocabulary(_, head_scores):  # (B, rows of the head), float32
         within = head_scores[:, :vocab_size]  # the other rows are no tokens
         scores[:] = [*scores[-1:], within]
-        topk.append(within.topk(record_k).indices)
+        topk.append(within.topk(record_k).indices)  # (B, K)
         return within
 
     draw = {"do_sample": False}
@@ -408,7 +408,8 @@ def generate(
     # The pad of a row that ended may be no token
     last_ids = new_ids[:, -1:].clamp(max=vocab_size - 1)
     log_probs = F.log_softmax(last_scores, dim=-1).gather(-1, last_ids)
-    return new_ids, torch.stack(topk, dim=1)[:, : new_ids.shape[1]], log_probs[:, 0]
+    topk = torch.stack(topk, dim=1)[:, : new_ids.shape[1]] if record_k else None
+    return new_ids, topk, log_probs[:, 0]
 
 
 def hidden_states(model, ids, mask, num_last, cache=None):
@@ -2103,31 +2104,25 @@ def moments_to(optimizer, device):
 
 
 def try_update(config, run):
-    """One update at learning rate 0 of made-up rows, on a GPU as many and as long as they get: what
-    would run out of memory hours later does it now -> seconds a token
+    """An update at learning rate 0 of made-up rows, as many and as long as they get: what would run
+    out of memory hours later does it now.
     """
-    run.phase = "the update of longest rows"
+    run.phase = "an update of the longest rows"
     prompt, cap, _, _ = longest(config, run)
-    rows, rest = run.rows_at_once["micro_batch_size"], plan_phases(config, run)
-    held = rest["micro_batch_size"][2]["states"]
-    if run.device.type != "cuda":
-        rows, cap, held = 1, min(cap, 32), 0
+    rows = run.rows_at_once["micro_batch_size"]
     ids = torch.zeros(rows, prompt, dtype=torch.long, device=run.device)
     batch = make_room(ids, ids == 0, cap, 0)
     for name in ("response_mask", "loss_mask", "token_weight"):
         batch[name] = torch.ones_like(batch["response_mask"])
+    # As many of the teacher's hidden states as a step has
+    states = plan_phases(config, run)["micro_batch_size"][2]["states"] // run.teacher.dtype.itemsize
+    states = torch.zeros(states, dtype=run.teacher.dtype, device=run.device)
     width = run.teacher.config.get_text_config().hidden_size
-    states = torch.zeros(rows, cap, width, dtype=run.teacher.dtype, device=run.device)
-    batch["teacher_hidden"] = list(states)
-    # Beside them, the states of the step's other rows
-    held = torch.empty(max(0, held - states.nbytes), dtype=torch.uint8, device=run.device)
-
-    began = clock(run.device)
+    batch["teacher_hidden"] = states[: rows * cap * width].view(rows, cap, width)
     settings = {**update_settings(config, run), "offload": run.offload}
     train_step(run.student, run.optimizer, batch, 0.0, **settings)
     run.optimizer.state.clear()  # of this step nothing stays
     run.optimizer.zero_grad()
-    return (clock(run.device) - began) / (rows * (prompt + cap))
 
 
 def columns_at_most(config, run):
@@ -2188,25 +2183,24 @@ def seconds_at_most(config, run, out):
     """What a step, an evaluation and a run take if every response gets as long as it may and each
     token costs what those of out did, a short rollout -> dict
     """
-    # A column written by the student, a token judged, a token learned, a column of the teacher's
     B, T = out["response_ids"].shape
-    written = (out["seconds"] - out["teacher_seconds"]) / T
-    judged = out["teacher_seconds"] / (B * T)
-    learned = try_update(config, run)
-    prompts = [ids[mask].tolist() for ids, mask in zip(out["prompt_ids"], out["prompt_mask"])]
-    began = clock(run.device)
-    rollout(run.teacher, None, prompts, Plan(T), **run.sampling)
-    teacher_written = (clock(run.device) - began) / T
+    written = (out["seconds"] - out["teacher_seconds"]) / T  # a column, by the student
+    judged = out["teacher_seconds"] / (B * T)  # a token, by the teacher
+    size = run.teacher.num_parameters() / run.student.num_parameters()
+    learned = 4 * judged / size  # a token: four forwards of the student
 
     columns, (prompt, cap, _, _) = columns_at_most(config, run), longest(config, run)
-    own = math.ceil(config.batch_size / NUM_RANKS) * config.num_generations
-    step = columns["step"] * written + own * (cap * judged + (prompt + cap) * learned)
-    seconds = {"a step": step, "an evaluation of the student": columns["student"] * written}
-    seconds["of the teacher"] = columns["teacher"] * teacher_written
+    rows = math.ceil(config.batch_size / NUM_RANKS) * config.num_generations
+    step = columns["step"] * written + rows * (cap * judged + (prompt + cap) * learned)
+    student = columns["student"] * written
     evaluations = config.max_steps // (config.eval_every or config.max_steps)
-    seconds["all steps"] = config.max_steps * step
-    seconds["all evaluations of the student"] = evaluations * columns["student"] * written
-    return seconds
+    return {
+        "a step": step,
+        "all steps": config.max_steps * step,
+        "an evaluation of the student": student,
+        "all of them": evaluations * student,
+        "one of the teacher": columns["teacher"] * written * size,
+    }
 
 
 def preflight(config, run):
@@ -2218,7 +2212,9 @@ def preflight(config, run):
     rows = run.rows_at_once["rollout_batch_size"]
     prompts = [problem["prompt_ids"] for problem in draw_prompts(config, run, step=1)[:rows]]
     settings = {"overlap_k": config.overlap_k, **run.sampling}
-    out = rollout_in_groups(run.sampler, run.teacher, prompts, Plan(32), rows, **settings)
+    began = clock(run.device)
+    out = rollout(run.sampler, run.teacher, prompts, Plan(32), **settings)
+    out["seconds"] = clock(run.device) - began
     log_q = torch.cat(response_log_probs(run.teacher, out, run.vocab_size))
     overlap = out["overlap"][out["response_mask"]].mean().item()
     lines = [
@@ -2912,6 +2908,8 @@ def main(argv=None):
             return evaluate_files(config, run, "eval_only")
         if run.step == 0:
             print("\n".join(preflight(config, run)), flush=True)
+            if run.device.type == "cuda":
+                try_update(config, run)
             for who in evaluated_first(config, run):
                 evaluate_files(config, run, who)
             for step in range(1, config.cold_start_steps + 1):

@@ -310,7 +310,13 @@ def world(tmp_path_factory):
 
 SMALL = {"prompt_template": "{problem}", "dtype": "float32", "device": "cpu", "learning_rate": 1e-3}
 SMALL |= {"batch_size": 2, "num_generations": 2, "max_new_tokens": 12, "segment_length": 4}
-SMALL |= {"max_steps": 2, "overlap_k": 4, "prefix_length": 6, "probe_window": 4}
+SMALL |= {
+    "max_steps": 2,
+    "overlap_k": 4,
+    "eval_first": "both",
+    "prefix_length": 6,
+    "probe_window": 4,
+}
 SMALL |= {"horizon_start": 4, "horizon_growth": 4, "horizon_every": 1, "validation_size": 3}
 SMALL |= {"cap_init": 8, "cap_min": 4, "cap_max": 12, "cap_step": 2, "cap_margin": 2}
 SMALL |= {"eval_samples": 1, "eval_max_new_tokens": 12, "eval_every": 0}
