@@ -2061,7 +2061,7 @@ def rows_that_fit(config, run):
     free = math.inf
     if run.device.type == "cuda":
         free = torch.cuda.mem_get_info(run.device)[0]
-    rows = {}
+    rows, run.offload = {}, False
     for flag, (phase, most, sizes) in plan_phases(config, run).items():
 
         def left(count, phase=phase, sizes=sizes):

@@ -9,6 +9,8 @@ import torch
 torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
 
 import collections
+import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -69,6 +71,7 @@ from test_opd import (
 small_world = test_opd.world
 updates = test_opd.updates
 first_run = test_opd.first_run
+runs = test_opd.runs
 TOKENIZER = opd.tiny_tokenizer(WORDS)
 
 
@@ -1499,7 +1502,8 @@ def test_a_users_mistake_ends_in_one_line_and_status_2_with_nothing_written(
 NUMBERS = [item.name for item in dataclasses.fields(opd.Config) if item.type in (int, float)]
 MAY_BE_ZERO = (
     "seed cold_start_steps rollout_batch_size prefix_length horizon_growth drift_threshold w_drop "
-    "w_base cap_margin cap_hit_ratio warmup_steps save_every eval_every eval_temperature"
+    "w_base cap_margin cap_hit_ratio warmup_steps save_every eval_every eval_temperature "
+    "micro_batch_size eval_batch_size"
 ).split()
 
 
@@ -1771,6 +1775,7 @@ for support in ("teacher", "intersection", "union"):
 @pytest.mark.parametrize("flags, expected", LOSS_FLAGS, ids=[str(case[0]) for case in LOSS_FLAGS])
 def test_the_flags_of_the_loss_choose_it(flags, expected):
     run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
+    run.rows_at_once = {"micro_batch_size": 4}
     loss = opd.update_settings(opd.Config(**flags), run)["token_loss"]
     p, q = test_opd.logits(5, seed=1), test_opd.logits(5, seed=2)
     close(loss(p, q, torch.arange(5)), expected(p, q, torch.arange(5)), rtol=0, atol=0)
@@ -1778,6 +1783,7 @@ def test_the_flags_of_the_loss_choose_it(flags, expected):
 
 def test_overlap_k_is_that_of_the_logged_overlap():
     run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
+    run.rows_at_once = {"micro_batch_size": 4}
     p, q = test_opd.logits(5, seed=1), test_opd.logits(5, seed=2)
     for k in (3, 7):
         measure = opd.update_settings(opd.Config(overlap_k=k), run)["measure"]
@@ -2066,32 +2072,201 @@ def test_the_caches_keep_of_a_token_the_keys_and_values_of_all_layers_of_both_mo
 ):
     """The student samples in bfloat16, whatever its master weights are."""
     _, run = opened(world, tmp_path, dtype=dtype)
-    expected = 0
+    expected = []
     for model in (run.student, run.teacher):
         config = model.config
         heads = config.num_hidden_layers * config.num_key_value_heads
-        expected += 2 * size * heads * config.head_dim
+        expected.append(2 * size * heads * config.head_dim)
     assert run.cache_bytes == expected
 
 
-@pytest.mark.parametrize("gigabytes, rows", [(1000, 256), (44, 100), (25, 5), (24, 1), (5, 1)])
-def test_by_default_a_gpu_samples_as_many_rows_as_half_of_what_adam_leaves_holds(
-    gigabytes, rows, monkeypatch
+# 10 parameters learn, 100 judge; rows of 5 columns, in a vocabulary of 3
+PLAN = {"student": 10, "teacher": 100, "columns": 5, "vocab": 3}
+
+
+def test_the_memory_plan_by_hand():
+    """Two rows: 4 tokens are judged at once, 10 are learned from."""
+    sizes = {**PLAN, "rows": 2, "cache": 7, "segment": 2, "judged": 11, "kept": 13, "states": 1000}
+    plan = opd.memory_plan(**sizes, bf16=True)
+    assert plan == {
+        "weights": 40 + 20 + 200,
+        "gradient": 40,
+        "moments": 80,
+        "states": 1000,
+        "caches": 70,
+        "judging": 44 + 120,
+        "activations": 130 + 20,
+        "logits": 32 * 30,
+        "rollout": 260 + 80 + 1000 + 70 + 164,
+        "update": 260 + 80 + 1000 + 40 + 150 + 960,
+    }
+    plain = opd.memory_plan(**sizes, bf16=False)
+    assert (plain["weights"], plain["activations"]) == (40 + 400, 130)
+
+
+def test_moments_on_the_host_take_their_place_in_the_optimizers_step_alone():
+    for kept, most in ((0, 80), (100, 1000 + 960)):
+        plans = []
+        for offload in (False, True):
+            plans.append(opd.memory_plan(**PLAN, bf16=False, rows=2, kept=kept, offload=offload))
+        here, there = plans
+        assert here["rollout"] - there["rollout"] == 80
+        assert there["update"] == 440 + 40 + max(most, 960 if not kept else most)
+
+
+def test_the_logits_of_a_plan_are_those_of_one_chunk():
+    plan = opd.memory_plan(1, 1, bf16=True, rows=100, columns=10_000, vocab=150_000, segment=512)
+    assert plan["logits"] == 32 * 25_000_000
+    assert plan["judging"] == 10 * 25_000_000
+
+
+def fitting(monkeypatch, gigabytes, phase="rollout", before=0, **flags):
+    """rows_that_fit on a GPU with so much free, where each of at most 20 rows takes 1 GB."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 1e9, None))
+    kind = "cache" if phase == "rollout" else "kept"
+    sizes = {"student": 10**9, "teacher": 0, "bf16": False, "columns": 1000, "vocab": 1}
+    plan = {"rollout_batch_size": (phase, 20, {**sizes, kind: 10**6})}
+    monkeypatch.setattr(opd, "plan_phases", lambda config, run: plan)
+    run = types.SimpleNamespace(device=torch.device("cuda"))
+    run.rows_at_once = {"rollout_batch_size": before} if before else {}
+    rows = opd.rows_that_fit(opd.Config(**{"num_generations": 2, **flags}), run)
+    return rows["rollout_batch_size"], run.offload
+
+
+@pytest.mark.parametrize("gigabytes, rows, offload", [(100, 20, False), (28, 16, False)])
+def test_on_a_gpu_rows_fill_four_fifths_of_what_adam_leaves(gigabytes, rows, offload, monkeypatch):
+    """The moments take 8 GB; all rows are 20."""
+    assert fitting(monkeypatch, gigabytes) == (rows, offload)
+
+
+def test_moments_wait_on_the_host_where_that_doubles_the_rows(monkeypatch):
+    """Of 15 GB they leave 7 to the rows, less than they take; of 17 they leave 9."""
+    assert fitting(monkeypatch, 15) == (12, True)
+    assert fitting(monkeypatch, 17) == (7, False)
+
+
+def test_a_resumed_run_has_its_rows_again_unless_the_gpu_is_smaller(monkeypatch):
+    assert fitting(monkeypatch, 100, before=3) == (3, False)
+    assert fitting(monkeypatch, 28, before=20)[0] == 20  # what is spared is there
+    assert fitting(monkeypatch, 26, before=20)[0] == 14
+
+
+@pytest.mark.parametrize(
+    "flags, instead",
+    [
+        ({"rollout_batch_size": 30}, "lower --rollout_batch_size"),
+        ({"num_generations": 30}, "lower --max_new_tokens"),
+        ({"phase": "update", "rollout_batch_size": 0}, "lower --max_new_tokens"),
+        (
+            {"phase": "update", "no_gradient_checkpointing": True},
+            "leave out --no_gradient_checkpointing",
+        ),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_flag_to_change(flags, instead, monkeypatch):
+    gigabytes = 12.5 if flags.get("phase") else 28
+    with pytest.raises(ValueError, match=f"do not fit: .* lacks .* GB of GPU memory; {instead}$"):
+        fitting(monkeypatch, gigabytes, **flags)
+
+
+def test_what_a_forward_keeps_for_backward_is_counted_by_token_and_by_layer():
+    """Recomputed, a layer keeps its input, 4 bytes a number, and one layer all of it."""
+    kept = []
+    for layers in (1, 2, 3):
+        model = tiny("Qwen3", 0, num_hidden_layers=layers)
+        kept.append(opd.kept_for_backward(model, contextlib.nullcontext(), False))
+    assert kept[2] - kept[1] == kept[1] - kept[0] > 0
+    recomputed = opd.kept_for_backward(model, contextlib.nullcontext(), True)
+    assert recomputed == 3 * 4 * model.config.hidden_size + kept[2] // 3
+
+
+def test_the_update_that_is_tried_first_changes_nothing(world, tmp_path, monkeypatch):
+    """It is as long as the longest, of as many rows as at once."""
+    config, run = opened(world, tmp_path, micro_batch_size=3)
+    before = copy.deepcopy(run.student.state_dict())
+    tried = watch(monkeypatch, "train_step")["train_step"]
+    opd.try_update(config, run)
+    assert_same(run.student.state_dict(), before, tolerance=0)
+    assert not run.optimizer.state
+    assert all(parameter.grad is None for parameter in run.student.parameters())
+    (call,) = tried
+    longest = max(len(problem["prompt_ids"]) for problem in run.pools[0])
+    assert call["batch"]["prompt_ids"].shape == (3, longest)
+    assert call["batch"]["loss_mask"].shape == (3, 12) and call["batch"]["loss_mask"].all()
+    assert call["learning_rate"] == 0.0
+
+
+def test_moments_go_to_a_device_and_back():
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    opd.moments_to(optimizer, "meta")
+    for state in optimizer.state.values():
+        assert {state["exp_avg"].device.type, state["exp_avg_sq"].device.type} == {"meta"}
+
+
+def test_the_gradient_makes_room_for_the_caches(world, tmp_path, runs, monkeypatch):
+    held = []
+    rollout = opd.rollout_in_groups
+
+    def watched(*args, **settings):
+        held.append([p.grad for p in runs[0].student.parameters() if p.grad is not None])
+        return rollout(*args, **settings)
+
+    monkeypatch.setattr(opd, "rollout_in_groups", watched)
+    train(world, tmp_path, max_steps=3, eval_file=None)
+    assert held == [[], [], []]
+
+
+def test_the_teachers_states_are_not_copied_to_be_learned_from():
+    batch = make_batch(STUDENT, TEACHER)
+    places = {states.data_ptr() for states in batch["teacher_hidden"]}
+    for _, _, columns in opd.learned_rows(batch):
+        assert columns["teacher_hidden"].data_ptr() in places
+
+
+@pytest.mark.parametrize(
+    "choice, steps, whom",
+    [
+        ("none", 1, []),
+        ("student", 99, ["student"]),
+        ("both", 1, ["teacher", "student"]),
+        ("auto", 20, ["student"]),
+        ("auto", 21, ["teacher", "student"]),
+    ],
+)
+def test_before_the_first_step_those_are_evaluated_who_cost_little(
+    choice, steps, whom, world, tmp_path
 ):
-    """
-    The gradient and Adam's moments of 2 billion parameters take 24 GB first; a row of 1,000 tokens
-    takes .1 GB.
-    """
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 10**9, None))
-    config = opd.Config(batch_size=64, max_prompt_length=200, max_new_tokens=800)
-    run = types.SimpleNamespace(
-        device=torch.device("cuda"),
-        cache_bytes=100_000,
-        student=types.SimpleNamespace(num_parameters=lambda: 2 * 10**9),
-    )
-    assert opd.rows_that_fit(config, run) == rows
-    run.device = torch.device("cpu")
-    assert opd.rows_that_fit(config, run) == 256
+    """auto: both, where both take under a tenth of all steps, else the student. A step has a group
+    of 12 columns, an evaluation 12 columns of both."""
+    flags = {"eval_first": choice, "max_steps": steps}
+    config, run = opened(world, tmp_path, **flags)
+    assert opd.columns_at_most(config, run) == {"step": 12, "student": 12, "teacher": 12}
+    assert opd.evaluated_first(config, run) == whom
+
+
+def test_a_run_that_was_not_evaluated_before_has_no_accuracy_before(world, tmp_path):
+    train(world, tmp_path, eval_first="none", max_steps=2)
+    run = opd.read_run(tmp_path, "")
+    assert math.isnan(run["before"]) and run["after"] == run["curve"][0][2]
+
+
+def test_seconds_at_most_by_hand(world, tmp_path):
+    """A teacher of the student's size: columns at 1 s, tokens judged at .5 s, learned at 2 s."""
+    flags = {"teacher": world / "student", "max_steps": 3, "eval_every": 2}
+    config, run = opened(world, tmp_path, **flags)
+    out = {"response_ids": torch.zeros(4, 3), "seconds": 9.0, "teacher_seconds": 6.0}
+    prompt = max(len(problem["prompt_ids"]) for problem in run.pools[0])
+    step = 12 * 1 + 4 * (12 * 0.5 + (prompt + 12) * 2)
+    assert opd.seconds_at_most(config, run, out) == {
+        "a step": step,
+        "all steps": 3 * step,
+        "an evaluation of the student": 12,
+        "all of them": 12,
+        "one of the teacher": 12,
+    }
 
 
 @pytest.mark.parametrize(
@@ -2112,7 +2287,7 @@ def test_the_rows_sampled_at_once_are_those_of_the_flag_in_the_cold_start_too(
 def test_all_ranks_sample_as_many_rows_at_once_as_the_smallest_can(world, tmp_path, monkeypatch):
     """Else they would go through groups of different sizes."""
     monkeypatch.setattr(opd, "gather", lambda items: [*items, 3])
-    assert opened(world, tmp_path)[1].rows_at_once == 3
+    assert set(opened(world, tmp_path)[1].rows_at_once.values()) == {3}
 
 
 def warnings_of(world, folder, change=None):
@@ -2168,7 +2343,10 @@ def test_the_preflight_tells_what_a_run_is_about(world, tmp_path, monkeypatch):
     assert "teacher: qwen3, 0.0M parameters, 32 rows cut to 24, stops at [1]" in told
     (call,) = calls
     assert call["teacher"] is run.teacher
-    assert call["plan"].max_length == 32 and len(call["prompts"]) == 4
+    assert call["plan"].max_length == 32 and len(call["prompts"]) == 6 * 2
+    for part in ("plan for cpu: weights", "rollout: 12 rows at once", "update: 4 rows at once"):
+        assert part in told
+    assert "time at most" in told and "evaluated before step 1: teacher and student" in told
 
 
 def test_the_preflights_numbers_are_those_of_a_plain_forward(world, tmp_path, monkeypatch):
@@ -2834,7 +3012,8 @@ STEP = {
 
 def counted(**config):
     """-> (facts of the rows, metrics, run) of that step, with models of 10 and 100 parameters"""
-    run = opd.Run({}, [], cap=9, misses=1, rows_at_once=6, device=torch.device("cpu"))
+    run = opd.Run({}, [], cap=9, misses=1, device=torch.device("cpu"))
+    run.rows_at_once = {"rollout_batch_size": 6}
     sizes = types.SimpleNamespace(num_hidden_layers=0, hidden_size=1)
     text = types.SimpleNamespace(get_text_config=lambda: sizes)
     run.student = types.SimpleNamespace(num_parameters=lambda: 10, config=text)
@@ -3818,6 +3997,8 @@ CASES = {
         test_each_flag_of_the_cap_does_what_it_says
     ),
     "no_prune_in_flight": test_no_prune_in_flight_stops_no_row,
+    "no_gradient_checkpointing": test_what_cannot_fit_is_refused_with_the_flag_to_change,
+    "eval_first": test_before_the_first_step_those_are_evaluated_who_cost_little,
     "gradient_checkpointing": test_gradient_checkpointing_recomputes_the_layers_of_the_student,
     "extrapolate": test_the_tries_cost_the_flops_of_their_forwards,
     "save_every": test_checkpoints_come_every_so_many_steps_and_at_the_end,
