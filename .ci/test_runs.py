@@ -2164,7 +2164,7 @@ def test_a_resumed_run_has_its_rows_again_unless_the_gpu_is_smaller(monkeypatch)
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_flag_to_change(flags, instead, monkeypatch):
-    gigabytes = 12.5 if flags.get("phase") else 28
+    gigabytes = 11 if flags.get("phase") else 28
     with pytest.raises(ValueError, match=f"do not fit: .* lacks .* GB of GPU memory; {instead}$"):
         fitting(monkeypatch, gigabytes, **flags)
 
