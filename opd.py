@@ -2009,7 +2009,7 @@ def save_checkpoint(config, run):
         for moments in run.optimizer.state.values():
             tensors += moments.values()
         if not all(tensor.isfinite().all() for tensor in tensors):
-            raise FloatingPointError("a weight or a moment of Adam is not finite")
+            raise FloatingPointError("not all weights and moments of Adam are finite")
         run.student.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
         state = {name: getattr(run, name) for name in STANDING}
