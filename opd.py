@@ -2001,9 +2001,11 @@ def save_checkpoint(config, run):
     """
     folder = f"{config.output_dir}/checkpoint-{run.step}"
     partial = f"{config.output_dir}/checkpoint.partial"
-    if not is_main() or os.path.exists(folder):
+    if not is_main():
         return
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a save or a removal that was broken off
+    if os.path.exists(folder):
+        return
     try:
         tensors = [*run.student.state_dict().values(), *run.anchor.values()]
         for moments in run.optimizer.state.values():
@@ -2017,8 +2019,8 @@ def save_checkpoint(config, run):
         torch.save(state, f"{partial}/trainer_state.pt")
         for path in run.files:
             shutil.copy(path, partial)
-        paths = filter(os.path.isfile, glob.glob(f"{glob.escape(partial)}/*"))
-        digests = {os.path.basename(path): digest(path) for path in paths}
+        names = [name for name in os.listdir(partial) if "." in name]  # no folders
+        digests = {name: digest(f"{partial}/{name}") for name in names}
         append_json(f"{partial}/digests.json", digests)
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
@@ -2141,13 +2143,17 @@ def explain(error, phase, now):
         told = f"out of memory in {phase}"
         if phase == "set-up":
             return f"{told}: {text}" if text else told, 2
-        name, least, cap = "rollout_batch_size", now["num_generations"], "max_new_tokens"
+        name = "rollout_batch_size"
+        least = now["num_generations"]  # the candidates of a prompt stay together
         if "update" in phase:
-            name, least = "micro_batch_size", 1
+            name = "micro_batch_size"
+            least = 1
         elif phase.startswith("e"):  # evaluation, extrapolation
-            name, least, cap = "eval_batch_size", 1, "eval_max_new_tokens"
+            name = "eval_batch_size"
+            least = 1
         if now[name] > least:
             return f"{told}; halve --{name}, now {now[name]}", 2
+        cap = "eval_max_new_tokens" if phase.startswith("evaluation") else "max_new_tokens"
         return f"{told}: a single prompt is too long for it; lower --{cap}", 2
     # What torch says of drawing from NaN is a RuntimeError; on a GPU it is an assert
     if isinstance(error, FloatingPointError) or re.search("probability tensor|device-side", text):

@@ -2256,6 +2256,16 @@ def test_nothing_of_a_half_checkpoint_gets_into_a_whole_one(world, tmp_path):
     assert not (tmp_path / "checkpoint.partial").exists()
 
 
+def test_what_is_left_of_a_removal_goes_though_the_checkpoint_is_there(world, tmp_path):
+    """A signal ended the removal of the one before the last."""
+    config, run = opened(world, tmp_path)
+    opd.save_checkpoint(config, run)
+    write(tmp_path / "checkpoint.partial" / "config.json", text="half")
+    opd.save_checkpoint(config, run)
+    assert checkpoints(tmp_path) == ["checkpoint-0"]
+    assert not (tmp_path / "checkpoint.partial").exists()
+
+
 def test_a_checkpoint_is_a_model_folder_like_any_other(world, first_run):
     folder = first_run[0] / "checkpoint-4"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
