@@ -40,8 +40,10 @@ import argparse
 import contextlib
 import copy
 import datetime
+import fcntl
 import functools
 import glob
+import hashlib
 import inspect
 import json
 import math
@@ -924,7 +926,7 @@ def train(config, run):
                 metrics |= extrapolate_student(config, run)
             run.step = step
             run.record(metrics)
-        tqdm.write(STEP_LINE.format(step=step, **metrics))
+        say(STEP_LINE.format(step=step, **metrics))
         evaluate_and_save(config, run)
 
 
@@ -1074,7 +1076,8 @@ def evaluate(
     seed_sampling(seed)  # not restored: every step of training seeds for itself
     plan = Plan(max_length, segment_length)
     starts = range(0, len(own), rows_per_batch)
-    for start in tqdm(starts, title, leave=False, disable=not is_main()):
+    # No bar without a title: inside whole_step a terminal that is gone must not raise
+    for start in tqdm(starts, title, leave=False, disable=not (title and is_main())):
         # Sample, and let the teacher judge what was sampled
         batch = own[start : start + rows_per_batch]
         prompts = [answer["prompt_ids"] + answer.get("begun", []) for answer in batch]
@@ -1732,6 +1735,8 @@ def check_config(config):
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if config.device not in ("cpu", "mps", *gpus) and not (gpus and config.device == "cuda"):
         raise ValueError(f"--device {config.device}: there is none here; use cpu")
+    if config.output_dir.encode(errors="ignore").decode() != config.output_dir:
+        raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
         raise ValueError("--prompt_template must say {problem} where the problem goes")
     if not config.cap_min <= config.cap_init <= config.cap_max:
@@ -2251,6 +2256,40 @@ def preflight(config, run):
 # 15. Files, checkpoints, endings
 
 
+def say(*lines, file=None):
+    """Print lines, with "?" for what the terminal cannot show. One that is gone stops no run."""
+    file = file or sys.stdout
+    encoding = file.encoding or "utf-8"
+    try:
+        tqdm.write("\n".join(lines).encode(encoding, "replace").decode(encoding), file=file)
+        file.flush()
+    except OSError:  # a closed pipe (| head -1), a full disk; here, since Python flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+@contextlib.contextmanager
+def own_folder(config):
+    """--output_dir, made if it is not there and removed if it stays empty; a run has it for itself.
+    ValueError if another run does. A lock ends with its process, however that ends.
+    """
+    os.makedirs(config.output_dir, exist_ok=True)
+    folder = os.open(config.output_dir, os.O_RDONLY)
+    try:
+        try:
+            if not config.eval_only:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told = f"--output_dir {config.output_dir} is in use: wait for that run or give another"
+            raise ValueError(told) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(folder)
+        with contextlib.suppress(OSError):  # it is not empty
+            os.rmdir(config.output_dir)
+
+
 def append_json(path, record):
     """One more line of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
     record = json.loads(json.dumps(record), parse_constant=lambda _: None)
@@ -2263,7 +2302,6 @@ def open_tracker(kind, folder, flags, step):
     if kind == "wandb":
         import wandb
 
-        os.makedirs(folder, exist_ok=True)  # else it goes to a temporary one
         return wandb.init(project="opd.py", dir=folder, config=flags).log
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -2282,8 +2320,13 @@ def open_tracker(kind, folder, flags, step):
 def list_checkpoints(folder):
     """The paths of the checkpoints in a folder, which need not exist, in the order of steps"""
     paths = glob.glob(f"{glob.escape(folder)}/checkpoint-*")
-    paths = [path for path in paths if re.search(r"-\d+$", path)]
+    paths = [path for path in paths if re.fullmatch(r"checkpoint-\d+", os.path.basename(path))]
     return sorted(paths, key=lambda path: int(path.rsplit("-", 1)[1]))
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 STANDING = ("step", "graded", "rows_at_once", "cap", "misses", "anchor", "counts", "flags")
@@ -2292,14 +2335,21 @@ STANDING = ("step", "graded", "rows_at_once", "cap", "misses", "anchor", "counts
 def save_checkpoint(config, run):
     """What a run is after a step, and its files -> checkpoint-<step>/, unless it is there: whole or
     not at all, since it gets its name when complete; then the oldest go. OSError, with no trace
-    left of it, if it cannot be written.
+    left of it, if it cannot be written or is not finite.
     """
     folder = f"{config.output_dir}/checkpoint-{run.step}"
     partial = f"{config.output_dir}/checkpoint.partial"
-    if not is_main() or os.path.exists(folder):
+    if not is_main():
         return
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a save or a removal that was broken off
+    if os.path.exists(folder):
+        return
     try:
+        tensors = [*run.student.state_dict().values(), *run.anchor.values()]
+        for moments in run.optimizer.state.values():
+            tensors += moments.values()
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise FloatingPointError("not all weights and moments of Adam are finite")
         run.student.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
         state = {name: getattr(run, name) for name in STANDING}
@@ -2307,6 +2357,9 @@ def save_checkpoint(config, run):
         torch.save(state, f"{partial}/trainer_state.pt")
         for path in run.files:
             shutil.copy(path, partial)
+        names = [name for name in os.listdir(partial) if "." in name]  # no folders
+        digests = {name: digest(f"{partial}/{name}") for name in names}
+        append_json(f"{partial}/digests.json", digests)
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
@@ -2317,15 +2370,24 @@ def save_checkpoint(config, run):
 
 
 def read_checkpoint(folder, flags):
-    """What a checkpoint holds of a run -> dict. ValueError where it is torn or of other flags"""
+    """What a checkpoint holds of a run -> dict. ValueError where any of its files is not as it was
+    saved, or where it is of other flags.
+    """
     # rollout_batch_size changes what is drawn, and selects within other groups: the user's choice
     may_change = (
         "resume output_dir max_steps save_every keep_checkpoints device micro_batch_size report_to "
         "eval_batch_size rollout_batch_size"
     ).split()
     try:
+        digests = read_records(f"{folder}/digests.json")[0]
+        for name, saved in digests.items():
+            if digest(f"{folder}/{name}") != saved:
+                raise ValueError(f"{name} is not as it was saved; resume from another")
         state = torch.load(f"{folder}/trainer_state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # of a torn file, or another one: errors of torch, pickle and zip
+        number = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.normpath(folder)))
+        if number and int(number[1]) != state["step"]:
+            raise ValueError(f"it is of step {state['step']}; name it so")
+    except Exception as error:  # a torn list of digests has errors of its own
         raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
     changed = []
     for name, value in flags.items():
@@ -2359,6 +2421,9 @@ def prepare_files(config, run, checkpoint):
             open(path, "w").close()
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
 def interrupt(number, _):
     """What a signal does: it stops at once, but inside whole_step."""
     raise KeyboardInterrupt(number)
@@ -2366,16 +2431,24 @@ def interrupt(number, _):
 
 @contextlib.contextmanager
 def whole_step(run):
-    """In this block signals wait for its end. One that fails leaves run.halfway: nothing to save"""
+    """A block that is done whole or not at all: signals wait for its end, and one that fails leaves
+    no line in the run's files, and run.halfway: nothing to save.
+    """
     waiting, handlers = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, lambda number, _: waiting.append(number))
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            handlers[number] = signal.signal(number, lambda number, _: waiting.append(number))
+    files = [path for path in run.files if is_main()]
+    sizes = {path: os.path.getsize(path) for path in files if os.path.exists(path)}
     run.halfway = True
     try:
         yield
         run.halfway = False
-    except FloatingPointError:  # of optimizer_step, before a weight has changed
-        run.halfway = False
+    except BaseException as error:
+        # That of optimizer_step comes before a weight has changed
+        run.halfway = not isinstance(error, FloatingPointError)
+        for path in filter(os.path.exists, files):
+            os.truncate(path, sizes.get(path, 0))
         raise
     finally:
         for number, handler in handlers.items():
@@ -2384,23 +2457,44 @@ def whole_step(run):
         raise KeyboardInterrupt(waiting[0])
 
 
+@torch.no_grad()
+def suspect(run):
+    """Whose logits are not finite, and on which of the first problems, for the last words."""
+    for problem in [*sum(run.pools, []), *sum(run.evals.values(), [])][:8]:
+        ids = torch.tensor([problem["prompt_ids"]], device=run.device)
+        for role in ("student", "teacher"):
+            model = getattr(run, role)
+            if model and model(input_ids=ids).logits[0, -1].softmax(-1).isnan().any():
+                return f"; the {role}'s logits are not, on the problem {problem['problem'][:60]!r}"
+    return ""
+
+
 def explain(error, phase, now):
     """One line, and the exit status, for what is no error of the program; "" for what is. now: the
-    flags ending in batch_size as they are, empty in set-up
+    flags as they are, empty before the first of them is used
     """
     text = " ".join(str(error).split())[:400]
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 128 + (error.args or [signal.SIGINT])[0]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
+    memory = "MemoryError|out of memory|allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+    if re.search(memory, f"{type(error).__name__} {text}"):
+        told = f"out of memory in {phase}"
+        if phase == "set-up":
+            return f"{told}: {text}" if text else told, 2
         name = "rollout_batch_size"
+        least = now["num_generations"]  # the candidates of a prompt stay together
         if "update" in phase:
             name = "micro_batch_size"
+            least = 1
         elif phase.startswith("e"):  # evaluation, extrapolation
             name = "eval_batch_size"
-        advice = f"; halve --{name}, now {now[name]}" if now else ""
-        return f"out of memory in {phase}{advice}", 2
-    # What torch says of drawing from NaN is a RuntimeError
-    if isinstance(error, FloatingPointError) or "probability tensor" in text:
+            least = 1
+        if now[name] > least:
+            return f"{told}; halve --{name}, now {now[name]}", 2
+        cap = "eval_max_new_tokens" if phase.startswith("evaluation") else "max_new_tokens"
+        return f"{told}: a single prompt is too long for it; lower --{cap}", 2
+    # What torch says of drawing from NaN is a RuntimeError; on a GPU it is an assert
+    if isinstance(error, FloatingPointError) or re.search("probability tensor|device-side", text):
         return f"{phase} is not finite: {text}", 2
     if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not now:
         module, path = getattr(error, "name", None), getattr(error, "filename", None)
@@ -2574,19 +2668,21 @@ def evaluate_files(config, run, who):
             metrics |= probe(config, run, answers, metrics["avg_at_n"], how)
         # To the screen, the tracker, and later the files
         shown = ", ".join(f"{key} {round(value, 3)}" for key, value in metrics.items())
-        tqdm.write(f"{who} on {name}, step {run.step}: {shown}")
+        say(f"{who} on {name}, step {run.step}: {shown}")
         run.tell(metrics, f"{who}/{name}/")
         results[name] = metrics
         for answer in answers:
             told = {key: value for key, value in answer.items() if not key.endswith("_ids")}
             lines.append({"step": run.step, "model": who, "eval": name, **told})
-    if is_main():
-        for line in lines:  # at the end: what is broken off is done again on resume
-            append_json(run.files[1], line)
     told = {"thinking": config.enable_thinking, "prompt_template": config.prompt_template}
     told |= {"time_eval": clock(run.device) - began, **run.standing()}
-    run.record({"model": who, "eval": results, **told})
-    run.graded = run.step
+    # All lines or none, at the end: what is broken off is done again on resume
+    with whole_step(run):
+        if is_main():
+            for line in lines:
+                append_json(run.files[1], line)
+        run.record({"model": who, "eval": results, **told})
+        run.graded = run.step
     return results
 
 
@@ -2683,27 +2779,26 @@ def read_run(root, name):
     with open(os.path.join(root, name, "metrics.jsonl"), encoding="utf-8") as file:
         # Half a line, of a run that was broken off, is left out wherever it is
         lines = [line for line in file if line.endswith("\n") and line.rfind('{"step"') == 0]
-    records = [json.loads(line) for line in lines]
-    steps = [record for record in records if "overlap_by_position" in record]
-    if not steps:
-        return None
-    seconds = [0.0]  # of training, after each step
-    for step in steps:
-        seconds.append(seconds[-1] + sum(step[key] for key in step if key.startswith("time_")))
-
     # Accuracies are means over the files; a curve has (tokens, seconds, accuracy) of the student
+    steps, curve = [], []
     accuracy, final = {}, {}
-    curve = []
-    for record in records:
+    seconds = 0.0  # of training
+    for record in map(json.loads, lines):
+        if "overlap_by_position" in record:
+            steps.append(record)
+            seconds += sum(record[key] for key in record if key.startswith("time_"))
         if not record.get("eval"):
             continue
-        who, step = record["model"], record["step"]
+        who = record["model"]
         accuracy[who] = np.mean([metrics["avg_at_n"] for metrics in record["eval"].values()])
         if who == "student":
-            curve.append((record.get("generated_tokens", 0), seconds[step], accuracy[who]))
-            final = record["eval"] if step else {}
+            curve.append((record.get("generated_tokens", 0), seconds, accuracy[who]))
+            final = record["eval"] if record["step"] else {}
+    if not steps:
+        return None
     # out/compare/prefix/seed-2 is a run of prefix with the seed 2
-    group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", name).groups()
+    line = name.replace("\n", " ")  # a folder's name may be two
+    group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", line).groups()
     return {
         "name": name,
         "group": group or ".",
@@ -2712,7 +2807,7 @@ def read_run(root, name):
         "before": curve[0][2] if curve and not curve[0][0] else math.nan,
         "after": curve[-1][2] if final else math.nan,
         "first": steps[0],
-        "last": {**steps[-1], "seconds": seconds[-1]},
+        "last": {**steps[-1], "seconds": seconds},
         "curve": curve,
         "final": final,
     }
@@ -2807,7 +2902,8 @@ def draw_report(runs):
                 by_tokens.plot(tokens, accuracy, "o-", markersize=3, **look)
                 by_seconds.plot(seconds, accuracy, "o-", markersize=3, **look)
             by_position.plot(run["first"]["overlap_by_position"], ":", **look)
-            look["label"] = name if run is group[0] else None
+            # A dollar would begin a formula
+            look["label"] = name.replace("$", r"\$") if run is group[0] else None
             by_position.plot(run["last"]["overlap_by_position"], **look)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     return figure
@@ -2817,12 +2913,13 @@ def report(folder):
     """Print the table of all runs below a folder, and draw its report.png -> {name: results}"""
     runs = []
     for path in sorted(glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)):
-        run = None if "checkpoint-" in path else read_run(folder, os.path.dirname(path))
-        if run:
-            runs.append(run)
+        name = os.path.dirname(path)
+        if not re.fullmatch(r"checkpoint(-\d+(\.old)?|\.partial)", os.path.basename(name)):
+            runs.append(read_run(folder, name))
+    runs = [run for run in runs if run]
     if not runs:
         raise ValueError(f"--report {folder}: no run below it has a metrics.jsonl with steps")
-    print("\n".join(report_table(runs)))
+    say(*report_table(runs))
     draw_report(runs).savefig(f"{folder}/report.png", dpi=110)
     return {run["name"]: run["final"] for run in runs}
 
@@ -2837,7 +2934,6 @@ def open_world(config):
     transformers.utils.logging.disable_progress_bar()
     world = f"{config.output_dir}/world"
     if is_main() and not os.path.exists(world):
-        os.makedirs(config.output_dir, exist_ok=True)  # if it cannot be, better now
         make_world(world, config.seed)
     gather([])  # the other processes wait for it
     models = {"student": f"{world}/student", "teacher": f"{world}/teacher"}
@@ -2888,58 +2984,77 @@ def open_run(config):
     return run
 
 
+def work(config, run):
+    """All that a run does once it is open -> dict of the final metrics"""
+    if config.eval_only:
+        return evaluate_files(config, run, "eval_only")
+    if run.step == 0:
+        say(*preflight(config, run))
+        if run.device.type == "cuda":
+            try_update(config, run)
+        for who in evaluated_first(config, run):
+            evaluate_files(config, run, who)
+        for step in range(1, config.cold_start_steps + 1):
+            right = cold_start_step(config, run, step)
+            say(f"cold start: {right:.0%} of the solutions are right")
+        if config.cold_start_steps:
+            evaluate_files(config, run, "cold_start")
+        if config.extrapolate:
+            run.anchor = movable_weights(run.student)  # OPD's update begins here
+    train(config, run)
+    if not is_main():
+        return run.standing()
+    ended, checkpoint = read_run("", config.output_dir), list_checkpoints(config.output_dir)[-1]
+    say(*report_table([ended]), f"checkpoint in {checkpoint}")
+    return {**run.standing(), "checkpoint": checkpoint, **ended}
+
+
 def main(argv=None):
     """Run the job of the flags, a list of texts or a Config -> dict of the final metrics. A user's
     mistake ends in one line and exit status 2.
     """
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
-    run = None
+    run, held = None, contextlib.ExitStack()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupt)
+        for number, handler in handlers.items():
+            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # nohup
+                signal.signal(number, interrupt)
         config = argv if isinstance(argv, Config) else parse_args(argv)
         check_config(config)
         if config.report:
             return report(config.report)
         join_processes(config.device)
+        if is_main():
+            held.enter_context(own_folder(config))
         run = open_run(config)
-        if config.eval_only:
-            return evaluate_files(config, run, "eval_only")
-        if run.step == 0:
-            print("\n".join(preflight(config, run)), flush=True)
-            if run.device.type == "cuda":
-                try_update(config, run)
-            for who in evaluated_first(config, run):
-                evaluate_files(config, run, who)
-            for step in range(1, config.cold_start_steps + 1):
-                right = cold_start_step(config, run, step)
-                tqdm.write(f"cold start: {right:.0%} of the solutions are right")
-            if config.cold_start_steps:
-                evaluate_files(config, run, "cold_start")
-            if config.extrapolate:
-                run.anchor = movable_weights(run.student)  # OPD's update begins here
-        train(config, run)
+        result = work(config, run)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return result
     except (Exception, KeyboardInterrupt) as error:
-        now = run.rows_at_once if run else {}
+        for number in SIGNALS:  # a second one does not break off the saving
+            signal.signal(number, signal.SIG_IGN)
+        now = {**vars(config), **run.rows_at_once} if run else {}
         told, status = explain(error, run.phase if run else "set-up", now)
+        if run and "is not finite" in told:
+            with contextlib.suppress(Exception):  # memory, or a GPU that fails
+                told += suspect(run)
         if run and run.step:
-            # A second signal does not break off the saving
-            with contextlib.suppress(OSError, KeyboardInterrupt):
+            with contextlib.suppress(OSError):
                 if not run.halfway:
-                    with whole_step(run):
-                        save_checkpoint(config, run)
+                    save_checkpoint(config, run)
             last = (list_checkpoints(config.output_dir) or ["none"])[-1]
             told += f"; last checkpoint: {last}" if told else ""
         if not told:
             raise
-        print(f"opd.py: {told}", file=sys.stderr)
+        say(f"opd.py: {told}".replace("\n", " "), file=sys.stderr)
         raise SystemExit(status) from None
-    if not is_main():
-        return run.standing()
-    ended, checkpoint = read_run("", config.output_dir), list_checkpoints(config.output_dir)[-1]
-    print(*report_table([ended]), f"checkpoint in {checkpoint}", sep="\n")
-    return {**run.standing(), "checkpoint": checkpoint, **ended}
+    finally:
+        held.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

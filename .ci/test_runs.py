@@ -14,6 +14,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import io
 import itertools
 import json
 import math
@@ -234,6 +235,10 @@ def of_a_folder(path, *_, **__):
     return os.path.isdir(path)
 
 
+def of_samples(path, record):
+    return str(path).endswith("samples.jsonl")
+
+
 def to(ending):
     """Of calls with two paths: whether the second ends like this, or is a checkpoint."""
     if ending == "checkpoint":
@@ -250,6 +255,8 @@ MOMENTS = {
     "an update": (opd, "optimizer_step", 4, any_call, "after"),
     "an extrapolation": (opd, "extrapolate", 3, any_call, "before"),  # of step 4
     "an evaluation": (opd, "evaluate", 3, of_two_problems, "before"),
+    # The third of five answers, graded after step 4: ten were before the first step
+    "the writing of answers": (opd, "append_json", 13, of_samples, "after"),
     "the writing of a model": (
         transformers.PreTrainedModel,
         "save_pretrained",
@@ -407,8 +414,8 @@ def killed_run(argv, moment, out):
     def kill(*args, **_):
         if moment == "an update":
             tear("metrics.jsonl", 99)  # half a line is left of step 3
-        if moment == "an evaluation":
-            tear("samples.jsonl", 9)  # the answers to the first file are there, not the last
+        if moment in ("an evaluation", "the writing of answers"):
+            tear("samples.jsonl", 9)  # half a line is left
         if moment == "the removal of an old one":
             os.remove(os.path.join(args[0], "model.safetensors"))
         os.kill(os.getpid(), signal.SIGKILL)
@@ -505,8 +512,17 @@ def run_of_two(argv):
     opd.optimizer_step = watched_step
     torch.save = slow_save
     opd.main(argv)
+    assert not torch.distributed.is_initialized()
     torch.save = save
     return {name: value.clone() for name, value in students[-1].state_dict().items()}, written
+
+
+def run_that_nobody_hears(argv):
+    """Standard output is a pipe that is closed at its other end, as behind | head -1."""
+    read, pipe = os.pipe()
+    os.close(read)
+    os.dup2(pipe, 1)
+    opd.main(argv)
 
 
 def run_that_loses_a_rank(argv):
@@ -2391,7 +2407,8 @@ def test_metrics_are_json_even_where_a_mean_is_undefined(world, tmp_path):
 
 def test_checkpoints_9_10_and_100_are_in_the_order_of_their_steps(tmp_path):
     folder = tmp_path / "a [1]"  # which is no pattern
-    for name in ("checkpoint-100", "checkpoint-9", "checkpoint-10", "checkpoint-9.old"):
+    others = ("checkpoint-9.old", "checkpoint-best-77", "checkpoint-study")
+    for name in ("checkpoint-100", "checkpoint-9", "checkpoint-10", *others):
         (folder / name).mkdir(parents=True)
     (folder / "checkpoint.partial").mkdir()
     names = [os.path.basename(path) for path in opd.list_checkpoints(str(folder))]
@@ -2414,6 +2431,16 @@ def test_nothing_of_a_half_checkpoint_gets_into_a_whole_one(world, tmp_path):
     write(tmp_path / "checkpoint.partial" / "model-2-of-2.safetensors", text="half")
     opd.save_checkpoint(config, run)
     assert not (tmp_path / "checkpoint-3" / "model-2-of-2.safetensors").exists()
+    assert not (tmp_path / "checkpoint.partial").exists()
+
+
+def test_what_is_left_of_a_removal_goes_though_the_checkpoint_is_there(world, tmp_path):
+    """A signal ended the removal of the one before the last."""
+    config, run = opened(world, tmp_path)
+    opd.save_checkpoint(config, run)
+    write(tmp_path / "checkpoint.partial" / "config.json", text="half")
+    opd.save_checkpoint(config, run)
+    assert checkpoints(tmp_path) == ["checkpoint-0"]
     assert not (tmp_path / "checkpoint.partial").exists()
 
 
@@ -2479,6 +2506,46 @@ def test_a_model_whose_probabilities_are_not_finite_ends_the_run_in_one_line(
     teacher = changed_copy(world, "teacher", tmp_path / "nan", forget)
     status, line = stopped(command(world, tmp_path / "out", teacher=teacher), capfd)
     assert status == 2 and "evaluation after step 0 is not finite: " in line
+    first = test_opd.read(world / "train.jsonl")[0]["problem"]
+    assert f"; the teacher's logits are not, on the problem '{first}'" in line
+
+
+def spoil_the_moments(student, optimizer, *_):
+    for moments in optimizer.state.values():
+        moments["exp_avg"].fill_(math.nan)
+
+
+def test_weights_that_a_damaged_optimizer_made_nan_are_not_saved_and_the_student_is_named(
+    world, tmp_path, monkeypatch, capfd
+):
+    """Damaged before the third update, of finite gradients; the fourth step would be saved."""
+    monkeypatch.setitem(MOMENTS, "step 3", (opd, "optimizer_step", 3, any_call, "before"))
+    at("step 3", spoil_the_moments, monkeypatch.setattr)
+    status, line = stopped(command(world, tmp_path, **{**LONG, "extrapolate": None}), capfd)
+    assert status == 2 and "the rollout of step 4 is not finite: " in line
+    assert "; the student's logits are not, on the problem " in line
+    assert line.endswith(f"; last checkpoint: {tmp_path}/checkpoint-2")
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("what", ["a weight", "a moment"])
+def test_nothing_that_is_not_finite_is_saved_and_the_older_checkpoint_stays(
+    what, world, tmp_path, monkeypatch, capfd
+):
+    def spoil(student, optimizer, *_):
+        name, parameter = next(student.named_parameters())
+        value = parameter.data if what == "a weight" else optimizer.state[parameter]["exp_avg_sq"]
+        value.view(-1)[-1] = math.inf
+
+    monkeypatch.setitem(MOMENTS, "step 2", (opd, "optimizer_step", 2, any_call, "after"))
+    at("step 2", spoil, monkeypatch.setattr)
+    flags = {"save_every": 1, "keep_checkpoints": 1, "eval_file": None, "max_steps": 5}
+    status, line = stopped(command(world, tmp_path, **flags), capfd)
+    told = "checkpoint-2 cannot be written: not all weights and moments of Adam are finite"
+    last = f"; last checkpoint: {tmp_path}/checkpoint-1"
+    assert (status, line) == (2, f"opd.py: {tmp_path}/{told}{last}")
+    names = ["checkpoint-1", "metrics.jsonl", "samples.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == names  # nothing of a half checkpoint
 
 
 @pytest.mark.parametrize(
@@ -2488,6 +2555,7 @@ def test_a_model_whose_probabilities_are_not_finite_ends_the_run_in_one_line(
         "an update",
         "an extrapolation",
         "an evaluation",
+        "the writing of answers",
         "the writing of a state",
         "the naming of a checkpoint",
         "the time after its naming",
@@ -2536,6 +2604,64 @@ def test_a_torn_state_ends_in_one_line_that_names_the_checkpoint_and_writes_noth
     before = contents(out)
     status, line = stopped(command(world, out, **LONG, resume=True), capfd)
     assert status == 2 and f"{state.parent} is no whole checkpoint" in line
+    assert contents(out) == before
+
+
+def drop_a_line(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("metrics.jsonl", drop_a_line),
+        ("samples.jsonl", drop_a_line),
+        ("samples.jsonl", os.remove),
+        ("model.safetensors", flip_a_bit),
+        ("trainer_state.pt", flip_a_bit),
+        ("config.json", os.remove),
+        ("tokenizer.json", drop_a_line),
+        ("digests.json", os.remove),
+        ("digests.json", drop_a_line),
+    ],
+)
+def test_a_checkpoint_of_which_a_file_has_changed_is_refused_by_its_name_and_nothing_is_written(
+    name, change, world, tmp_path, capfd, whole
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    change(out / "checkpoint-5" / name)
+    before = contents(out)
+    status, line = stopped(command(world, out, **LONG, resume=True), capfd)
+    assert status == 2 and f"--resume {out}/checkpoint-5 is no whole checkpoint: " in line
+    assert name in line or (name, change) == ("digests.json", drop_a_line)  # an empty file
+    assert contents(out) == before
+
+
+def test_a_model_of_another_run_in_a_checkpoint_is_refused(world, tmp_path, capfd, every_step):
+    out = tmp_path / "out"
+    shutil.copytree(every_step, out)
+    shutil.copy(out / "checkpoint-4" / "model.safetensors", out / "checkpoint-5")
+    status, line = stopped(command(world, out, **LONG, resume=True), capfd)
+    assert (
+        status == 2 and "checkpoint-5 is no whole checkpoint: model.safetensors is not as" in line
+    )
+
+
+def test_a_checkpoint_under_the_number_of_another_step_is_refused(world, tmp_path, capfd, whole):
+    """Else it would count as later than itself, and be put aside before its files are copied."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    os.rename(out / "checkpoint-5", out / "checkpoint-9")
+    before = contents(out)
+    status, line = stopped(command(world, out, **LONG, resume=True), capfd)
+    assert status == 2 and "checkpoint-9 is no whole checkpoint: it is of step 5" in line
     assert contents(out) == before
 
 
@@ -2732,7 +2858,8 @@ SIGNALS = {
     "a backward pass": (signal.SIGTERM, 3),
     "an update": (signal.SIGTERM, 4),
     "an extrapolation": (signal.SIGINT, 4),
-    "an evaluation": (signal.SIGINT, 4),
+    "an evaluation": (signal.SIGHUP, 4),
+    "the writing of answers": (signal.SIGUSR1, 4),
     "the writing of a state": (signal.SIGINT, 4),
     "the removal of an old one": (signal.SIGTERM, 4),
 }
@@ -2791,12 +2918,64 @@ def test_control_c_during_an_extrapolation_leaves_a_line_that_tells_of_it(
     assert len(steps) == 1 and "extrapolation_k" in steps[0]
 
 
-def test_control_c_while_models_are_loaded_is_one_line_with_nothing_written(
+@pytest.mark.parametrize("number", opd.SIGNALS)
+def test_a_signal_while_models_are_loaded_is_one_line_with_nothing_written(
+    number, world, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(opd, "load_models", send(number))
+    status = 128 + number
+    assert stopped(command(world, tmp_path / "out"), capfd) == (status, "opd.py: interrupted")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_hangs_up(world, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for moment in ("a rollout", "an update"):
+        at(moment, send(signal.SIGHUP), monkeypatch.setattr)
+    try:
+        train(world, tmp_path, max_steps=5, eval_file=None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoints(tmp_path) == ["checkpoint-5"]
+
+
+def test_after_a_run_signals_do_what_they_did_before(world, tmp_path, capfd):
+    before = [signal.getsignal(number) for number in opd.SIGNALS]
+    train(world, tmp_path, max_steps=1, eval_file=None)
+    stopped(command(world, tmp_path, max_steps=0), capfd)
+    assert [signal.getsignal(number) for number in opd.SIGNALS] == before
+    assert opd.interrupt not in before
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_goes_on(
     world, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(opd, "load_models", throw(KeyboardInterrupt()))
-    assert stopped(command(world, tmp_path / "out"), capfd) == (130, "opd.py: interrupted")
-    assert os.listdir(tmp_path) == []
+    """Grading and reports disturb nobody."""
+    line = f"opd.py: --output_dir {tmp_path} is in use: wait for that run or give another"
+    grading = command(world, tmp_path, eval_only=True, teacher=None, train_file=None)
+    seen = []
+
+    def meanwhile(*_, **__):
+        before = contents(tmp_path)
+        for resumed in (None, True):
+            seen.append(stopped(command(world, tmp_path, resume=resumed), capfd))
+        assert contents(tmp_path) == before
+        opd.main(["--report", str(tmp_path)])
+        opd.main(grading)
+
+    moment = (opd, "rollout_in_groups", 2, with_a_teacher, "before")
+    monkeypatch.setitem(MOMENTS, "step 2", moment)
+    at("step 2", meanwhile, monkeypatch.setattr)
+    train(world, tmp_path)
+    assert seen == [(2, line)] * 2
+    train(world, tmp_path)  # the folder is free again
+
+
+def test_where_a_file_system_has_no_locks_a_run_goes_on(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(opd.fcntl, "flock", throw(OSError(38, "Function not implemented")))
+    train(world, tmp_path, max_steps=1, eval_file=None)
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
 
 
 def test_a_signal_inside_a_whole_step_waits_for_its_end_and_handlers_come_back(monkeypatch):
@@ -2819,6 +2998,18 @@ def test_an_error_inside_a_whole_step_leaves_it_halfway_with_handlers_back():
         with opd.whole_step(run):
             raise ZeroDivisionError
     assert run.halfway and signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_error_inside_a_whole_step_takes_back_what_it_wrote(tmp_path):
+    files = [str(tmp_path / "metrics.jsonl"), str(tmp_path / "samples.jsonl")]
+    write(tmp_path / "metrics.jsonl", {"step": 1})
+    with pytest.raises(OSError):
+        with opd.whole_step(opd.Run({}, files)):
+            for path in files:
+                opd.append_json(path, {"step": 2})
+            raise OSError(28, "No space left on device")
+    assert test_opd.read(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    assert (tmp_path / "samples.jsonl").read_text() == ""
 
 
 def test_a_second_signal_does_not_disturb_the_last_checkpoint(
@@ -2869,6 +3060,49 @@ def test_a_full_disk_ends_a_run_in_one_line_with_the_last_checkpoint_whole(
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "metrics.jsonl", "samples.jsonl"]
     resume(world, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
+
+
+def tear_a_line(path, record):
+    with open(path, "a") as file:
+        file.write(json.dumps(record)[:30])
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_full_while_answers_are_written_leaves_none_of_that_evaluation(
+    world, tmp_path, monkeypatch, capfd, further, whole
+):
+    with monkeypatch.context() as patch:
+        patch.setitem(MOMENTS, "a full disk", (*MOMENTS["the writing of answers"][:4], "before"))
+        at("a full disk", tear_a_line, patch.setattr)
+        status, line = stopped(command(world, tmp_path, **LONG), capfd)
+    assert status == 2 and "No space left on device" in line and "checkpoint-2" in line
+    assert [line["step"] for line in test_opd.read(tmp_path / "samples.jsonl")] == [0] * 10
+    lines = test_opd.read(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 0, 1, 2, 3, 4] and "loss" in lines[-1]
+    resume(world, tmp_path)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "metrics.jsonl"])
+def test_a_disk_full_while_grading_leaves_the_files_as_they_were(
+    name, world, tmp_path, monkeypatch, capfd, first_run
+):
+    out = tmp_path / "out"
+    shutil.copytree(first_run[0], out)
+    before = contents(out)
+    moment = (opd, "append_json", 1, lambda path, _: path.endswith(name), "before")
+    monkeypatch.setitem(MOMENTS, "a full disk", moment)
+    at("a full disk", tear_a_line, monkeypatch.setattr)
+    grading = command(world, out, eval_only=True, teacher=None, train_file=None)
+    assert stopped(grading, capfd) == (2, "opd.py: [Errno 28] No space left on device")
+    assert contents(out) == before
+
+
+def test_grading_makes_the_folder_that_it_writes_to(world, tmp_path):
+    out = tmp_path / "a" / "new one"
+    opd.main(command(world, out, eval_only=True, teacher=None, train_file=None))
+    assert len(test_opd.read(out / "samples.jsonl")) == 3
+    assert len(test_opd.read(out / "metrics.jsonl")) == 1
 
 
 def test_a_disk_full_in_the_middle_of_a_line_costs_that_step_only(
@@ -2946,7 +3180,11 @@ def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
         (MemoryError(), ("out of memory in set-up", 2)),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-            ("out of memory in set-up", 2),
+            ("out of memory in set-up: DefaultCPUAllocator: can't allocate memory", 2),
+        ),
+        (
+            ValueError("a/b does not load: OutOfMemoryError: CUDA"),
+            ("out of memory in set-up: a/b does not load: OutOfMemoryError: CUDA", 2),
         ),
         (ValueError("two\nlines"), ("two lines", 2)),
         (FileNotFoundError(2, "None", "a/b"), ("[Errno 2] None: 'a/b'; check the path", 2)),
@@ -2956,6 +3194,50 @@ def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
 )
 def test_what_is_no_error_of_the_program_is_told_in_one_line(error, expected):
     assert opd.explain(error, "set-up", {}) == expected
+
+
+SIZES_NOW = {"rollout_batch_size": 8, "micro_batch_size": 2, "eval_batch_size": 2}
+SIZES_NOW |= {"num_generations": 4}
+
+
+@pytest.mark.parametrize(
+    "phase, now, advice",
+    [
+        ("set-up", {}, ": NCCL error: Cuda failure 2 'out of memory'"),  # the preflight's phase
+        ("the rollout of step 1", {}, "; halve --rollout_batch_size, now 8"),
+        (
+            "the rollout of step 1",
+            {"rollout_batch_size": 4},  # the candidates of a prompt stay together
+            ": a single prompt is too long for it; lower --max_new_tokens",
+        ),
+        (
+            "the update of step 1",
+            {"micro_batch_size": 1},
+            ": a single prompt is too long for it; lower --max_new_tokens",
+        ),
+        (
+            "evaluation after step 1",
+            {"eval_batch_size": 1},
+            ": a single prompt is too long for it; lower --eval_max_new_tokens",
+        ),
+    ],
+)
+def test_out_of_memory_advises_what_can_still_be_lowered_and_in_set_up_nothing(phase, now, advice):
+    error = RuntimeError("NCCL error: Cuda failure 2 'out of memory'")
+    told = opd.explain(error, phase, {**SIZES_NOW, **now})
+    assert told == (f"out of memory in {phase}{advice}", 2)
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("CUDA error: device-side assert triggered", "x is not finite: CUDA error: device-side"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "out of memory in x; halve --roll"),
+    ],
+)
+def test_what_cuda_says_of_nan_and_memory_is_told_in_one_line(text, told):
+    line, status = opd.explain(RuntimeError(text), "x", SIZES_NOW)
+    assert line.startswith(told) and status == 2
 
 
 def test_once_the_run_has_begun_a_wrong_value_is_an_error_of_the_program():
@@ -3913,6 +4195,37 @@ def test_a_report_leaves_out_the_copies_in_checkpoints_wherever_its_folder_is(tm
     assert set(opd.main(["--report", str(folder)])) == {"opd"}
 
 
+def test_a_run_called_like_a_checkpoint_is_reported_and_its_half_and_old_checkpoints_are_not(
+    tmp_path,
+):
+    copies = ("checkpoint.partial", "checkpoint-2", "checkpoint-2.old")
+    for name in ("checkpoint-study", *(f"checkpoint-study/{copy}" for copy in copies)):
+        made_run(tmp_path / name, 0.5)
+    assert set(opd.main(["--report", str(tmp_path)])) == {"checkpoint-study"}
+
+
+def test_lines_that_were_lost_change_a_report_and_do_not_end_it(tmp_path):
+    path = made_run(tmp_path, steps=3)
+    lines = test_opd.read(tmp_path / "metrics.jsonl")
+    write(tmp_path / "metrics.jsonl", *lines[:2], *lines[4:])  # those of the steps 1 and 2
+    run = opd.read_run(tmp_path, "")
+    assert path and run["curve"] == [(0, 0.0, 0.1), (3000, 4.0, 0.6)]
+
+
+ODD = ["two\nlines", "a$\\x$", "_ [1] *", "\u4e16\u754c"]
+
+
+def test_runs_in_folders_of_odd_names_have_a_row_of_one_line_and_a_place_in_the_legend(tmp_path):
+    for name in ODD:
+        made_run(tmp_path / name, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a sign that the font has not
+        assert set(opd.main(["--report", str(tmp_path)])) == set(ODD)
+    lines = opd.report_table(read_runs(tmp_path))
+    assert not [line for line in lines if "\n" in line]
+    assert [line for line in lines if "two lines" in line]
+
+
 def test_a_report_of_no_run_with_steps_is_refused(tmp_path, capfd):
     write(tmp_path / "x" / "metrics.jsonl", graded(0, "eval_only", 0.5))
     status, line = stopped(["--report", str(tmp_path)], capfd)
@@ -3925,6 +4238,39 @@ def test_a_run_ends_with_its_own_report_and_the_path_of_its_checkpoint(world, tm
     assert lines[-1] == f"checkpoint in {tmp_path}/checkpoint-1"
     labels = [line[:32].strip() for line in lines]
     assert {"teacher", "before", "after", "overlap", "sampled"} <= set(labels)
+
+
+def test_a_terminal_that_knows_ascii_only_shows_a_question_mark(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    opd.say("60.0±5.8", "\u4e16\udcff!")
+    assert shown.getvalue() == b"60.0?5.8\n??!\n"
+
+
+def test_a_closed_pipe_ends_no_run(world, tmp_path):
+    argv = command(world, tmp_path / "out", max_steps=3)
+    process = start(run_that_nobody_hears, tmp_path, argv)
+    process.join(PATIENCE)
+    log = (tmp_path / "rank-0.log").read_text()
+    assert process.exitcode == 0 and "rror" not in log and "Traceback" not in log
+    assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
+
+
+def test_a_run_in_a_folder_of_an_odd_name_ends_and_goes_on(world, tmp_path, capfd):
+    out = tmp_path / "two\nlines $\\x$ [1]"
+    train(world, out, max_steps=1)
+    train(world, out, max_steps=2, resume=True)
+    assert checkpoints(out) == ["checkpoint-1", "checkpoint-2"]
+    status, line = stopped(command(world, out, max_steps=2, resume=True, seed=1), capfd)
+    assert status == 2 and line.endswith("--seed was 0 and is 1")
+
+
+def test_a_folder_whose_name_is_no_utf8_is_refused_before_anything_is_loaded(tmp_path, capfd):
+    """It could be made, but no model saved in it."""
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    status, line = stopped(["--output_dir", out], capfd)
+    assert status == 2 and line.endswith("its name must be UTF-8")
+    assert os.listdir(tmp_path) == []
 
 
 # --------------------------------------------------------------------------------------------------
