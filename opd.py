@@ -2041,13 +2041,15 @@ def plan_phases(config, run):
     prompt, cap, graded, answer = longest(config, run)
     on_gpu, bf16 = run.device.type == "cuda", run.sampler is not run.student
     rows = math.ceil(config.batch_size / NUM_RANKS) * config.num_generations  # of this process
-    common = {"student": run.student.num_parameters(), "bf16": bf16, "vocab": run.vocab_size}
-    common["teacher"] = run.teacher.num_parameters() if run.teacher else 0
-    step = {**common, "columns": prompt + cap}
+    common = {"student": 0, "teacher": 0, "bf16": bf16, "vocab": run.vocab_size}
+    step = {"columns": prompt + cap}
     if run.teacher:
+        common["student"] = run.student.num_parameters()  # else it does not learn
+        common["teacher"] = run.teacher.num_parameters()
         shape = run.teacher.config.get_text_config()
         step["states"] = rows * cap * shape.hidden_size * (2 if bf16 else 4)
         step["judged"] = 6 * shape.intermediate_size + 14 * shape.hidden_size
+    step |= common
     sampling = {**step, "cache": sum(run.cache_bytes), "segment": config.segment_length}
     evaluation = {**common, "columns": graded + answer}
     few, many = (rows, 1024) if on_gpu else (4, 32)
@@ -2095,7 +2097,7 @@ def rows_that_fit(config, run):
                 instead = "leave out --no_gradient_checkpointing"
             raise ValueError(
                 f"{count} rows of {sizes['columns']} tokens do not fit: by the plan the {phase} "
-                f"lacks {-left(count) / 1e9:.1f} GB of GPU memory; {instead}"
+                f"lacks {-left(count) / 1e9:.1f} GB of GPU memory; {instead}, or use smaller models"
             )
         rows[flag] = min(gather([count]))
     return rows
