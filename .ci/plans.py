@@ -114,9 +114,7 @@ def main():
     print(
         "The plan of the default flags: prompts of 512 tokens, responses of 7,168, evaluations of"
     )
-    print(
-        "31,744. In GB; r, u, s, t: rows at once in rollout, update, evaluation of student and teacher."
-    )
+    print("31,744. In GB; r, u, s, t: rows at once in rollout, update, evaluation of both models.")
     print()
     widths = (12, 12, 3, 7, 9, 6, 6, 7, 6, 6, 3, 3, 3, 3)
     for cells in (titles.split(","), *(plan(*pair) for pair in PAIRS)):
