@@ -1126,63 +1126,144 @@ def read_records(path):
         try:
             if line.strip():
                 records.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: nested too deep
             number += getattr(error, "lineno", 1) - 1
             raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
     return records[0] if is_list else records
 
 
+# Fields that hold an answer; those that do in some data sets; those that hold a text with a box
+ANSWERS = ("answer", "final_answer", "ground_truth", "expected_answer")
+LABELS = ("label", "target", "gold")
+WORKED = ("solution", "assistant:")
+# What data sets write where there is no answer
+NO_ANSWER = r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/?a|none|null|nan|not ?found|unknown"
+
+
+def read_gold(value):
+    """A field -> the answer in a box, in dollars or behind "####"; "" for true, {}, NaN, "N/A" """
+    texts = []
+    for item in value if isinstance(value, list) else [value]:
+        if type(item) in (str, int) or type(item) is float and math.isfinite(item):
+            texts.append(str(item))
+    text = ", ".join(texts).rsplit("####", 1)[-1]
+    text = (last_boxed(text) or text).strip().strip("$").strip()
+    return "" if re.fullmatch(NO_ANSWER, text) else text
+
+
 def read_fields(record):
-    """A record of any kind of file -> its problem and its answer, "" where there is none"""
-    fields = dict(record)
+    """A record of any kind of file -> its problem; its answer, "" where there is none; what is to
+    be noted of it, {what: an example}
+    """
+    fields, notes = dict(record), {}
     nested = record.get("reward_model")
     if isinstance(nested, dict):
         fields = {**nested, **fields}
+    # Of a chat the last question is asked, and what comes after it is an answer
     chat = record.get("prompt") or record.get("messages")
     if isinstance(chat, list):
-        for turn in chat:  # of each role the last turn
-            if isinstance(turn, dict):
-                fields[f"{turn.get('role')}:"] = turn.get("content")
+        turns = [turn for turn in chat if isinstance(turn, dict)]
+        last = max((at for at, turn in enumerate(turns) if turn.get("role") == "user"), default=0)
+        for turn in turns[last:]:
+            fields[f"{turn.get('role')}:"] = turn.get("content")
+        if last:
+            notes["chats lose all before their last question"] = turns[0].get("content")
 
-    def first(*names):
-        return next((fields[name] for name in names if fields.get(name) is not None), "")
+    def values(*names):
+        return [fields[name] for name in names if fields.get(name) is not None]
 
-    answer = first("answer", "final_answer", "ground_truth", "solution", "assistant:")
-    if isinstance(answer, list):
-        answer = ", ".join(map(str, answer))
-    return first("problem", "question", "user:", "prompt"), str(answer)
+    # Where a field says that there is no answer, only a box in another one is an answer
+    given, worked = values(*ANSWERS, *LABELS), values(*WORKED)
+    boxed = [text for text in worked if isinstance(text, str) and re.search(r"\\boxed|####", text)]
+    golds = [*values(*ANSWERS), *boxed, *values(*LABELS), *([] if given else worked)]
+    answer = next(filter(None, map(read_gold, golds)), "")
+    if given and not answer:
+        notes["answers are none"] = given[0]
+    problems = values("problem", "question", "user:", "prompt")
+    return next((problem for problem in problems if problem != ""), ""), answer, notes
 
 
-def load_problems(path):
+# What asks for a form of the answer
+FORMAT = (
+    r"(?i)\$*\\boxed\s*(?:\{(?:[^{}]|\{[^{}]*\})*\})?\$*|####|\banswer:|\$answer\b"
+    r"|</?(?:answer|think)>|step[- ]by[- ]step"
+)
+
+
+def strip_format(problem):
+    """A problem without the sentences at its ends that ask for nothing but a form of the answer:
+    they fight the template, and a grader of boxes -> problem, {what is to be noted: an example}
+    """
+
+    def is_form(sentence):
+        rest = re.sub(FORMAT, "", sentence)
+        about = r"(?i)answer|response|result|solution|solve|reason|think|output|show|explain"
+        # With numbers or formulas it may be the problem itself
+        return rest != sentence and re.search(about, rest) and not re.search(r"[\d$=?\\]", rest)
+
+    pieces = re.split(r"((?<=[.?!])\s|\n)", problem)  # sentences, and what is between them
+    stays = [bool(piece.strip()) and not is_form(piece) for piece in pieces]
+    if not any(stays):
+        return problem.strip(), {}
+    first, end = stays.index(True), len(stays) - stays[::-1].index(True)
+    notes = {}
+    left_out = "".join(pieces[:first] + pieces[end:]).strip()
+    if left_out:
+        notes["problems lose what the template asks for anew"] = left_out
+    asks = [piece for piece in pieces[first:end] if re.search(FORMAT, piece)]
+    if asks:
+        notes["problems ask for a form of the answer that is not the template's"] = asks[0]
+    return "".join(pieces[first:end]).strip(), notes
+
+
+def load_problems(path, needs_answers=False):
     """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, each once.
     Knows the usual field names, chats, and golds in a box, in dollars or behind "####".
     OSError, ValueError or ImportError, with a line for the user.
     """
-    # What data sets add to a problem fights the template, and a grader of boxes
-    instructions = (
-        r"Solve the following math problem step by step\. The last line of .*? to the problem\."
-        r'|Remember to put your answer on its own line after "Answer:"\.'
-        r"|Please reason step by step, and .*? within \\boxed\{\}\."
-    )
     records, problems = read_records(path), {}  # by text: the first of equal ones
+    fields, examples = {}, {}
     for number, record in enumerate(records, start=1):
         record = record if isinstance(record, dict) else {}
-        problem, answer = read_fields(record)
+        problem, answer, notes = read_fields(record)
+        names = ", ".join(record) or "none"
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(
                 f"{path}, record {number}: needs a text in problem, question, prompt or messages; "
-                f"it has the fields {', '.join(record) or 'none'}"
+                f"it has the fields {names}"
             )
-        problem = re.sub(instructions, "", problem).strip()
-        answer = answer.rsplit("####", 1)[-1]
-        answer = (last_boxed(answer) or answer).strip().strip("$").strip()
+        if re.search("[\ud800-\udfff]", problem + answer):
+            raise ValueError(
+                f"{path}, record {number}: a lone surrogate, half a character, is in it"
+            )
+        problem, more = strip_format(problem)
+        for what, example in (notes | more).items():
+            examples.setdefault(what, []).append(example)
+        fields.setdefault(problem, names)
         problems[problem] = problems.get(problem) or answer or None
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
+
+    # What is missing, and what to know of the rest
+    unanswered = [problem for problem, answer in problems.items() if answer is None]
+    told = []
+    if unanswered:
+        has = f"{', '.join(ANSWERS + LABELS)} or solution; the fields are {fields[unanswered[0]]}"
+        if needs_answers:
+            raise ValueError(
+                f"{path}: evaluation needs an answer to every problem; {unanswered[0]!r:.60} has "
+                f"none in {has}"
+            )
+        if len(unanswered) == len(problems) and "," in fields[unanswered[0]]:
+            told.append(f"no answers in {has}")
+    for what, found in examples.items():
+        example = found[0] if isinstance(found[0], str) else type(found[0]).__name__
+        told.append(f"{len(found)} {what}, such as {example!r:.100}")
     left_out = len(records) - len(problems)
     if left_out:
-        note = f"{path}: left out {left_out} duplicates, {len(problems)} problems stay"
-        warnings.warn(note, stacklevel=2)
+        told.append(f"left out {left_out} duplicates, {len(problems)} problems stay")
+    for note in told:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
     return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
 
 
@@ -1190,7 +1271,14 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
     """A problem (str) -> list of ids: the template filled in, as a user's turn if there are any"""
     text = template.replace("{problem}", problem)
     if not chat_template or not tokenizer.chat_template:
-        return tokenizer(text + "\n").input_ids
+        ids = tokenizer(text + "\n").input_ids
+        bare = tokenizer(text + "\n", add_special_tokens=False).input_ids
+        # A BOS in front is wanted. An EOS behind is not: the response goes on from here
+        while len(ids) > len(bare) and ids[-len(bare) :] != bare:
+            warnings.warn(
+                f"{tokenizer.decode(ids.pop())!r} after prompts is left out", stacklevel=2
+            )
+        return ids
     turns = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_dict=False, **template_flags
@@ -1740,12 +1828,25 @@ class Run:
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
-    """ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
-    different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
+    """Two dicts of tokens and ids -> how many ids stay: what one alone has lies behind, and is cut
+    off. ValueError, naming three tokens, where that is not so, or a token has two ids
+    """
+    shared = student_vocab.items() & teacher_vocab.items()
+    size = max((index for _, index in shared), default=-1) + 1
+    different = []
+    alone = sorted(student_vocab.items() ^ teacher_vocab.items())
+    for token, index in alone:
+        if index < size or token in student_vocab and token in teacher_vocab:
+            different.append(token)
+    different = sorted({*different})
     if different:
         ids = [f"{t!r} is {student_vocab.get(t)} and {teacher_vocab.get(t)}" for t in different[:3]]
         count = f"different ids for {len(different)} tokens"
         raise ValueError(f"use models of one tokenizer: {count}: {', '.join(ids)}")
+    if alone:
+        note = f"{len(alone)} tokens that one model alone has are cut off, such as {alone[0]}"
+        warnings.warn(f"{note}; {size} stay", stacklevel=2)
+    return size
 
 
 def stop_ids(model, tokenizer):
@@ -1755,34 +1856,45 @@ def stop_ids(model, tokenizer):
 
 
 def load(auto_class, path, **options):
-    """from_pretrained, or a ValueError of one line."""
+    """from_pretrained, or a ValueError of one line. Code that comes with a model is never run."""
+    adapter = os.path.exists(f"{path}/adapter_config.json")
     try:
-        return auto_class.from_pretrained(path, **options)
+        if not adapter:
+            loaded = auto_class.from_pretrained(path, trust_remote_code=False, **options)
+            adapter = getattr(loaded, "_hf_peft_config_loaded", False)  # of a hub name
     except Exception as error:  # transformers, safetensors, json: each has errors of its own
         why = f"{type(error).__name__}: {str(error)[:200]}"
+        if "trust_remote_code" in str(error):
+            why = "it needs code of its own, and models that come with code are not supported"
         raise ValueError(f"{path} does not load: {why}") from None
+    if adapter:
+        raise ValueError(f"{path} is an adapter (LoRA), no whole model: merge it into its base")
+    return loaded
 
 
 def read_files(config, run):
     """The problems of the files that the flags name, each with its prompt_ids, into the run."""
 
-    def read(path):
-        problems = load_problems(path)
+    def read(path, needs_answers=False):
+        problems = load_problems(path, needs_answers)
         for problem in problems:
-            problem["prompt_ids"] = encode_prompt(
-                run.tokenizer,
-                problem["problem"],
-                config.prompt_template,
-                chat_template=not config.no_chat_template,
-                enable_thinking=config.enable_thinking,
-            )
+            text = problem["problem"]
+            try:
+                problem["prompt_ids"] = encode_prompt(
+                    run.tokenizer,
+                    text,
+                    config.prompt_template,
+                    chat_template=not config.no_chat_template,
+                    enable_thinking=config.enable_thinking,
+                )
+            except Exception as error:  # a chat template raises what it likes
+                why = f"{type(error).__name__}: {error}; see --no_chat_template"
+                raise ValueError(f"{path}: no prompt of {text!r:.60}: {why}") from None
         return problems
 
     run.evals, run.pools = {}, []
     for path in config.eval_file:
-        problems, name = read(path), os.path.splitext(os.path.basename(path))[0]
-        if any(problem["answer"] is None for problem in problems):
-            raise ValueError(f"--eval_file {path}: evaluation needs an answer to every problem")
+        problems, name = read(path, True), os.path.splitext(os.path.basename(path))[0]
         run.evals[path if name in run.evals else name] = problems
     longest = config.max_prompt_length
     for path in config.train_file:
@@ -1801,12 +1913,15 @@ def check_model(model, only_sampled):
     whose cache keeps other things than keys and values -> the bytes that it keeps of a token
     """
     ids = torch.arange(16, device=model.device)[None]  # any text
-    output = model(input_ids=ids, use_cache=True)
-    own_logits = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, None)
-    error = (output.logits - own_logits).abs().max()
-    layers = getattr(getattr(output, "past_key_values", None), "layers", [None])
+    try:
+        output = model(input_ids=ids, use_cache=True)
+        own_logits = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, None)
+        error = (output.logits - own_logits).abs().max()
+        layers = output.past_key_values.layers
+        other_head = error > 5e-3 * output.logits.abs().max() and not only_sampled
+    except (AttributeError, TypeError, KeyError, IndexError):  # it is built another way
+        other_head, layers = True, []
     kinds = {type(layer).__name__ for layer in layers}
-    other_head = error > 5e-3 * output.logits.abs().max() and not only_sampled
     if other_head or kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
         raise ValueError(
             f"{model.config.model_type} models are not supported: their head is not head_logits, "
@@ -1824,21 +1939,23 @@ def load_models(config, run, path):
     low = {"dtype": torch.bfloat16 if bf16 else torch.float32}
     run.sampler = run.student = load(AutoModelForCausalLM, path, **low).to(config.device)
     models, eos_ids = [run.sampler], stop_ids(run.student, run.tokenizer)
+    tokens = max(run.tokenizer.get_vocab().values()) + 1
     if not config.eval_only:
         if bf16:
             # At a learning rate of 1e-6 most updates are smaller than bfloat16 can add
             run.student = load(AutoModelForCausalLM, path, dtype=torch.float32).to(config.device)
         run.teacher_tokenizer = load(AutoTokenizer, config.teacher)
-        compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
+        tokens = compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
         run.teacher = load(AutoModelForCausalLM, config.teacher, **low).to(config.device)
         models.append(run.teacher)
         if config.cold_start_steps:  # it teaches the teacher's stop token, too
             eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
             run.student.generation_config.eos_token_id = sorted(eos_ids)
 
+    run.cache_bytes = sum(check_model(model, config.eval_only) for model in models)
     # Both heads may have rows beyond the tokens that exist
     heads = [model.get_output_embeddings().weight.shape[0] for model in models]
-    run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1, *heads)
+    run.vocab_size = min(tokens, *heads)
     if config.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {config.overlap_k} is more than the {run.vocab_size} tokens")
     run.sampling = {
@@ -1846,12 +1963,65 @@ def load_models(config, run, path):
         "eos_ids": eos_ids,
         "temperature": config.temperature,
     }
-    run.cache_bytes = sum(check_model(model, config.eval_only) for model in models)
     run.device = run.sampler.device
     run.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=bf16)
     run.optimizer = torch.optim.AdamW(run.student.parameters(), weight_decay=0.0)
     if config.gradient_checkpointing:
         run.student.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def check_tokens(run):
+    """ValueError where a prompt, or the end of a response, needs a token that is cut off."""
+    needed = {"a response ends in": stop_ids(run.student, run.tokenizer)}
+    if run.teacher:
+        needed["a response ends in"] |= stop_ids(run.teacher, run.teacher_tokenizer)
+    problems = sum(run.pools, []) + sum(run.evals.values(), [])
+    needed["a prompt has"] = set().union(*[problem["prompt_ids"] for problem in problems])
+    for what, ids in needed.items():
+        if max(ids, default=-1) >= run.vocab_size:
+            token = run.tokenizer.convert_ids_to_tokens(max(ids))
+            rest = f"and all that the models know are the first {run.vocab_size}"
+            raise ValueError(f"{what} the token {token!r} ({max(ids)}), {rest}: use other models")
+
+
+def position_limit(model):
+    """Up to which length a model knows positions; why there is no going beyond, "" if there is"""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    rotary = getattr(config, "rope_parameters", None)
+    if not rotary:
+        return limit or math.inf, "they are a table"
+    for kind in (rotary, *rotary.values()):  # or a kind for each type of layer
+        name = kind.get("rope_type", "") if isinstance(kind, dict) else ""
+        if name == "longrope" or "dynamic" in name:
+            length = kind.get("original_max_position_embeddings") or limit
+            return length, f"{name} turns the keys otherwise beyond, but not those in a cache"
+    return limit or math.inf, ""
+
+
+def check_lengths(config, run):
+    """The longest prompt and the longest response against the positions of both models -> lines of
+    warnings; ValueError where what is beyond fails, or is wrong
+    """
+    cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
+    if config.extrapolate or config.cold_start_steps:  # they sample to the end in any method
+        cap = config.max_new_tokens
+    uses = {"max_new_tokens": (sum(run.pools, []), cap)}
+    uses["eval_max_new_tokens"] = (sum(run.evals.values(), []), config.eval_max_new_tokens)
+    lines = []
+    for flag, (problems, cap) in uses.items():
+        longest = max([len(problem["prompt_ids"]) for problem in problems], default=-math.inf)
+        for role, model in (("student", run.student), ("teacher", run.teacher)):
+            limit, why = position_limit(model) if model else (math.inf, "")
+            if longest + cap > limit:
+                line = f"a prompt of {longest} and a response of {cap} tokens (--{flag}) are beyond"
+                line += f" the {limit} positions of the {role}"
+                if why:
+                    raise ValueError(f"{line}, and {why}: lower --{flag}")
+                lines.append(f"warning: {line}")
+    if not run.sampling["eos_ids"]:
+        lines.append("warning: the student has no stop token: every response goes on to the cap")
+    return lines
 
 
 def rows_that_fit(config, run):
@@ -1873,7 +2043,7 @@ def preflight(config, run):
     train = sum(run.pools, [])
     drawn = draw_prompts(config, run, step=1)[:: config.num_generations]
     prompts = [problem["prompt_ids"] for problem in drawn[:4]]
-    plan = Plan(32, config.segment_length)
+    plan = Plan(min(32, config.max_new_tokens), config.segment_length)
     out = rollout(
         run.sampler, run.teacher, prompts, plan, overlap_k=config.overlap_k, **run.sampling
     )
@@ -1898,6 +2068,7 @@ def preflight(config, run):
         size = f"{model.num_parameters() / 1e6:.1f}M parameters"
         rows = f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}"
         lines.append(f"{role}: {model.config.model_type}, {size}, {rows}, stops at {stops[-1]}")
+    lines += check_lengths(config, run)
     if log_q.mean() < -3:
         lines.append("warning: to the teacher the student's text is very unlikely; compare prompts")
     if stops[0] != stops[1]:
@@ -1989,9 +2160,18 @@ def read_checkpoint(folder, flags):
         state = torch.load(f"{folder}/trainer_state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # of a torn file, or another one: errors of torch, pickle and zip
         raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
+    # Folders move, and models and files keep their names
+    paths = ("student", "teacher", "train_file", "eval_file")
+
+    def last_parts(value):
+        names = [value] if isinstance(value, str) else value
+        return [os.path.basename(os.path.normpath(name)) for name in names]
+
     changed = []
     for name, value in flags.items():
         before = state["flags"].get(name)
+        if name in paths and before is not None and last_parts(before) == last_parts(value):
+            continue
         if name not in may_change and before != value:
             changed.append(f"--{name} was {before} and is {value}")
     if changed:
@@ -2526,6 +2706,10 @@ def open_run(config):
     }
     read_files(config, run)
     load_models(config, run, folder or config.student)
+    check_tokens(run)
+    for line in check_lengths(config, run):
+        if config.eval_only:  # else the preflight says so
+            warnings.warn(line, stacklevel=2)
     ask_math_verify("1", None)  # if it cannot start, better now than after an evaluation
     kind = config.report_to if is_main() else "none"
     run.track = open_tracker(kind, config.output_dir, flags, state.get("step", -1) + 1)
