@@ -1132,20 +1132,18 @@ def read_records(path):
     return records[0] if is_list else records
 
 
-# Fields that hold an answer; those that do in some data sets; those that hold a text with a box
+# Fields that hold an answer, in some data sets or in all, and texts with an answer in a box
 ANSWERS = ("answer", "final_answer", "ground_truth", "expected_answer")
 LABELS = ("label", "target", "gold")
 WORKED = ("solution", "assistant:")
 # What data sets write where there is no answer
-NO_ANSWER = r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/?a|none|null|nan|not ?found|unknown"
+NO_ANSWER = r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/?a|none|null|nan|not ?found|unknown|-?inf"
 
 
 def read_gold(value):
     """A field -> the answer in a box, in dollars or behind "####"; "" for true, {}, NaN, "N/A" """
-    texts = []
-    for item in value if isinstance(value, list) else [value]:
-        if type(item) in (str, int) or type(item) is float and math.isfinite(item):
-            texts.append(str(item))
+    items = value if isinstance(value, list) else [value]
+    texts = [str(item) for item in items if type(item) in (str, int, float)]
     text = ", ".join(texts).rsplit("####", 1)[-1]
     text = (last_boxed(text) or text).strip().strip("$").strip()
     return "" if re.fullmatch(NO_ANSWER, text) else text
@@ -1164,8 +1162,7 @@ def read_fields(record):
     if isinstance(chat, list):
         turns = [turn for turn in chat if isinstance(turn, dict)]
         last = max((at for at, turn in enumerate(turns) if turn.get("role") == "user"), default=0)
-        for turn in turns[last:]:
-            fields[f"{turn.get('role')}:"] = turn.get("content")
+        fields |= {f"{turn.get('role')}:": turn.get("content") for turn in turns[last:]}
         if last:
             notes["chats lose all before their last question"] = turns[0].get("content")
 
@@ -1175,45 +1172,24 @@ def read_fields(record):
     # Where a field says that there is no answer, only a box in another one is an answer
     given, worked = values(*ANSWERS, *LABELS), values(*WORKED)
     boxed = [text for text in worked if isinstance(text, str) and re.search(r"\\boxed|####", text)]
-    golds = [*values(*ANSWERS), *boxed, *values(*LABELS), *([] if given else worked)]
+    golds = [*values(*ANSWERS), *boxed, *given, *worked[: 0 if given else None]]
     answer = next(filter(None, map(read_gold, golds)), "")
     if given and not answer:
-        notes["answers are none"] = given[0]
+        notes["records have no answer"] = given[0]
     problems = values("problem", "question", "user:", "prompt")
     return next((problem for problem in problems if problem != ""), ""), answer, notes
 
 
-# What asks for a form of the answer
-FORMAT = (
-    r"(?i)\$*\\boxed\s*(?:\{(?:[^{}]|\{[^{}]*\})*\})?\$*|####|\banswer:|\$answer\b"
-    r"|</?(?:answer|think)>|step[- ]by[- ]step"
+# What data sets add to a problem fights the template, and a grader of boxes. No .* is in here:
+# for a text of a million characters it would take hours
+INSTRUCTIONS = (
+    r"Solve the following math problem step by step\. The last line of .{0,200}? to the problem\."
+    r'|Remember to put your answer on its own line after "Answer:"\.'
+    r"|(?:Please|Let's) (?:reason|think) step by step,? and .{0,99}?(?:\\boxed\{\}|\"####\")\."
+    r"|Present the answer in LaTex format: \\boxed\{Your answer\}"
 )
-
-
-def strip_format(problem):
-    """A problem without the sentences at its ends that ask for nothing but a form of the answer:
-    they fight the template, and a grader of boxes -> problem, {what is to be noted: an example}
-    """
-
-    def is_form(sentence):
-        rest = re.sub(FORMAT, "", sentence)
-        about = r"(?i)answer|response|result|solution|solve|reason|think|output|show|explain"
-        # With numbers or formulas it may be the problem itself
-        return rest != sentence and re.search(about, rest) and not re.search(r"[\d$=?\\]", rest)
-
-    pieces = re.split(r"((?<=[.?!])\s|\n)", problem)  # sentences, and what is between them
-    stays = [bool(piece.strip()) and not is_form(piece) for piece in pieces]
-    if not any(stays):
-        return problem.strip(), {}
-    first, end = stays.index(True), len(stays) - stays[::-1].index(True)
-    notes = {}
-    left_out = "".join(pieces[:first] + pieces[end:]).strip()
-    if left_out:
-        notes["problems lose what the template asks for anew"] = left_out
-    asks = [piece for piece in pieces[first:end] if re.search(FORMAT, piece)]
-    if asks:
-        notes["problems ask for a form of the answer that is not the template's"] = asks[0]
-    return "".join(pieces[first:end]).strip(), notes
+# What others say
+FORMAT = r"(?i)\\boxed|####|answer:|</?(?:answer|think)>|step[ -]by[ -]step"
 
 
 def load_problems(path, needs_answers=False):
@@ -1233,32 +1209,33 @@ def load_problems(path, needs_answers=False):
                 f"it has the fields {names}"
             )
         if re.search("[\ud800-\udfff]", problem + answer):
-            raise ValueError(
-                f"{path}, record {number}: a lone surrogate, half a character, is in it"
-            )
-        problem, more = strip_format(problem)
-        for what, example in (notes | more).items():
+            raise ValueError(f"{path}, record {number}: has half a character, a lone surrogate")
+        problem = re.sub(INSTRUCTIONS, "", problem).strip() or problem
+        form = re.search(FORMAT, problem)
+        if form:
+            around = problem[max(0, form.start() - 60) : form.end() + 20]
+            notes["problems ask for a form of the answer, and boxes alone are graded"] = around
+        if not answer and len(record) > 1:
+            notes.setdefault("records have no answer", f"the fields {names}")
+        for what, example in notes.items():
             examples.setdefault(what, []).append(example)
         fields.setdefault(problem, names)
         problems[problem] = problems.get(problem) or answer or None
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
 
-    # What is missing, and what to know of the rest
     unanswered = [problem for problem, answer in problems.items() if answer is None]
+    if unanswered and needs_answers:
+        raise ValueError(
+            f"{path}: evaluation needs an answer to every problem, in {', '.join(ANSWERS + LABELS)} "
+            f"or solution; {unanswered[0]!r:.60} has the fields {fields[unanswered[0]]}"
+        )
+
+    # What to know of the rest
     told = []
-    if unanswered:
-        has = f"{', '.join(ANSWERS + LABELS)} or solution; the fields are {fields[unanswered[0]]}"
-        if needs_answers:
-            raise ValueError(
-                f"{path}: evaluation needs an answer to every problem; {unanswered[0]!r:.60} has "
-                f"none in {has}"
-            )
-        if len(unanswered) == len(problems) and "," in fields[unanswered[0]]:
-            told.append(f"no answers in {has}")
     for what, found in examples.items():
         example = found[0] if isinstance(found[0], str) else type(found[0]).__name__
-        told.append(f"{len(found)} {what}, such as {example!r:.100}")
+        told.append(f"{len(found)} {what}, such as {example!r:.120}")
     left_out = len(records) - len(problems)
     if left_out:
         told.append(f"left out {left_out} duplicates, {len(problems)} problems stay")
@@ -1828,23 +1805,19 @@ class Run:
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
-    """Two dicts of tokens and ids -> how many ids stay: what one alone has lies behind, and is cut
-    off. ValueError, naming three tokens, where that is not so, or a token has two ids
+    """Two dicts of tokens and ids -> how many ids both have. What one has beyond is cut off.
+    ValueError, naming three tokens, where they differ before that, or a token has two ids.
     """
-    shared = student_vocab.items() & teacher_vocab.items()
-    size = max((index for _, index in shared), default=-1) + 1
-    different = []
-    alone = sorted(student_vocab.items() ^ teacher_vocab.items())
-    for token, index in alone:
-        if index < size or token in student_vocab and token in teacher_vocab:
-            different.append(token)
-    different = sorted({*different})
+    size = 1 + max([i for t, i in student_vocab.items() if teacher_vocab.get(t) == i], default=-1)
+    alone = dict(sorted(student_vocab.items() ^ teacher_vocab.items()))
+    twice = student_vocab.keys() & teacher_vocab.keys()
+    different = [token for token, index in alone.items() if index < size or token in twice]
     if different:
         ids = [f"{t!r} is {student_vocab.get(t)} and {teacher_vocab.get(t)}" for t in different[:3]]
         count = f"different ids for {len(different)} tokens"
         raise ValueError(f"use models of one tokenizer: {count}: {', '.join(ids)}")
     if alone:
-        note = f"{len(alone)} tokens that one model alone has are cut off, such as {alone[0]}"
+        note = f"tokens that only one model has are cut off, {len(alone)} such as {min(alone)!r}"
         warnings.warn(f"{note}; {size} stay", stacklevel=2)
     return size
 
@@ -1972,55 +1945,55 @@ def load_models(config, run, path):
 
 def check_tokens(run):
     """ValueError where a prompt, or the end of a response, needs a token that is cut off."""
-    needed = {"a response ends in": stop_ids(run.student, run.tokenizer)}
+    stops = stop_ids(run.student, run.tokenizer)
     if run.teacher:
-        needed["a response ends in"] |= stop_ids(run.teacher, run.teacher_tokenizer)
-    problems = sum(run.pools, []) + sum(run.evals.values(), [])
-    needed["a prompt has"] = set().union(*[problem["prompt_ids"] for problem in problems])
-    for what, ids in needed.items():
-        if max(ids, default=-1) >= run.vocab_size:
-            token = run.tokenizer.convert_ids_to_tokens(max(ids))
-            rest = f"and all that the models know are the first {run.vocab_size}"
-            raise ValueError(f"{what} the token {token!r} ({max(ids)}), {rest}: use other models")
+        stops |= stop_ids(run.teacher, run.teacher_tokenizer)
+    problems = sum([*run.pools, *run.evals.values()], [])
+    asked = set().union(*[problem["prompt_ids"] for problem in problems])
+    for what, ids in (("prompts have", asked), ("responses end in", stops)):
+        if max(ids, default=0) >= run.vocab_size:
+            token = f"{run.tokenizer.convert_ids_to_tokens(max(ids))!r} ({max(ids)})"
+            known = f"the models know only the first {run.vocab_size} tokens"
+            raise ValueError(f"{what} the token {token}, and {known}: use others")
 
 
 def position_limit(model):
-    """Up to which length a model knows positions; why there is no going beyond, "" if there is"""
+    """The length that a model's positions are for; why no run may go beyond, "" where one may"""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     rotary = getattr(config, "rope_parameters", None)
     if not rotary:
         return limit or math.inf, "they are a table"
-    for kind in (rotary, *rotary.values()):  # or a kind for each type of layer
+    for kind in (rotary, *rotary.values()):  # of all layers, or one for each type
         name = kind.get("rope_type", "") if isinstance(kind, dict) else ""
         if name == "longrope" or "dynamic" in name:
             length = kind.get("original_max_position_embeddings") or limit
-            return length, f"{name} turns the keys otherwise beyond, but not those in a cache"
+            return length, f"{name} changes there, but not the keys that a cache holds"
     return limit or math.inf, ""
 
 
 def check_lengths(config, run):
-    """The longest prompt and the longest response against the positions of both models -> lines of
-    warnings; ValueError where what is beyond fails, or is wrong
+    """The longest prompt and response against the positions of both models -> lines that warn of
+    what may fail, and of a student that does not stop; ValueError where it will fail
     """
     cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
     if config.extrapolate or config.cold_start_steps:  # they sample to the end in any method
         cap = config.max_new_tokens
-    uses = {"max_new_tokens": (sum(run.pools, []), cap)}
-    uses["eval_max_new_tokens"] = (sum(run.evals.values(), []), config.eval_max_new_tokens)
+    uses = [(pool, cap, "max_new_tokens") for pool in run.pools]
+    uses += [(own, config.eval_max_new_tokens, "eval_max_new_tokens") for own in run.evals.values()]
     lines = []
-    for flag, (problems, cap) in uses.items():
-        longest = max([len(problem["prompt_ids"]) for problem in problems], default=-math.inf)
-        for role, model in (("student", run.student), ("teacher", run.teacher)):
-            limit, why = position_limit(model) if model else (math.inf, "")
+    for role, model in (("student", run.student), ("teacher", run.teacher)):
+        limit, why = position_limit(model) if model else (math.inf, "")
+        for problems, cap, flag in uses:
+            longest = max(len(problem["prompt_ids"]) for problem in problems)
+            line = f"{longest} tokens of prompt and {cap} of --{flag} are beyond the {limit} "
+            line += f"positions of the {role}"
+            if longest + cap > limit and why:
+                raise ValueError(f"{line}, and {why}: lower --{flag}")
             if longest + cap > limit:
-                line = f"a prompt of {longest} and a response of {cap} tokens (--{flag}) are beyond"
-                line += f" the {limit} positions of the {role}"
-                if why:
-                    raise ValueError(f"{line}, and {why}: lower --{flag}")
-                lines.append(f"warning: {line}")
+                lines.append(line)
     if not run.sampling["eos_ids"]:
-        lines.append("warning: the student has no stop token: every response goes on to the cap")
+        lines.append("the student has no stop token: all its responses go on to the cap")
     return lines
 
 
@@ -2068,7 +2041,7 @@ def preflight(config, run):
         size = f"{model.num_parameters() / 1e6:.1f}M parameters"
         rows = f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}"
         lines.append(f"{role}: {model.config.model_type}, {size}, {rows}, stops at {stops[-1]}")
-    lines += check_lengths(config, run)
+    lines += [f"warning: {line}" for line in check_lengths(config, run)]
     if log_q.mean() < -3:
         lines.append("warning: to the teacher the student's text is very unlikely; compare prompts")
     if stops[0] != stops[1]:
@@ -2160,19 +2133,18 @@ def read_checkpoint(folder, flags):
         state = torch.load(f"{folder}/trainer_state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # of a torn file, or another one: errors of torch, pickle and zip
         raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
-    # Folders move, and models and files keep their names
-    paths = ("student", "teacher", "train_file", "eval_file")
 
-    def last_parts(value):
-        names = [value] if isinstance(value, str) else value
-        return [os.path.basename(os.path.normpath(name)) for name in names]
+    def without_folders(name, value):  # these move; models and files keep their own names
+        if name in ("student", "teacher") and value:
+            return os.path.basename(os.path.normpath(value))
+        if name in ("train_file", "eval_file") and value:
+            return [os.path.basename(path) for path in value]
+        return value
 
     changed = []
     for name, value in flags.items():
         before = state["flags"].get(name)
-        if name in paths and before is not None and last_parts(before) == last_parts(value):
-            continue
-        if name not in may_change and before != value:
+        if name not in may_change and without_folders(name, before) != without_folders(name, value):
             changed.append(f"--{name} was {before} and is {value}")
     if changed:
         raise ValueError(f"--resume {folder} would be another run: {'; '.join(changed)}")
@@ -2707,8 +2679,10 @@ def open_run(config):
     read_files(config, run)
     load_models(config, run, folder or config.student)
     check_tokens(run)
+    if config.eval_only and is_main():
+        os.makedirs(config.output_dir, exist_ok=True)
     for line in check_lengths(config, run):
-        if config.eval_only:  # else the preflight says so
+        if config.eval_only:  # else the preflight says it
             warnings.warn(line, stacklevel=2)
     ask_math_verify("1", None)  # if it cannot start, better now than after an evaluation
     kind = config.report_to if is_main() else "none"
