@@ -1213,7 +1213,7 @@ def load_problems(path, needs_answers=False):
         problem = re.sub(INSTRUCTIONS, "", problem).strip() or problem
         form = re.search(FORMAT, problem)
         if form:
-            around = problem[max(0, form.start() - 60) : form.end() + 20]
+            around = problem[max(0, form.start() - 60) :]
             notes["problems ask for a form of the answer, and boxes alone are graded"] = around
         if not answer and len(record) > 1:
             notes.setdefault("records have no answer", f"the fields {names}")
@@ -1226,9 +1226,10 @@ def load_problems(path, needs_answers=False):
 
     unanswered = [problem for problem, answer in problems.items() if answer is None]
     if unanswered and needs_answers:
+        known = ", ".join(ANSWERS + LABELS)
         raise ValueError(
-            f"{path}: evaluation needs an answer to every problem, in {', '.join(ANSWERS + LABELS)} "
-            f"or solution; {unanswered[0]!r:.60} has the fields {fields[unanswered[0]]}"
+            f"{path}: evaluation needs an answer to every problem, in {known} or solution; "
+            f"{unanswered[0]!r:.60} has the fields {fields[unanswered[0]]}"
         )
 
     # What to know of the rest
@@ -1851,18 +1852,17 @@ def read_files(config, run):
     def read(path, needs_answers=False):
         problems = load_problems(path, needs_answers)
         for problem in problems:
-            text = problem["problem"]
             try:
                 problem["prompt_ids"] = encode_prompt(
                     run.tokenizer,
-                    text,
+                    problem["problem"],
                     config.prompt_template,
                     chat_template=not config.no_chat_template,
                     enable_thinking=config.enable_thinking,
                 )
             except Exception as error:  # a chat template raises what it likes
-                why = f"{type(error).__name__}: {error}; see --no_chat_template"
-                raise ValueError(f"{path}: no prompt of {text!r:.60}: {why}") from None
+                why = f"{problem['problem']!r:.60}: {error}; see --no_chat_template"
+                raise ValueError(f"{path}: the chat template fails at {why}") from None
         return problems
 
     run.evals, run.pools = {}, []
@@ -1960,16 +1960,16 @@ def check_tokens(run):
 def position_limit(model):
     """The length that a model's positions are for; why no run may go beyond, "" where one may"""
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))
     rotary = getattr(config, "rope_parameters", None)
     if not rotary:
-        return limit or math.inf, "they are a table"
+        return limit, "they are a table"
     for kind in (rotary, *rotary.values()):  # of all layers, or one for each type
         name = kind.get("rope_type", "") if isinstance(kind, dict) else ""
         if name == "longrope" or "dynamic" in name:
-            length = kind.get("original_max_position_embeddings") or limit
-            return length, f"{name} changes there, but not the keys that a cache holds"
-    return limit or math.inf, ""
+            changes = f"{name} factors change there, and the keys in a cache do not"
+            return kind.get("original_max_position_embeddings", limit), changes
+    return limit, ""
 
 
 def check_lengths(config, run):
@@ -1979,19 +1979,19 @@ def check_lengths(config, run):
     cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
     if config.extrapolate or config.cold_start_steps:  # they sample to the end in any method
         cap = config.max_new_tokens
-    uses = [(pool, cap, "max_new_tokens") for pool in run.pools]
-    uses += [(own, config.eval_max_new_tokens, "eval_max_new_tokens") for own in run.evals.values()]
+    uses = [(sum(run.pools, []), cap, "max_new_tokens")]
+    uses += [(sum(run.evals.values(), []), config.eval_max_new_tokens, "eval_max_new_tokens")]
     lines = []
     for role, model in (("student", run.student), ("teacher", run.teacher)):
         limit, why = position_limit(model) if model else (math.inf, "")
         for problems, cap, flag in uses:
-            longest = max(len(problem["prompt_ids"]) for problem in problems)
-            line = f"{longest} tokens of prompt and {cap} of --{flag} are beyond the {limit} "
-            line += f"positions of the {role}"
-            if longest + cap > limit and why:
-                raise ValueError(f"{line}, and {why}: lower --{flag}")
-            if longest + cap > limit:
-                lines.append(line)
+            prompts = [problem["prompt_ids"] for problem in problems]
+            longest = len(max(prompts, key=len, default=[]))
+            if prompts and longest + cap > limit:
+                sizes = f"a prompt of {longest} and a response of {cap} tokens"
+                lines.append(f"{sizes} are more than the {limit} positions of the {role}")
+                if why:
+                    raise ValueError(f"{lines[-1]}, and {why}: lower --{flag}")
     if not run.sampling["eos_ids"]:
         lines.append("the student has no stop token: all its responses go on to the cap")
     return lines
@@ -2135,9 +2135,9 @@ def read_checkpoint(folder, flags):
         raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
 
     def without_folders(name, value):  # these move; models and files keep their own names
-        if name in ("student", "teacher") and value:
+        if name in ("student", "teacher"):
             return os.path.basename(os.path.normpath(value))
-        if name in ("train_file", "eval_file") and value:
+        if name in ("train_file", "eval_file"):
             return [os.path.basename(path) for path in value]
         return value
 
