@@ -1988,10 +1988,10 @@ def check_lengths(config, run):
             prompts = [problem["prompt_ids"] for problem in problems]
             longest = len(max(prompts, key=len, default=[]))
             if prompts and longest + cap > limit:
-                sizes = f"a prompt of {longest} and a response of {cap} tokens"
+                sizes = f"a prompt of {longest} and a response of {cap} tokens (--{flag})"
                 lines.append(f"{sizes} are more than the {limit} positions of the {role}")
                 if why:
-                    raise ValueError(f"{lines[-1]}, and {why}: lower --{flag}")
+                    raise ValueError(f"{lines[-1]}, and {why}: use less")
     if not run.sampling["eos_ids"]:
         lines.append("the student has no stop token: all its responses go on to the cap")
     return lines
