@@ -1208,63 +1208,122 @@ def read_records(path):
         try:
             if line.strip():
                 records.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: nested too deep
             number += getattr(error, "lineno", 1) - 1
             raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
     return records[0] if is_list else records
 
 
+# Fields that hold an answer, in some data sets or in all, and texts with an answer in a box
+ANSWERS = ("answer", "final_answer", "ground_truth", "expected_answer")
+LABELS = ("label", "target", "gold")
+WORKED = ("solution", "assistant:")
+# What data sets write where there is no answer
+NO_ANSWER = r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/?a|none|null|nan|not ?found|unknown|-?inf"
+
+
+def read_gold(value):
+    """A field -> the answer in a box, in dollars or behind "####"; "" for true, {}, NaN, "N/A" """
+    items = value if isinstance(value, list) else [value]
+    texts = [str(item) for item in items if type(item) in (str, int, float)]
+    text = ", ".join(texts).rsplit("####", 1)[-1]
+    text = (last_boxed(text) or text).strip().strip("$").strip()
+    return "" if re.fullmatch(NO_ANSWER, text) else text
+
+
 def read_fields(record):
-    """A record of any kind of file -> its problem and its answer, "" where there is none"""
-    fields = dict(record)
+    """A record of any kind of file -> its problem; its answer, "" where there is none; what is to
+    be noted of it, {what: an example}
+    """
+    fields, notes = dict(record), {}
     nested = record.get("reward_model")
     if isinstance(nested, dict):
         fields = {**nested, **fields}
+    # Of a chat the last question is asked, and what comes after it is an answer
     chat = record.get("prompt") or record.get("messages")
     if isinstance(chat, list):
-        for turn in chat:  # of each role the last turn
-            if isinstance(turn, dict):
-                fields[f"{turn.get('role')}:"] = turn.get("content")
+        turns = [turn for turn in chat if isinstance(turn, dict)]
+        last = max((at for at, turn in enumerate(turns) if turn.get("role") == "user"), default=0)
+        fields |= {f"{turn.get('role')}:": turn.get("content") for turn in turns[last:]}
+        if last:
+            notes["chats lose all before their last question"] = turns[0].get("content")
 
-    def first(*names):
-        return next((fields[name] for name in names if fields.get(name) is not None), "")
+    def values(*names):
+        return [fields[name] for name in names if fields.get(name) is not None]
 
-    answer = first("answer", "final_answer", "ground_truth", "solution", "assistant:")
-    if isinstance(answer, list):
-        answer = ", ".join(map(str, answer))
-    return first("problem", "question", "user:", "prompt"), str(answer)
+    # Where a field says that there is no answer, only a box in another one is an answer
+    given, worked = values(*ANSWERS, *LABELS), values(*WORKED)
+    boxed = [text for text in worked if isinstance(text, str) and re.search(r"\\boxed|####", text)]
+    golds = [*values(*ANSWERS), *boxed, *given, *worked[: 0 if given else None]]
+    answer = next(filter(None, map(read_gold, golds)), "")
+    if given and not answer:
+        notes["records have no answer"] = given[0]
+    problems = values("problem", "question", "user:", "prompt")
+    return next((problem for problem in problems if problem != ""), ""), answer, notes
 
 
-def load_problems(path):
+# What data sets add to a problem fights the template, and a grader of boxes. No .* is in here:
+# for a text of a million characters it would take hours
+INSTRUCTIONS = (
+    r"Solve the following math problem step by step\. The last line of .{0,200}? to the problem\."
+    r'|Remember to put your answer on its own line after "Answer:"\.'
+    r"|(?:Please|Let's) (?:reason|think) step by step,? and .{0,99}?(?:\\boxed\{\}|\"####\")\."
+    r"|Present the answer in LaTex format: \\boxed\{Your answer\}"
+)
+# What others say
+FORMAT = r"(?i)\\boxed|####|answer:|</?(?:answer|think)>|step[ -]by[ -]step"
+
+
+def load_problems(path, needs_answers=False):
     """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, each once.
     Knows the usual field names, chats, and golds in a box, in dollars or behind "####".
     OSError, ValueError or ImportError, with a line for the user.
     """
-    # What data sets add to a problem fights the template, and a grader of boxes
-    instructions = (
-        r"Solve the following math problem step by step\. The last line of .*? to the problem\."
-        r'|Remember to put your answer on its own line after "Answer:"\.'
-        r"|Please reason step by step, and .*? within \\boxed\{\}\."
-    )
     records, problems = read_records(path), {}  # by text: the first of equal ones
+    fields, examples = {}, {}
     for number, record in enumerate(records, start=1):
         record = record if isinstance(record, dict) else {}
-        problem, answer = read_fields(record)
+        problem, answer, notes = read_fields(record)
+        names = ", ".join(record) or "none"
         if not isinstance(problem, str) or not problem.strip():
             raise ValueError(
                 f"{path}, record {number}: needs a text in problem, question, prompt or messages; "
-                f"it has the fields {', '.join(record) or 'none'}"
+                f"it has the fields {names}"
             )
-        problem = re.sub(instructions, "", problem).strip()
-        answer = answer.rsplit("####", 1)[-1]
-        answer = (last_boxed(answer) or answer).strip().strip("$").strip()
+        if re.search("[\ud800-\udfff]", problem + answer):
+            raise ValueError(f"{path}, record {number}: has half a character, a lone surrogate")
+        problem = re.sub(INSTRUCTIONS, "", problem).strip() or problem
+        form = re.search(FORMAT, problem)
+        if form:
+            around = problem[max(0, form.start() - 60) :]
+            notes["problems ask for a form of the answer, and boxes alone are graded"] = around
+        if not answer and len(record) > 1:
+            notes.setdefault("records have no answer", f"the fields {names}")
+        for what, example in notes.items():
+            examples.setdefault(what, []).append(example)
+        fields.setdefault(problem, names)
         problems[problem] = problems.get(problem) or answer or None
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
+
+    unanswered = [problem for problem, answer in problems.items() if answer is None]
+    if unanswered and needs_answers:
+        known = ", ".join(ANSWERS + LABELS)
+        raise ValueError(
+            f"{path}: evaluation needs an answer to every problem, in {known} or solution; "
+            f"{unanswered[0]!r:.60} has the fields {fields[unanswered[0]]}"
+        )
+
+    # What to know of the rest
+    told = []
+    for what, found in examples.items():
+        example = found[0] if isinstance(found[0], str) else type(found[0]).__name__
+        told.append(f"{len(found)} {what}, such as {example!r:.120}")
     left_out = len(records) - len(problems)
     if left_out:
-        note = f"{path}: left out {left_out} duplicates, {len(problems)} problems stay"
-        warnings.warn(note, stacklevel=2)
+        told.append(f"left out {left_out} duplicates, {len(problems)} problems stay")
+    for note in told:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
     return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
 
 
@@ -1272,7 +1331,14 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
     """A problem (str) -> list of ids: the template filled in, as a user's turn if there are any"""
     text = template.replace("{problem}", problem)
     if not chat_template or not tokenizer.chat_template:
-        return tokenizer(text + "\n").input_ids
+        ids = tokenizer(text + "\n").input_ids
+        bare = tokenizer(text + "\n", add_special_tokens=False).input_ids
+        # A BOS in front is wanted. An EOS behind is not: the response goes on from here
+        while len(ids) > len(bare) and ids[-len(bare) :] != bare:
+            warnings.warn(
+                f"{tokenizer.decode(ids.pop())!r} after prompts is left out", stacklevel=2
+            )
+        return ids
     turns = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_dict=False, **template_flags
@@ -1836,12 +1902,21 @@ class Run:
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
-    """ValueError, naming three tokens, unless both dicts map the same tokens to the same ids."""
-    different = sorted({token for token, _ in student_vocab.items() ^ teacher_vocab.items()})
+    """Two dicts of tokens and ids -> how many ids both have. What one has beyond is cut off.
+    ValueError, naming three tokens, where they differ before that, or a token has two ids.
+    """
+    size = 1 + max([i for t, i in student_vocab.items() if teacher_vocab.get(t) == i], default=-1)
+    alone = dict(sorted(student_vocab.items() ^ teacher_vocab.items()))
+    twice = student_vocab.keys() & teacher_vocab.keys()
+    different = [token for token, index in alone.items() if index < size or token in twice]
     if different:
         ids = [f"{t!r} is {student_vocab.get(t)} and {teacher_vocab.get(t)}" for t in different[:3]]
         count = f"different ids for {len(different)} tokens"
         raise ValueError(f"use models of one tokenizer: {count}: {', '.join(ids)}")
+    if alone:
+        note = f"tokens that only one model has are cut off, {len(alone)} such as {min(alone)!r}"
+        warnings.warn(f"{note}; {size} stay", stacklevel=2)
+    return size
 
 
 def stop_ids(model, tokenizer):
@@ -1851,34 +1926,44 @@ def stop_ids(model, tokenizer):
 
 
 def load(auto_class, path, **options):
-    """from_pretrained, or a ValueError of one line."""
+    """from_pretrained, or a ValueError of one line. Code that comes with a model is never run."""
+    adapter = os.path.exists(f"{path}/adapter_config.json")
     try:
-        return auto_class.from_pretrained(path, **options)
+        if not adapter:
+            loaded = auto_class.from_pretrained(path, trust_remote_code=False, **options)
+            adapter = getattr(loaded, "_hf_peft_config_loaded", False)  # of a hub name
     except Exception as error:  # transformers, safetensors, json: each has errors of its own
         why = f"{type(error).__name__}: {str(error)[:200]}"
+        if "trust_remote_code" in str(error):
+            why = "it needs code of its own, and models that come with code are not supported"
         raise ValueError(f"{path} does not load: {why}") from None
+    if adapter:
+        raise ValueError(f"{path} is an adapter (LoRA), no whole model: merge it into its base")
+    return loaded
 
 
 def read_files(config, run):
     """The problems of the files that the flags name, each with its prompt_ids, into the run."""
 
-    def read(path):
-        problems = load_problems(path)
+    def read(path, needs_answers=False):
+        problems = load_problems(path, needs_answers)
         for problem in problems:
-            problem["prompt_ids"] = encode_prompt(
-                run.tokenizer,
-                problem["problem"],
-                config.prompt_template,
-                chat_template=not config.no_chat_template,
-                enable_thinking=config.enable_thinking,
-            )
+            try:
+                problem["prompt_ids"] = encode_prompt(
+                    run.tokenizer,
+                    problem["problem"],
+                    config.prompt_template,
+                    chat_template=not config.no_chat_template,
+                    enable_thinking=config.enable_thinking,
+                )
+            except Exception as error:  # a chat template raises what it likes
+                why = f"{problem['problem']!r:.60}: {error}; see --no_chat_template"
+                raise ValueError(f"{path}: the chat template fails at {why}") from None
         return problems
 
     run.evals, run.pools = {}, []
     for path in config.eval_file:
-        problems, name = read(path), os.path.splitext(os.path.basename(path))[0]
-        if any(problem["answer"] is None for problem in problems):
-            raise ValueError(f"--eval_file {path}: evaluation needs an answer to every problem")
+        problems, name = read(path, True), os.path.splitext(os.path.basename(path))[0]
         run.evals[path if name in run.evals else name] = problems
     longest = config.max_prompt_length
     for path in config.train_file:
@@ -1897,12 +1982,15 @@ def check_model(model, only_sampled):
     whose cache keeps other things than keys and values -> the bytes that it keeps of a token
     """
     ids = torch.arange(16, device=model.device)[None]  # any text
-    output = model(input_ids=ids, use_cache=True)
-    own_logits = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, None)
-    error = (output.logits - own_logits).abs().max()
-    layers = getattr(getattr(output, "past_key_values", None), "layers", [None])
+    try:
+        output = model(input_ids=ids, use_cache=True)
+        own_logits = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, None)
+        error = (output.logits - own_logits).abs().max()
+        layers = output.past_key_values.layers
+        other_head = error > 5e-3 * output.logits.abs().max() and not only_sampled
+    except (AttributeError, TypeError, KeyError, IndexError):  # it is built another way
+        other_head, layers = True, []
     kinds = {type(layer).__name__ for layer in layers}
-    other_head = error > 5e-3 * output.logits.abs().max() and not only_sampled
     if other_head or kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
         raise ValueError(
             f"{model.config.model_type} models are not supported: their head is not head_logits, "
@@ -1920,21 +2008,23 @@ def load_models(config, run, path):
     low = {"dtype": torch.bfloat16 if bf16 else torch.float32}
     run.sampler = run.student = load(AutoModelForCausalLM, path, **low).to(config.device)
     models, eos_ids = [run.sampler], stop_ids(run.student, run.tokenizer)
+    tokens = max(run.tokenizer.get_vocab().values()) + 1
     if not config.eval_only:
         if bf16:
             # At a learning rate of 1e-6 most updates are smaller than bfloat16 can add
             run.student = load(AutoModelForCausalLM, path, dtype=torch.float32).to(config.device)
         run.teacher_tokenizer = load(AutoTokenizer, config.teacher)
-        compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
+        tokens = compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
         run.teacher = load(AutoModelForCausalLM, config.teacher, **low).to(config.device)
         models.append(run.teacher)
         if config.cold_start_steps:  # it teaches the teacher's stop token, too
             eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
             run.student.generation_config.eos_token_id = sorted(eos_ids)
 
+    run.cache_bytes = [check_model(model, config.eval_only) for model in models]
     # Both heads may have rows beyond the tokens that exist
     heads = [model.get_output_embeddings().weight.shape[0] for model in models]
-    run.vocab_size = min(max(run.tokenizer.get_vocab().values()) + 1, *heads)
+    run.vocab_size = min(tokens, *heads)
     if config.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {config.overlap_k} is more than the {run.vocab_size} tokens")
     run.sampling = {
@@ -1942,7 +2032,6 @@ def load_models(config, run, path):
         "eos_ids": eos_ids,
         "temperature": config.temperature,
     }
-    run.cache_bytes = [check_model(model, config.eval_only) for model in models]
     run.device = run.sampler.device
     run.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=bf16)
     # fused: the default on a GPU makes a copy of all weights on the way
@@ -2059,6 +2148,60 @@ def plan_phases(config, run):
         "eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[0]}),
         "teacher_eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[-1]}),
     }
+
+
+def check_tokens(run):
+    """ValueError where a prompt, or the end of a response, needs a token that is cut off."""
+    stops = stop_ids(run.student, run.tokenizer)
+    if run.teacher:
+        stops |= stop_ids(run.teacher, run.teacher_tokenizer)
+    problems = sum([*run.pools, *run.evals.values()], [])
+    asked = set().union(*[problem["prompt_ids"] for problem in problems])
+    for what, ids in (("prompts have", asked), ("responses end in", stops)):
+        if max(ids, default=0) >= run.vocab_size:
+            token = f"{run.tokenizer.convert_ids_to_tokens(max(ids))!r} ({max(ids)})"
+            known = f"the models know only the first {run.vocab_size} tokens"
+            raise ValueError(f"{what} the token {token}, and {known}: use others")
+
+
+def position_limit(model):
+    """The length that a model's positions are for; why no run may go beyond, "" where one may"""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))
+    rotary = getattr(config, "rope_parameters", None)
+    if not rotary:
+        return limit, "they are a table"
+    for kind in (rotary, *rotary.values()):  # of all layers, or one for each type
+        name = kind.get("rope_type", "") if isinstance(kind, dict) else ""
+        if name == "longrope" or "dynamic" in name:
+            changes = f"{name} factors change there, and the keys in a cache do not"
+            return kind.get("original_max_position_embeddings", limit), changes
+    return limit, ""
+
+
+def check_lengths(config, run):
+    """The longest prompt and response against the positions of both models -> lines that warn of
+    what may fail, and of a student that does not stop; ValueError where it will fail
+    """
+    cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
+    if config.extrapolate or config.cold_start_steps:  # they sample to the end in any method
+        cap = config.max_new_tokens
+    uses = [(sum(run.pools, []), cap, "max_new_tokens")]
+    uses += [(sum(run.evals.values(), []), config.eval_max_new_tokens, "eval_max_new_tokens")]
+    lines = []
+    for role, model in (("student", run.student), ("teacher", run.teacher)):
+        limit, why = position_limit(model) if model else (math.inf, "")
+        for problems, cap, flag in uses:
+            prompts = [problem["prompt_ids"] for problem in problems]
+            longest = len(max(prompts, key=len, default=[]))
+            if prompts and longest + cap > limit:
+                sizes = f"a prompt of {longest} and a response of {cap} tokens (--{flag})"
+                lines.append(f"{sizes} are more than the {limit} positions of the {role}")
+                if why:
+                    raise ValueError(f"{lines[-1]}, and {why}: use less")
+    if not run.sampling["eos_ids"]:
+        lines.append("the student has no stop token: all its responses go on to the cap")
+    return lines
 
 
 def rows_that_fit(config, run):
@@ -2220,7 +2363,9 @@ def preflight(config, run):
     prompts = [problem["prompt_ids"] for problem in draw_prompts(config, run, step=1)[:rows]]
     settings = {"overlap_k": config.overlap_k, **run.sampling}
     began = clock(run.device)
-    out = rollout(run.sampler, run.teacher, prompts, Plan(32), **settings)
+    out = rollout(
+        run.sampler, run.teacher, prompts, Plan(min(32, config.max_new_tokens)), **settings
+    )
     out["seconds"] = clock(run.device) - began
     log_q = torch.cat(response_log_probs(run.teacher, out, run.vocab_size))
     overlap = out["overlap"][out["response_mask"]].mean().item()
@@ -2243,6 +2388,7 @@ def preflight(config, run):
         size = f"{model.num_parameters() / 1e6:.1f}M parameters"
         rows = f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}"
         lines.append(f"{role}: {model.config.model_type}, {size}, {rows}, stops at {stops[-1]}")
+    lines += [f"warning: {line}" for line in check_lengths(config, run)]
     if log_q.mean() < -3:
         lines.append("warning: to the teacher the student's text is very unlikely; compare prompts")
     if stops[0] != stops[1]:
@@ -2391,10 +2537,18 @@ def read_checkpoint(folder, flags):
             raise ValueError(f"it is of step {state['step']}; name it so")
     except Exception as error:  # a torn list of digests has errors of its own
         raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
+
+    def without_folders(name, value):  # these move; models and files keep their own names
+        if name in ("student", "teacher"):
+            return os.path.basename(os.path.normpath(value))
+        if name in ("train_file", "eval_file"):
+            return [os.path.basename(path) for path in value]
+        return value
+
     changed = []
     for name, value in flags.items():
         before = state["flags"].get(name)
-        if name not in may_change and before != value:
+        if name not in may_change and without_folders(name, before) != without_folders(name, value):
             changed.append(f"--{name} was {before} and is {value}")
     if changed:
         raise ValueError(f"--resume {folder} would be another run: {'; '.join(changed)}")
@@ -2970,6 +3124,10 @@ def open_run(config):
     }
     read_files(config, run)
     load_models(config, run, folder or config.student)
+    check_tokens(run)
+    for line in check_lengths(config, run):
+        if config.eval_only:  # else the preflight says it
+            warnings.warn(line, stacklevel=2)
     ask_math_verify("1", None)  # if it cannot start, better now than after an evaluation
     kind = config.report_to if is_main() else "none"
     run.track = open_tracker(kind, config.output_dir, flags, state.get("step", -1) + 1)

@@ -88,6 +88,17 @@ def world(small_world):
     save_model(small_world / "window", tiny("Mistral", 0, sliding_window=8))
     shutil.copytree(small_world / "teacher", small_world / "broken")
     write(small_world / "broken" / "model.safetensors", text="cut off")
+    # An adapter, code of its own, a template that raises, one that asks for a token without a row
+    write(small_world / "adapter" / "adapter_config.json", {"peft_type": "LORA", "r": 4})
+    opd.tiny_tokenizer(WORDS).save_pretrained(small_world / "adapter")
+    shutil.copytree(small_world / "student", small_world / "custom")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    write(small_world / "custom" / "config.json", own)
+    write(small_world / "custom" / "own.py", text="open('own code ran', 'w')")
+    changed_copy(small_world, "student", small_world / "strict", raises)
+    changed_copy(small_world, "student", small_world / "think", thinks)
+    save_model(small_world / "table", test_opd.tiny_gpt2(0))  # of 64 positions
+    save_model(small_world / "llama4", tiny_llama4())
     problems = test_opd.read(small_world / "train.jsonl")
     write(small_world / "again" / "eval.jsonl", *problems[3:5])
     write(small_world / "pair.jsonl", *problems[3:5])
@@ -95,6 +106,7 @@ def world(small_world):
     write(small_world / "empty.jsonl", text="")
     write(small_world / "bad.jsonl", text='{"problem": "1"}\n{"problem": \n')
     write(small_world / "keys.jsonl", {"text": "1", "label": 2})
+    write(small_world / "value.jsonl", {"problem": "1", "value": 2})
     return small_world
 
 
@@ -192,6 +204,53 @@ def unanswered(world, path, every):
     for problem in problems[::every]:
         problem["answer"] = None
     return write(path, *problems)
+
+
+def raises(_, tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system, no answer') }}"
+
+
+def thinks(_, tokenizer):
+    tokenizer.add_tokens("<think>")
+    tokenizer.chat_template = tokenizer.chat_template + " <think>"
+
+
+def tiny_llama4():
+    """Its base_model is not what is below its head."""
+    sizes = {**test_opd.SIZES, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    config = transformers.Llama4TextConfig(**sizes, attention_chunk_size=16)
+    return transformers.Llama4ForCausalLM(config).eval()
+
+
+def of_lengths(name, border=30):
+    """A model whose rotary factors change beyond that length."""
+    rope = {"rope_type": name, "rope_theta": 1e4, "factor": 4.0}
+    if name == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        rope |= {"original_max_position_embeddings": border}
+    positions = {"dynamic": border, "longrope": 4 * border}[name]
+    return tiny("Llama", 0, rope_parameters=rope, max_position_embeddings=positions)
+
+
+def ending_in(*tokens, first="$A"):
+    """A tokenizer without a chat template that adds tokens to what it reads."""
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=" ".join([first, *tokens]),
+        special_tokens=[(word, index) for index, word in enumerate(WORDS[:4])],
+    )
+    return tokenizer
+
+
+def noted(path, **options):
+    """-> the notes about a file of problems, without its path"""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opd.load_problems(path, **options)
+    notes = [str(warning.message) for warning in caught]
+    assert all(note.startswith(f"{path}: ") and "\n" not in note for note in notes)
+    return [note.removeprefix(f"{path}: ") for note in notes]
 
 
 # Moments: where something befalls a run of LONG
@@ -609,6 +668,7 @@ DAPO = (
     "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n2+3?"
     '\n\nRemember to put your answer on its own line after "Answer:".'
 )
+TWO = {"role": "assistant", "content": "2"}
 RECORDS = [
     ({"problem": "2+3?", "answer": "\\frac{5}{1}", "solution": "long"}, "\\frac{5}{1}"),  # MATH-500
     ({"problem": "2+3?", "answer": 5}, "5"),
@@ -632,6 +692,31 @@ RECORDS = [
     ({"problem": "2+3?", "answer": 5, "reward_model": {"answer": 6, "problem": "no"}}, "5"),
     ({"problem": "2+3?", "answer": None, "solution": "5"}, "5"),
     ({"problem": "2+3?"}, None),
+    ({"prompt": CHAT, "label": "5"}, "5"),  # slime
+    ({"problem": "2+3?", "label": "sums", "solution": "\\boxed{5}"}, "5"),
+    ({"problem": "2+3?", "expected_answer": "5", "solution": "long"}, "5"),
+    ({"problem": "", "question": "2+3?", "answer": "5"}, "5"),
+    # An answer of an earlier question
+    ({"prompt": [{"role": "user", "content": "1+1?"}, TWO, *CHAT[1:]]}, None),
+    ({"prompt": [{"role": "user", "content": "1+1?"}, TWO, *CHAT[1:]], "label": 5}, "5"),
+    # Proofs, and what is no answer
+    ({"problem": "2+3?", "answer": "proof", "solution": "2 = 2*1."}, None),
+    ({"problem": "2+3?", "answer": "Proof.", "solution": "2 = 2*1."}, None),
+    ({"problem": "2+3?", "answer": ["5", None]}, "5"),
+]
+NO_ANSWERS = ["", " ", None, [], [None], {}, {"a": 1}, True, math.nan, math.inf, "N/A", "nan", "-"]
+INSTRUCTIONS = [
+    r"Please reason step by step, and put your final answer within \boxed{}.",
+    r"Let's think step by step and output the final answer within \boxed{}.",
+    'Let\'s think step by step and output the final answer after "####".',
+    r"Present the answer in LaTex format: \boxed{Your answer}",
+]
+FORMATS = [
+    r"Enclose your final result in \boxed{}.",
+    "Write the number behind ####.",
+    "End in a line Answer: and the number.",
+    "Put it between <answer> and </answer>.",
+    "Solve it Step-by-Step.",
 ]
 UNREADABLE = [
     ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3: not JSON"),
@@ -644,6 +729,10 @@ UNREADABLE = [
     ('{"problem": "a"}\n{"problem": 5}\n', "record 2"),
     ('{"problem": "  "}\n', "record 1"),
     ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "record 1"),
+    ('{"problem": "a"}\n{"problem": "\\ud800"}\n', "record 2: has half a character"),
+    ('{"problem": "a", "answer": "\\udfff"}\n', "record 1: has half a character"),
+    ('{"problem": "a"}\n' + "[" * 100_000 + "]" * 100_000, "line 2: not JSON"),
+    ('{"problem": ' + '{"a": ' * 100_000 + "1" + "}" * 100_001, "line 1: not JSON"),
 ]
 GRADES = [
     (r"so \boxed{33}", "33", True),
@@ -680,6 +769,30 @@ MISTAKES = {
     ),
     "a model whose logits are made otherwise": ({"student": "{world}/falcon"}, "falcon_h1"),
     "a model whose layers keep no keys": ({"student": "{world}/conv"}, "lfm2"),
+    "a model that is built another way": ({"teacher": "{world}/llama4"}, "llama4_text models are"),
+    "an adapter as a student": ({"student": "{world}/adapter"}, "adapter is an adapter (LoRA)"),
+    "an adapter as a teacher": ({"teacher": "{world}/adapter"}, "merge it into its base"),
+    "a model with code of its own": (
+        {"student": "{world}/custom"},
+        "models that come with code are not supported",
+    ),
+    "a chat template that raises": ({"student": "{world}/strict"}, ": no system, no answer; see"),
+    "a token in prompts that the models have not": (
+        {"student": "{world}/think", "teacher": "{world}/think"},
+        "prompts have the token '<think>' (24), and the models know only the first 24",
+    ),
+    "more training than a table has positions": (
+        {"student": "{world}/table", "max_new_tokens": 60},
+        "response of 60 tokens (--max_new_tokens) are more than the 64 positions of the student",
+    ),
+    "more evaluation than a table has positions": (
+        {"teacher": "{world}/table", "eval_max_new_tokens": 61},
+        "61 tokens (--eval_max_new_tokens) are more than the 64 positions of the teacher, and they",
+    ),
+    "evaluation answers in an unknown field": (
+        {"eval_file": "{world}/value.jsonl"},
+        "'1' has the fields problem, value",
+    ),
     "prompts that are all too long": ({"max_prompt_length": 2}, "--max_prompt_length 2"),
     "a share of a mixture that is no number": ({"mix": ["nan"]}, "--mix"),
     "shares for more files than there are": ({"mix": [0.5, 0.5]}, "--mix"),
@@ -943,6 +1056,61 @@ def test_load_problems_reads_the_shape_of_the_usual_data_sets(tmp_path, record, 
     )
 
 
+@pytest.mark.parametrize("value", NO_ANSWERS, ids=repr)
+@pytest.mark.parametrize("solution, answer", [("so \\boxed{5}", "5"), ("5 steps.\n#### 5", "5")])
+def test_beside_a_field_without_an_answer_the_solutions_box_counts(
+    value, solution, answer, tmp_path
+):
+    record = {"problem": "2+3?", "answer": value, "solution": solution}
+    assert opd.load_problems(write(tmp_path / "a.jsonl", record))[0]["answer"] == answer
+
+
+@pytest.mark.parametrize("value", NO_ANSWERS, ids=repr)
+def test_what_is_neither_text_nor_number_is_no_answer(value, tmp_path):
+    path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": value})
+    assert opd.load_problems(path)[0]["answer"] is None
+
+
+@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+def test_what_data_sets_add_about_the_form_of_answers_is_left_out_without_a_word(
+    instruction, tmp_path
+):
+    path = write(tmp_path / "a.jsonl", {"problem": f"2+3?\n\n{instruction}"})
+    assert noted(path) == []
+    assert opd.load_problems(path)[0]["problem"] == "2+3?"
+
+
+@pytest.mark.parametrize("instruction", FORMATS)
+def test_another_form_that_problems_ask_for_is_quoted(instruction, tmp_path):
+    path = write(tmp_path / "a.jsonl", *[{"problem": f"{n}+3? {instruction}"} for n in range(2)])
+    (note,) = noted(path)
+    assert note.startswith("2 problems ask for a form") and repr(f"0+3? {instruction}") in note
+
+
+def test_system_and_earlier_turns_that_are_dropped_are_quoted(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": CHAT}, {"prompt": [*CHAT[1:], TWO, CHAT[1]]})
+    told = noted(path)
+    assert told[0] == "2 chats lose all before their last question, such as 'Be brief.'"
+    assert noted(write(tmp_path / "a.jsonl", {"prompt": [*CHAT[1:], TWO]})) == []
+
+
+def test_where_no_answer_is_known_the_fields_of_the_records_are_listed(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "value": 5}, {"problem": "1", "x": 5})
+    assert noted(path) == ["2 records have no answer, such as 'the fields problem, value'"]
+    path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": "proof"})
+    assert noted(path) == ["1 records have no answer, such as 'proof'"]
+
+
+@pytest.mark.parametrize("text", [*INSTRUCTIONS, " a", "\n \t", "\\boxed{", "Answer", "step "])
+def test_a_problem_of_a_megabyte_is_read_in_two_seconds(text, tmp_path):
+    for part in (text, text[: len(text) * 2 // 3]):  # half an instruction, over and over
+        problem = "2+3? " + part * (1_000_000 // len(part)) + "."
+        path = write(tmp_path / "a.jsonl", {"problem": problem})
+        began = time.perf_counter()
+        noted(path)
+        assert time.perf_counter() - began < 2
+
+
 def test_duplicate_problems_are_left_out_and_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"problem": f"{index % 3}?"} for index in range(10)])
     with pytest.warns(UserWarning, match="left out 7 duplicates, 3 problems stay"):
@@ -1045,6 +1213,21 @@ def test_a_tokenizer_without_a_chat_template_reads_the_message_and_a_new_line():
     tokenizer.backend_tokenizer.add_tokens(["\n"])
     ids = opd.encode_prompt(tokenizer, "1", "{problem} 2")
     assert tokenizer.convert_ids_to_tokens(ids) == ["1", "2", "\n"]
+
+
+@pytest.mark.parametrize("added", [["<end>"], ["<solve>", "<end>"]])
+def test_what_a_tokenizer_adds_behind_a_prompt_is_dropped_and_told(added):
+    for first, expected in (("$A", ["1", "2"]), ("<user> $A", ["<user>", "1", "2"])):
+        tokenizer = ending_in(*added, first=first)
+        with pytest.warns(UserWarning, match="'<end>' after prompts is left out"):
+            ids = opd.encode_prompt(tokenizer, "1 2", "{problem}")
+        assert tokenizer.convert_ids_to_tokens(ids) == expected
+
+
+def test_of_a_tokenizer_that_adds_nothing_behind_a_prompt_nothing_is_told():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert opd.encode_prompt(ending_in(first="<user> $A"), "1 x", "{problem}")
 
 
 def test_braces_in_a_template_or_a_problem_are_text():
@@ -1881,13 +2064,60 @@ def test_the_same_tokens_under_the_same_ids_are_one_vocabulary():
     "teacher, says",
     [
         ({"a": 1, "b": 0}, "2 tokens: 'a' is 0 and 1, 'b' is 1 and 0"),
-        ({"a": 0}, "1 tokens: 'b' is 1 and None"),
-        ({"a": 0, "b": 1, "c": 2}, "1 tokens: 'c' is None and 2"),
+        ({"b": 1}, "1 tokens: 'a' is 0 and None"),
+        ({"c": 0, "b": 1}, "2 tokens: 'a' is 0 and None, 'c' is None and 0"),
+        ({"a": 0, "b": 2}, "1 tokens: 'b' is 1 and 2"),
     ],
 )
 def test_different_vocabularies_are_refused_with_the_tokens_that_differ(teacher, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         opd.compare_vocabularies({"a": 0, "b": 1}, teacher)
+
+
+@pytest.mark.parametrize("teacher", [{"a": 0}, {"a": 0, "c": 1}, {"a": 0, "c": 1, "d": 2}])
+def test_tokens_that_only_one_model_has_behind_all_others_are_cut_off_with_a_note(teacher):
+    with pytest.warns(UserWarning, match="such as 'b'; 1 stay"):
+        assert opd.compare_vocabularies({"a": 0, "b": 1}, teacher) == 1
+
+
+def a_word_more(_, tokenizer):
+    tokenizer.add_tokens("more")
+
+
+def stops_there(model, tokenizer):
+    tokenizer.add_special_tokens({"eos_token": "more"})
+    model.resize_token_embeddings(V + 1)
+
+
+@pytest.mark.parametrize("wider", ["student", "teacher"])
+def test_a_model_with_a_token_more_is_trained_on_the_tokens_that_both_have(
+    wider, world, tmp_path, monkeypatch
+):
+    """Both heads have rows for it."""
+    names = {"student": "teacher", "teacher": "teacher"}
+    names[wider] = changed_copy(world, "teacher", tmp_path / "wider", a_word_more)
+    outs = watch(monkeypatch, "rollout")["rollout"]
+    flags = {who: world / name for who, name in names.items()}
+    with pytest.warns(UserWarning, match="only one model has are cut off, 1 such as 'more'; 24"):
+        _, steps, _ = train(world, tmp_path / "out", **flags, max_steps=1, eval_file=None)
+    assert len(steps) == 1 and {out["vocab_size"] for out in outs} == {V}
+
+
+@pytest.mark.filterwarnings("ignore:tokens that only one model has")
+@pytest.mark.parametrize(
+    "who, change, says",
+    [
+        ("student", thinks, "prompts have the token '<think>' (24)"),
+        ("student", stops_there, "responses end in the token 'more' (24)"),
+        ("teacher", stops_there, "responses end in the token None (24)"),
+    ],
+)
+def test_a_token_that_only_one_model_has_and_that_a_run_needs_is_refused(
+    who, change, says, world, tmp_path
+):
+    flags = {who: changed_copy(world, who, tmp_path / "wider", change)}
+    with pytest.raises(ValueError, match=re.escape(says)):
+        opened(world, tmp_path / "out", **flags)
 
 
 @pytest.mark.parametrize("listed, expected", [(5, {1, 5}), ([5, 6], {1, 5, 6}), (None, {1})])
@@ -1943,6 +2173,24 @@ def test_a_model_that_is_only_graded_needs_a_cache_of_keys_and_values_too(world,
     flags = {"eval_only": True, "teacher": None, "train_file": None}
     with pytest.raises(ValueError, match="^lfm2 models are not supported"):
         opened(world, tmp_path, student=world / "conv", **flags)
+
+
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(
+    world, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", throw(AssertionError))
+    for who in ("student", "teacher"):
+        stopped(command(world, tmp_path / "out", **{who: world / "custom"}), capfd)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_adapter_that_from_pretrained_merges_by_itself_is_refused_too(monkeypatch):
+    """Of a hub name, with peft."""
+    merged = types.SimpleNamespace(_hf_peft_config_loaded=True)
+    auto = types.SimpleNamespace(from_pretrained=lambda *_, **__: merged)
+    with pytest.raises(ValueError, match=r"^a/b is an adapter \(LoRA\)"):
+        opd.load(auto, "a/b")
 
 
 def test_a_sliding_window_is_a_cache_like_any_other(world, tmp_path):
@@ -2344,6 +2592,98 @@ def test_of_a_teacher_that_is_the_student_there_is_nothing_to_warn_of(world, tmp
     assert warnings_of(world, tmp_path) == []
 
 
+def few_positions(number):
+    def change(model, _):
+        model.config.max_position_embeddings = number
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "changes, length",
+    [
+        ({"max_new_tokens": 30}, 30),
+        ({"max_new_tokens": 30, "method": "prune", "cap_max": 20}, 20),
+        ({"max_new_tokens": 30, "method": "prune", "cap_max": 40}, 30),
+        ({"max_new_tokens": 30, "method": "prune", "cap_max": 20, "extrapolate": True}, 30),
+        ({"max_new_tokens": 30, "method": "prune", "cap_max": 20, "cold_start_steps": 1}, 30),
+        ({"max_new_tokens": 30, "method": "prefix", "prefix_length": 20}, 20),
+        ({"max_new_tokens": 30, "method": "progressive", "max_steps": 3}, 12),
+        ({"eval_max_new_tokens": 30}, 30),
+    ],
+)
+def test_the_longest_prompt_and_its_response_are_compared_with_the_positions_of_both_models(
+    changes, length, world, tmp_path
+):
+    """The longest prompt, of training and of evaluation, has 7 tokens; exactly as many are fine."""
+    flag = "eval_max_new_tokens" if "eval_max_new_tokens" in changes else "max_new_tokens"
+    changes = {"eval_file": "{world}/train.jsonl", "eval_max_new_tokens": 4, **changes}
+    for who in ("student", "teacher"):
+        for number in (length + 7, length + 6):
+            path = changed_copy(world, who, tmp_path / f"{who}{number}", few_positions(number))
+            config, run = opened(world, tmp_path / "out", **{**changes, who: path})
+            expected = []
+            if number == length + 6:
+                sizes = f"a prompt of 7 and a response of {length} tokens (--{flag})"
+                expected = [f"{sizes} are more than the {number} positions of the {who}"]
+            assert opd.check_lengths(config, run) == expected
+
+
+def test_positions_that_do_not_suffice_are_warned_of_before_training(world, tmp_path):
+    (warning,) = warnings_of(world, tmp_path, few_positions(18))
+    assert "response of 12 tokens (--max_new_tokens) are more than the 18 positions" in warning
+
+
+def test_before_grading_alone_they_are_noted(world, tmp_path):
+    student = changed_copy(world, "student", tmp_path / "short", few_positions(9))
+    flags = {"eval_only": True, "teacher": None, "train_file": None, "student": student}
+    with pytest.warns(UserWarning, match="more than the 9 positions of the student"):
+        opened(world, tmp_path / "out", **flags)
+
+
+def test_a_run_to_the_last_position_of_a_table_goes_well(world, tmp_path):
+    table = {"student": world / "table", "teacher": world / "table"}
+    flags = {"max_new_tokens": 57, "eval_file": "{world}/train.jsonl", "eval_max_new_tokens": 57}
+    _, steps, _ = train(world, tmp_path, **table, **flags, max_steps=1, num_generations=9)
+    assert steps[0]["sampling_mismatch"] < 1e-4
+
+
+def test_the_tiny_world_has_positions_enough():
+    longest = opd.TINY.max_prompt_length + max(opd.TINY.max_new_tokens, opd.TINY.cap_max)
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    assert opd.position_limit(opd.tiny_model(tokenizer)) == (256, "") and longest <= 256
+
+
+@pytest.mark.parametrize("name", ["longrope", "dynamic"])
+def test_rotary_factors_that_change_with_the_length_are_refused_where_a_run_gets_there(
+    name, world, tmp_path
+):
+    path = save_model(tmp_path / name, of_lengths(name))
+    for who in ("student", "teacher"):
+        opened(world, tmp_path / "out", **{who: path}, max_new_tokens=23)
+        with pytest.raises(ValueError, match=f"the 30 positions of the {who}, and {name} factors"):
+            opened(world, tmp_path / "out", **{who: path}, max_new_tokens=24)
+
+
+def test_rotary_factors_of_a_type_of_layers_count_too():
+    rope = {"full": {"rope_type": "longrope", "original_max_position_embeddings": 8}}
+    text = types.SimpleNamespace(rope_parameters=rope, max_position_embeddings=99)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: text))
+    assert opd.position_limit(model)[0] == 8
+    rope["full"]["rope_type"] = "yarn"
+    assert opd.position_limit(model) == (99, "")
+
+
+def test_a_student_without_a_stop_token_is_warned_of(world, tmp_path):
+    def never(model, tokenizer):
+        model.generation_config.eos_token_id = None
+        tokenizer.eos_token = None
+
+    student = changed_copy(world, "student", tmp_path / "endless", never)
+    config, run = opened(world, tmp_path / "out", student=student)
+    assert any("student has no stop token" in line for line in opd.preflight(config, run))
+
+
 def test_the_preflight_tells_what_a_run_is_about(world, tmp_path, monkeypatch):
     """Method, loss, data with a prompt and readable golds, agreement of both models, the models."""
     monkeypatch.setattr(opd, "ask_math_verify", lambda gold, answer: gold == "x")
@@ -2361,7 +2701,7 @@ def test_the_preflight_tells_what_a_run_is_about(world, tmp_path, monkeypatch):
     assert "teacher: qwen3, 0.0M parameters, 32 rows cut to 24, stops at [1]" in told
     (call,) = calls
     assert call["teacher"] is run.teacher
-    assert call["plan"].max_length == 32 and len(call["prompts"]) == 6 * 2
+    assert call["plan"].max_length == 12 and len(call["prompts"]) == 6 * 2
     for part in ("plan for cpu: weights", "rollout: 12 rows at once", "update: 4 rows at once"):
         assert part in told
     assert "time at most" in told and "evaluated before step 1: teacher and student" in told
@@ -2796,6 +3136,31 @@ def test_what_changes_no_number_may_change_on_resume_and_nothing_else_may(whole)
         if name not in MAY_CHANGE:
             with pytest.raises(ValueError, match=f"another run: --{name} was"):
                 opd.read_checkpoint(folder, {**flags, name: "other"})
+
+
+def test_a_run_resumes_where_its_models_and_files_have_moved(world, tmp_path):
+    flags = {"eval_file": "{world}/eval.jsonl", "max_steps": 1}
+    shutil.copytree(world, tmp_path / "disk")
+    train(tmp_path / "disk", tmp_path / "out", **flags)
+    shutil.move(tmp_path / "disk", tmp_path / "other")
+    other = tmp_path / "other"
+    flags |= {who: f"{other}/{who}/" for who in ("student", "teacher")} | {"max_steps": 2}
+    _, steps, _ = train(other, tmp_path / "out", **flags, resume=True)
+    assert [line["step"] for line in steps] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "train_file", "eval_file"])
+def test_of_a_path_the_last_part_must_stay_on_resume(name, whole):
+    folder = whole / "checkpoint-5"
+    flags = torch.load(folder / "trainer_state.pt", weights_only=True)["flags"]
+    value = flags[name]
+    if name in ("student", "teacher"):
+        moved, renamed = f"x/y/{os.path.basename(value)}/", f"{value}x"
+    else:
+        moved, renamed = [f"x/y/{os.path.basename(path)}" for path in value], [*value[1:], "x"]
+    opd.read_checkpoint(folder, {**flags, name: moved})
+    with pytest.raises(ValueError, match=f"--{name} was"):
+        opd.read_checkpoint(folder, {**flags, name: renamed})
 
 
 def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_had_them_from_the_start(
@@ -3431,6 +3796,12 @@ def test_main_returns_the_final_metrics(first_run):
     assert results["checkpoint"] == str(out / "checkpoint-4")
     assert results["generated_tokens"] == steps[-1]["generated_tokens"]
     assert results["final"] == evaluations[-1]["eval"]
+
+
+def test_eval_only_makes_its_folder(world, tmp_path):
+    flags = {"eval_only": True, "teacher": None, "train_file": None}
+    opd.main(command(world, tmp_path / "a" / "b", **flags))
+    assert len(test_opd.read(tmp_path / "a" / "b" / "metrics.jsonl")) == 1
 
 
 def test_eval_only_grades_a_model_file_by_file(world, tmp_path):
