@@ -2137,7 +2137,8 @@ def plan_phases(config, run):
         common["teacher"] = run.teacher.num_parameters()
         shape = run.teacher.config.get_text_config()
         step["states"] = rows * cap * shape.hidden_size * (2 if bf16 else 4)
-        step["judged"] = 6 * shape.intermediate_size + 14 * shape.hidden_size
+        wide = getattr(shape, "intermediate_size", 4 * shape.hidden_size)
+        step["judged"] = 6 * wide + 14 * shape.hidden_size
     step |= common
     sampling = {**step, "cache": sum(run.cache_bytes), "segment": config.segment_length}
     evaluation = {**common, "columns": graded + answer}
