@@ -2144,14 +2144,12 @@ def explain(error, phase, now):
         if phase == "set-up":
             return f"{told}: {text}" if text else told, 2
         name = "rollout_batch_size"
-        least = now["num_generations"]  # the candidates of a prompt stay together
         if "update" in phase:
             name = "micro_batch_size"
-            least = 1
         elif phase.startswith("e"):  # evaluation, extrapolation
             name = "eval_batch_size"
-            least = 1
-        if now[name] > least:
+        # The candidates of a prompt are sampled together
+        if now[name] > {"rollout_batch_size": now["num_generations"]}.get(name, 1):
             return f"{told}; halve --{name}, now {now[name]}", 2
         cap = "eval_max_new_tokens" if phase.startswith("evaluation") else "max_new_tokens"
         return f"{told}: a single prompt is too long for it; lower --{cap}", 2
