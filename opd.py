@@ -2091,15 +2091,22 @@ def interrupt(number, _):
     raise KeyboardInterrupt(number)
 
 
+def on_signals(act):
+    """Have all signals do this -> what each did before. Under nohup SIGHUP stays ignored."""
+    before = {}
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, act)
+    return before
+
+
 @contextlib.contextmanager
 def whole_step(run):
     """A block that is done whole or not at all: signals wait for its end, and one that fails leaves
     no line in the run's files, and run.halfway: nothing to save.
     """
-    waiting, handlers = [], {}
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            handlers[number] = signal.signal(number, lambda number, _: waiting.append(number))
+    waiting = []
+    handlers = on_signals(lambda number, _: waiting.append(number))
     files = [path for path in run.files if is_main()]
     sizes = {path: os.path.getsize(path) for path in files if os.path.exists(path)}
     run.halfway = True
@@ -2663,12 +2670,10 @@ def main(argv=None):
     """
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
-    run, held = None, contextlib.ExitStack()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    run = None
+    handlers, held = {}, contextlib.ExitStack()
     try:
-        for number, handler in handlers.items():
-            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # nohup
-                signal.signal(number, interrupt)
+        handlers = on_signals(interrupt)
         config = argv if isinstance(argv, Config) else parse_args(argv)
         check_config(config)
         if config.report:
@@ -2682,8 +2687,7 @@ def main(argv=None):
             dist.destroy_process_group()
         return result
     except (Exception, KeyboardInterrupt) as error:
-        for number in SIGNALS:  # a second one does not break off the saving
-            signal.signal(number, signal.SIG_IGN)
+        on_signals(signal.SIG_IGN)  # a second one does not break off the saving
         now = {**vars(config), "rollout_batch_size": run.rows_at_once} if run else {}
         told, status = explain(error, run.phase if run else "set-up", now)
         if run and "is not finite" in told:
