@@ -2586,15 +2586,22 @@ def interrupt(number, _):
     raise KeyboardInterrupt(number)
 
 
+def on_signals(act):
+    """Have all signals do this -> what each did before. Under nohup SIGHUP stays ignored."""
+    before = {}
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, act)
+    return before
+
+
 @contextlib.contextmanager
 def whole_step(run):
     """A block that is done whole or not at all: signals wait for its end, and one that fails leaves
     no line in the run's files, and run.halfway: nothing to save.
     """
-    waiting, handlers = [], {}
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            handlers[number] = signal.signal(number, lambda number, _: waiting.append(number))
+    waiting = []
+    handlers = on_signals(lambda number, _: waiting.append(number))
     files = [path for path in run.files if is_main()]
     sizes = {path: os.path.getsize(path) for path in files if os.path.exists(path)}
     run.halfway = True
@@ -2639,14 +2646,12 @@ def explain(error, phase, now):
         if phase == "set-up":
             return f"{told}: {text}" if text else told, 2
         name = "rollout_batch_size"
-        least = now["num_generations"]  # the candidates of a prompt stay together
         if "update" in phase:
             name = "micro_batch_size"
-            least = 1
         elif phase.startswith("e"):  # evaluation, extrapolation
             name = "eval_batch_size"
-            least = 1
-        if now[name] > least:
+        # The candidates of a prompt are sampled together
+        if now[name] > {"rollout_batch_size": now["num_generations"]}.get(name, 1):
             return f"{told}; halve --{name}, now {now[name]}", 2
         cap = "eval_max_new_tokens" if phase.startswith("evaluation") else "max_new_tokens"
         return f"{told}: a single prompt is too long for it; lower --{cap}", 2
@@ -3176,12 +3181,10 @@ def main(argv=None):
     """
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
-    run, held = None, contextlib.ExitStack()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    run = None
+    handlers, held = {}, contextlib.ExitStack()
     try:
-        for number, handler in handlers.items():
-            if number != signal.SIGHUP or handler != signal.SIG_IGN:  # nohup
-                signal.signal(number, interrupt)
+        handlers = on_signals(interrupt)
         config = argv if isinstance(argv, Config) else parse_args(argv)
         check_config(config)
         if config.report:
@@ -3195,8 +3198,7 @@ def main(argv=None):
             dist.destroy_process_group()
         return result
     except (Exception, KeyboardInterrupt) as error:
-        for number in SIGNALS:  # a second one does not break off the saving
-            signal.signal(number, signal.SIG_IGN)
+        on_signals(signal.SIG_IGN)  # a second one does not break off the saving
         now = {**vars(config), **run.rows_at_once} if run else {}
         told, status = explain(error, run.phase if run else "set-up", now)
         if run and "is not finite" in told:
