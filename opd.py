@@ -1960,7 +1960,8 @@ def check_tokens(run):
 def position_limit(model):
     """The length that a model's positions are for; why no run may go beyond, "" where one may"""
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))
+    names = ("max_position_embeddings", "max_seq_len")
+    limit = next(filter(None, [getattr(config, name, None) for name in names]), math.inf)
     rotary = getattr(config, "rope_parameters", None)
     if not rotary:
         return limit, "they are a table"
@@ -1968,7 +1969,7 @@ def position_limit(model):
         name = kind.get("rope_type", "") if isinstance(kind, dict) else ""
         if name == "longrope" or "dynamic" in name:
             changes = f"{name} factors change there, and the keys in a cache do not"
-            return kind.get("original_max_position_embeddings", limit), changes
+            return kind.get("original_max_position_embeddings") or limit, changes
     return limit, ""
 
 
