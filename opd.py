@@ -1137,7 +1137,10 @@ ANSWERS = ("answer", "final_answer", "ground_truth", "expected_answer")
 LABELS = ("label", "target", "gold")
 WORKED = ("solution", "assistant:")
 # What data sets write where there is no answer
-NO_ANSWER = r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/?a|none|null|nan|not ?found|unknown|-?inf"
+NO_ANSWER = (
+    r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n\.?/?a\.?|none|null|nan|-?inf|unknown|not ?found"
+    r"|no (?:final )?answer|see (?:the )?solution"
+)
 
 
 def read_gold(value):

@@ -685,7 +685,22 @@ RECORDS = [
     ({"problem": "2+3?", "answer": "Proof.", "solution": "2 = 2*1."}, None),
     ({"problem": "2+3?", "answer": ["5", None]}, "5"),
 ]
-NO_ANSWERS = ["", " ", None, [], [None], {}, {"a": 1}, True, math.nan, math.inf, "N/A", "nan", "-"]
+NO_ANSWERS = [
+    "",
+    " ",
+    None,
+    [],
+    [None],
+    {},
+    {"a": 1},
+    True,
+    math.nan,
+    math.inf,
+    "N/A",
+    "nan",
+    "-",
+    "no answer",
+]
 INSTRUCTIONS = [
     r"Please reason step by step, and put your final answer within \boxed{}.",
     r"Let's think step by step and output the final answer within \boxed{}.",
