@@ -1138,7 +1138,7 @@ LABELS = ("label", "target", "gold")
 WORKED = ("solution", "assistant:")
 # What data sets write where there is no answer
 NO_ANSWER = (
-    r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n\.?/?a\.?|none|null|nan|-?inf|unknown|not ?found"
+    r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/a|n\.a\.|none|null|nan|-?inf|unknown|not ?found"
     r"|no (?:final )?answer|see (?:the )?solution"
 )
 
