@@ -1219,7 +1219,10 @@ ANSWERS = ("answer", "final_answer", "ground_truth", "expected_answer")
 LABELS = ("label", "target", "gold")
 WORKED = ("solution", "assistant:")
 # What data sets write where there is no answer
-NO_ANSWER = r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/?a|none|null|nan|not ?found|unknown|-?inf"
+NO_ANSWER = (
+    r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/a|n\.a\.|none|null|nan|-?inf|unknown|not ?found"
+    r"|no (?:final )?answer|see (?:the )?solution"
+)
 
 
 def read_gold(value):
@@ -2168,7 +2171,8 @@ def check_tokens(run):
 def position_limit(model):
     """The length that a model's positions are for; why no run may go beyond, "" where one may"""
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))
+    names = ("max_position_embeddings", "max_seq_len")
+    limit = next(filter(None, [getattr(config, name, None) for name in names]), math.inf)
     rotary = getattr(config, "rope_parameters", None)
     if not rotary:
         return limit, "they are a table"
@@ -2176,7 +2180,7 @@ def position_limit(model):
         name = kind.get("rope_type", "") if isinstance(kind, dict) else ""
         if name == "longrope" or "dynamic" in name:
             changes = f"{name} factors change there, and the keys in a cache do not"
-            return kind.get("original_max_position_embeddings", limit), changes
+            return kind.get("original_max_position_embeddings") or limit, changes
     return limit, ""
 
 

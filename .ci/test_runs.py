@@ -704,8 +704,24 @@ RECORDS = [
     ({"problem": "2+3?", "answer": "Proof.", "solution": "2 = 2*1."}, None),
     ({"problem": "2+3?", "answer": ["5", None]}, "5"),
 ]
-NO_ANSWERS = ["", " ", None, [], [None], {}, {"a": 1}, True, math.nan, math.inf, "N/A", "nan", "-"]
+NO_ANSWERS = [
+    "",
+    " ",
+    None,
+    [],
+    [None],
+    {},
+    {"a": 1},
+    True,
+    math.nan,
+    math.inf,
+    "N/A",
+    "nan",
+    "-",
+    "no answer",
+]
 INSTRUCTIONS = [
+    DAPO.partition("\n")[0],
     r"Please reason step by step, and put your final answer within \boxed{}.",
     r"Let's think step by step and output the final answer within \boxed{}.",
     'Let\'s think step by step and output the final answer after "####".',
@@ -2178,11 +2194,12 @@ def test_a_model_that_is_only_graded_needs_a_cache_of_keys_and_values_too(world,
 def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(
     world, tmp_path, capfd, monkeypatch
 ):
+    asked = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("builtins.input", throw(AssertionError))
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
     for who in ("student", "teacher"):
         stopped(command(world, tmp_path / "out", **{who: world / "custom"}), capfd)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [] and not asked
 
 
 def test_an_adapter_that_from_pretrained_merges_by_itself_is_refused_too(monkeypatch):
@@ -2672,6 +2689,21 @@ def test_rotary_factors_of_a_type_of_layers_count_too():
     assert opd.position_limit(model)[0] == 8
     rope["full"]["rope_type"] = "yarn"
     assert opd.position_limit(model) == (99, "")
+
+
+@pytest.mark.parametrize(
+    "names, limit",
+    [
+        ({"max_position_embeddings": 8}, 8),
+        ({"max_seq_len": 8}, 8),  # MPT's
+        ({"max_position_embeddings": None}, math.inf),
+        ({}, math.inf),  # Bloom
+    ],
+)
+def test_positions_that_are_not_rotary_are_a_table_of_the_length_that_the_config_has(names, limit):
+    text = types.SimpleNamespace(**names)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: text))
+    assert opd.position_limit(model) == (limit, "they are a table")
 
 
 def test_a_student_without_a_stop_token_is_warned_of(world, tmp_path):
