@@ -771,30 +771,22 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     return {"loss": loss, "num_tokens": num_tokens, **means}
 
 
-def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0, offload=False):
-    """Clip and apply the gradients -> their norm before. FloatingPointError if it is not finite.
-    offload: Adam's moments are on the device during the step only, else on the host.
-    """
+def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0):
+    """Clip and apply the gradients -> their norm before. FloatingPointError if it is not finite"""
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"gradient norm {norm}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if offload:
-        moments_to(optimizer, student.device)
     optimizer.step()
-    if offload:
-        moments_to(optimizer, "cpu")
     return norm
 
 
-def train_step(
-    student, optimizer, batch, learning_rate, max_grad_norm=1.0, offload=False, **settings
-):
+def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **settings):
     """An update on a rollout: backward, with these settings, and optimizer_step -> its metrics"""
     metrics = backward(student, batch, **settings)
     if metrics:
-        norm = optimizer_step(student, optimizer, learning_rate, max_grad_norm, offload)
+        norm = optimizer_step(student, optimizer, learning_rate, max_grad_norm)
         metrics["grad_norm"] = norm
     return metrics
 
@@ -911,8 +903,7 @@ def train(config, run):
         # From here to the record a step is done whole or not at all: signals wait
         with whole_step(run):
             rate, clip = update["learning_rate"], config.max_grad_norm
-            norm = optimizer_step(run.student, run.optimizer, rate, clip, run.offload)
-            update["grad_norm"] = norm
+            update["grad_norm"] = optimizer_step(run.student, run.optimizer, rate, clip)
             run.optimizer.zero_grad()  # the gradient's place is that of the next rollout's caches
             # On-policy: the next rollout samples from what was just learned
             run.sampler.load_state_dict(run.student.state_dict())
@@ -1861,7 +1852,7 @@ class Run:
     grading: dict = None  # what evaluate needs beside it and does not change
     cache_bytes: list = None  # what the caches of sampler and teacher keep of a token
     kept_bytes: int = 0  # what the student's forward keeps of a token for backward
-    offload: bool = False  # Adam's moments wait on the host for the optimizer's step
+    most: dict = None  # the longest prompt and response, and how many, of steps and evaluations
     pools: list = None  # training problems, a list for each file
     answered: list = None  # those that have an answer
     evals: dict = None  # name of a file -> problems to evaluate on
@@ -1869,9 +1860,7 @@ class Run:
     # Where it stands. A checkpoint has all of this, and the optimizer
     step: int = 0  # the last whole step
     graded: int = 0  # the last step after which the student was evaluated
-    rows_at_once: dict = field(
-        default_factory=dict
-    )  # how many rows, by the names of the flags that end in batch_size
+    rows_at_once: dict = field(default_factory=dict)  # by the flags that end in batch_size
     cap: int = 0  # prune: tokens
     misses: int = 0  # prune: in a row
     anchor: dict = field(default_factory=dict)  # EffOPD: the weights accepted the last time
@@ -2045,115 +2034,6 @@ def load_models(config, run, path):
     run.kept_bytes = kept_for_backward(run.student, run.autocast, checkpointed)
 
 
-def kept_for_backward(student, autocast, checkpointed):
-    """The bytes that the student's forward keeps of a token for backward."""
-    sizes = []
-    kept = {}
-
-    def note(tensor):  # by where it lies: many an operation keeps the same tensor
-        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
-
-    for width in (16, 32):
-        ids = torch.ones(1, width + 1, dtype=torch.long, device=student.device)  # any text
-        with autocast, torch.autograd.graph.saved_tensors_hooks(note, note):
-            states = hidden_states(student, ids, torch.ones_like(ids), width)
-        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
-        kept.clear()
-    every_layer = (sizes[1] - sizes[0]) // 16  # weights and their casts are in both
-    shape = student.config.get_text_config()
-    if not checkpointed:
-        return every_layer
-    # What goes into each layer, and one layer while it is recomputed
-    layers = shape.num_hidden_layers
-    return layers * shape.hidden_size * states.element_size() + every_layer // layers
-
-
-def memory_plan(
-    student,
-    teacher,
-    *,
-    bf16,
-    rows,
-    columns,
-    vocab,
-    offload=False,
-    states=0,
-    cache=0,
-    segment=0,
-    judged=0,
-    kept=0,
-):
-    """What a GPU must hold -> dict of bytes: the parts, and their sums in rollout and update.
-
-    student, teacher: parameters N, M. rows at once, of so many columns, prompt and response. Bytes
-    of a token: cache, in the caches; judged, in a pass of the teacher; kept, for backward. states:
-    bytes of the teacher's hidden states of a step. segment: columns that are judged at once.
-        weights      4 N + 2 N + 2 M     float32, the bfloat16 copy that samples, the teacher
-        gradient     4 N
-        moments      8 N of Adam; offload: on the host but for the optimizer's step
-        caches       rows * columns * cache
-        judging      tokens * judged + 10 * elements, tokens = rows * segment, at most 2^15
-        activations  rows * columns * kept + 2 N, autocast's casts
-        logits       32 * elements, those of the chunk: logits, losses, measures, gradient
-        rollout      weights, moments, states, caches, judging
-        update       weights, moments, states, gradient, activations, logits
-    elements: tokens * vocab, at most 25,000,000. Without bf16: no copy, no casts, 4 M.
-    """
-    copy = 2 * student if bf16 else 0
-    tokens = min(rows * segment, 2**15)
-    plan = {
-        "weights": 4 * student + copy + (2 if bf16 else 4) * teacher,
-        "gradient": 4 * student,
-        "moments": 8 * student,
-        "states": states,
-        "caches": rows * columns * cache,
-        "judging": tokens * judged + 10 * min(tokens * vocab, 25_000_000),
-        "activations": rows * columns * kept + copy,
-        "logits": 32 * min(rows * columns * vocab, 25_000_000),
-    }
-    always = plan["weights"] + states + (0 if offload else plan["moments"])
-    passing = plan["activations"] + plan["logits"]
-    if offload:
-        passing = max(passing, plan["moments"])
-    plan["rollout"] = always + plan["caches"] + plan["judging"]
-    plan["update"] = always + plan["gradient"] + passing
-    return plan
-
-
-def longest(config, run):
-    """In tokens: the longest prompt and response of a step, the same of an evaluation -> 4 ints"""
-    train = [len(problem["prompt_ids"]) for problem in sum(run.pools, [])]
-    graded = [len(problem["prompt_ids"]) for problem in sum(run.evals.values(), [])]
-    cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
-    return max(train, default=1), cap, max(graded, default=1), config.eval_max_new_tokens
-
-
-def plan_phases(config, run):
-    """What memory_plan is told of each -> {flag: (phase, most rows, dict)}"""
-    prompt, cap, graded, answer = longest(config, run)
-    on_gpu, bf16 = run.device.type == "cuda", run.sampler is not run.student
-    rows = math.ceil(config.batch_size / NUM_RANKS) * config.num_generations  # of this process
-    common = {"student": 0, "teacher": 0, "bf16": bf16, "vocab": run.vocab_size}
-    step = {"columns": prompt + cap}
-    if run.teacher:
-        common["student"] = run.student.num_parameters()  # else it does not learn
-        common["teacher"] = run.teacher.num_parameters()
-        shape = run.teacher.config.get_text_config()
-        step["states"] = rows * cap * shape.hidden_size * (2 if bf16 else 4)
-        wide = getattr(shape, "intermediate_size", 4 * shape.hidden_size)
-        step["judged"] = 6 * wide + 14 * shape.hidden_size
-    step |= common
-    sampling = {**step, "cache": sum(run.cache_bytes), "segment": config.segment_length}
-    evaluation = {**common, "columns": graded + answer}
-    few, many = (rows, 1024) if on_gpu else (4, 32)
-    return {
-        "rollout_batch_size": ("rollout", rows, sampling),
-        "micro_batch_size": ("update", few, {**step, "kept": run.kept_bytes}),
-        "eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[0]}),
-        "teacher_eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[-1]}),
-    }
-
-
 def check_tokens(run):
     """ValueError where a prompt, or the end of a response, needs a token that is cut off."""
     stops = stop_ids(run.student, run.tokenizer)
@@ -2184,29 +2064,125 @@ def position_limit(model):
     return limit, ""
 
 
-def check_lengths(config, run):
-    """The longest prompt and response against the positions of both models -> lines that warn of
-    what may fail, and of a student that does not stop; ValueError where it will fail
+def work_at_most(config, run):
+    """What this process meets in a step and in an evaluation -> dict: rows of a step, the longest
+    prompt and response in it, in tokens; answers, the longest question and answer
     """
+    graded = sum(run.evals.values(), [])
     cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
     if config.extrapolate or config.cold_start_steps:  # they sample to the end in any method
         cap = config.max_new_tokens
-    uses = [(sum(run.pools, []), cap, "max_new_tokens")]
-    uses += [(sum(run.evals.values(), []), config.eval_max_new_tokens, "eval_max_new_tokens")]
-    lines = []
+    return {
+        "rows": math.ceil(config.batch_size / NUM_RANKS) * config.num_generations,
+        "prompt": max((len(problem["prompt_ids"]) for problem in sum(run.pools, [])), default=0),
+        "response": cap if run.pools else 0,
+        "answers": math.ceil(len(graded) * config.eval_samples / NUM_RANKS),
+        "question": max((len(problem["prompt_ids"]) for problem in graded), default=0),
+        "answer": config.eval_max_new_tokens if graded else 0,
+    }
+
+
+def check_lengths(run):
+    """Whether the longest prompt and response go beyond the positions of a model -> lines that warn
+    of it, and of a student that does not stop; ValueError where it will fail
+    """
+    lines, most = [], run.most
     for role, model in (("student", run.student), ("teacher", run.teacher)):
         limit, why = position_limit(model) if model else (math.inf, "")
-        for problems, cap, flag in uses:
-            prompts = [problem["prompt_ids"] for problem in problems]
-            longest = len(max(prompts, key=len, default=[]))
-            if prompts and longest + cap > limit:
-                sizes = f"a prompt of {longest} and a response of {cap} tokens (--{flag})"
-                lines.append(f"{sizes} are more than the {limit} positions of the {role}")
+        for prompt, response, flag in (
+            ("prompt", "response", "max_new_tokens"),
+            ("question", "answer", "eval_max_new_tokens"),
+        ):
+            if most[prompt] + most[response] > limit:
+                sizes = f"a prompt of {most[prompt]} and a response of {most[response]} tokens"
+                beyond = f"{sizes} (--{flag}) are more than the {limit} positions of the {role}"
                 if why:
-                    raise ValueError(f"{lines[-1]}, and {why}: use less")
+                    raise ValueError(f"{beyond}, and {why}: use less")
+                lines.append(beyond)
     if not run.sampling["eos_ids"]:
         lines.append("the student has no stop token: all its responses go on to the cap")
     return lines
+
+
+def kept_for_backward(student, autocast, checkpointed):
+    """The bytes that the student's forward keeps of a token for backward."""
+    sizes, kept = [], {}
+
+    def note(tensor):  # by where it lies: many an operation keeps the same tensor
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+
+    for width in (16, 32):
+        ids = torch.ones(1, width + 1, dtype=torch.long, device=student.device)  # any text
+        with autocast, torch.autograd.graph.saved_tensors_hooks(note, note):
+            states = hidden_states(student, ids, torch.ones_like(ids), width)
+        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+        kept.clear()
+    every_layer = (sizes[1] - sizes[0]) // 16  # weights and their casts are in both
+    if not checkpointed:
+        return every_layer
+    # What goes into each layer, and one layer while it is recomputed
+    layers = student.config.get_text_config().num_hidden_layers
+    return layers * states.shape[-1] * states.element_size() + every_layer // layers
+
+
+def memory_plan(
+    student, teacher, *, bf16, rows, columns, vocab, cache=0, segment=0, judged=0, kept=0, states=0
+):
+    """What a GPU must hold -> dict of bytes: the parts, and their sums in rollout and update.
+
+    student, teacher: parameters N, M. rows at once, of so many columns, prompt and response. Bytes
+    of a token: cache, in the caches; judged, in a pass of the teacher; kept, for backward. states:
+    bytes of the teacher's hidden states of a step. segment: columns that are judged at once.
+        weights      4 N + 2 N + 2 M     float32, the bfloat16 copy that samples, the teacher
+        gradient     4 N
+        moments      8 N of Adam
+        caches       rows * columns * cache
+        judging      tokens * judged + 10 * elements, tokens = rows * segment, at most 2^15
+        activations  rows * columns * kept + 2 N, autocast's casts
+        logits       32 * elements, those of the chunk: logits, losses, measures, gradient
+        rollout      weights, moments, states, caches, judging
+        update       weights, moments, states, gradient, activations, logits
+    elements: tokens * vocab, at most 25,000,000. Without bf16: no copy, no casts, 4 M.
+    """
+    copy = 2 * student if bf16 else 0
+    tokens = min(rows * segment, 2**15)
+    plan = {
+        "weights": 4 * student + copy + (2 if bf16 else 4) * teacher,
+        "gradient": 4 * student,
+        "moments": 8 * student,
+        "states": states,
+        "caches": rows * columns * cache,
+        "judging": tokens * judged + 10 * min(tokens * vocab, 25_000_000),
+        "activations": rows * columns * kept + copy,
+        "logits": 32 * min(rows * columns * vocab, 25_000_000),
+    }
+    always = plan["weights"] + plan["moments"] + states
+    plan["rollout"] = always + plan["caches"] + plan["judging"]
+    plan["update"] = always + plan["gradient"] + plan["activations"] + plan["logits"]
+    return plan
+
+
+def plan_phases(config, run):
+    """What memory_plan is told -> {flag of the rows at once: (phase, most rows, dict)}"""
+    most, bf16 = run.most, run.sampler is not run.student
+    step = {"student": 0, "teacher": 0, "bf16": bf16, "vocab": run.vocab_size}
+    evaluation = {**step, "columns": most["question"] + most["answer"]}
+    if run.teacher:
+        shape = run.teacher.config.get_text_config()
+        wide = getattr(shape, "intermediate_size", 4 * shape.hidden_size)
+        step["student"] = evaluation["student"] = run.student.num_parameters()
+        step["teacher"] = evaluation["teacher"] = run.teacher.num_parameters()
+        step["states"] = most["rows"] * most["response"] * shape.hidden_size * (2 if bf16 else 4)
+        step["judged"] = 6 * wide + 14 * shape.hidden_size
+    step["columns"] = most["prompt"] + most["response"]
+    sampling = {**step, "cache": sum(run.cache_bytes), "segment": config.segment_length}
+    few, many = (most["rows"], 1024) if run.device.type == "cuda" else (4, 32)
+    return {
+        "rollout_batch_size": ("rollout", most["rows"], sampling),
+        "micro_batch_size": ("update", few, {**step, "kept": run.kept_bytes}),
+        "eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[0]}),
+        "teacher_eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[-1]}),
+    }
 
 
 def rows_that_fit(config, run):
@@ -2216,28 +2192,24 @@ def rows_that_fit(config, run):
     free = math.inf
     if run.device.type == "cuda":
         free = torch.cuda.mem_get_info(run.device)[0]
-    rows, run.offload = {}, False
-    for flag, (phase, most, sizes) in plan_phases(config, run).items():
+    rows = {}
+    for flag, (phase, fits, sizes) in plan_phases(config, run).items():
 
         def left(count, phase=phase, sizes=sizes):
             """Bytes that so many rows leave; the weights are there"""
-            plan = memory_plan(**sizes, rows=count, offload=run.offload)
+            plan = memory_plan(**sizes, rows=count)
             return free - (plan[phase] - plan["weights"])
 
-        if flag == "rollout_batch_size":
-            # On the host, Adam's moments leave their place to the caches, where that doubles it
-            run.offload = left(0) < 8 * sizes["student"]
-        # What fits: a fifth stays for what is not planned
-        fits = most
+        # A fifth stays for what is not planned
         while fits > 1 and left(fits) < 0.2 * left(0):
             fits -= 1
         before = run.rows_at_once.get(flag, 0)
         if left(before) < 0:  # another GPU
             before = 0
         asked = getattr(config, flag.removeprefix("teacher_"))
-        count = asked or before or fits
         least = config.num_generations if flag == "rollout_batch_size" else 1
-        if left(max(count, least)) < 0:
+        count = max(asked or before or fits, least)
+        if left(count) < 0:
             instead = f"lower --{'eval_' if 'eval' in flag else ''}max_new_tokens"
             if asked > least:
                 instead = f"lower --{flag}"
@@ -2251,111 +2223,96 @@ def rows_that_fit(config, run):
     return rows
 
 
-def moments_to(optimizer, device):
-    """Move Adam's moments to a device. Not pinned: a step of minutes waits for seconds."""
-    for state in optimizer.state.values():
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = state[name].to(device)
-
-
 def try_update(config, run):
     """An update at learning rate 0 of made-up rows, as many and as long as they get: what would run
     out of memory hours later does it now.
     """
-    run.phase = "an update of the longest rows"
-    prompt, cap, _, _ = longest(config, run)
-    rows = run.rows_at_once["micro_batch_size"]
-    ids = torch.zeros(rows, prompt, dtype=torch.long, device=run.device)
-    batch = make_room(ids, ids == 0, cap, 0)
+    run.phase, most = "an update of the longest rows", run.most
+    rows, T = run.rows_at_once["micro_batch_size"], most["response"]
+    ids = torch.zeros(rows, most["prompt"], dtype=torch.long, device=run.device)
+    batch = make_room(ids, ids == 0, T, 0)
     for name in ("response_mask", "loss_mask", "token_weight"):
         batch[name] = torch.ones_like(batch["response_mask"])
     # As many of the teacher's hidden states as a step has
-    states = plan_phases(config, run)["micro_batch_size"][2]["states"] // run.teacher.dtype.itemsize
-    states = torch.zeros(states, dtype=run.teacher.dtype, device=run.device)
     width = run.teacher.config.get_text_config().hidden_size
-    batch["teacher_hidden"] = states[: rows * cap * width].view(rows, cap, width)
-    settings = {**update_settings(config, run), "offload": run.offload}
-    train_step(run.student, run.optimizer, batch, 0.0, **settings)
+    states = torch.zeros(most["rows"], T, width, dtype=run.teacher.dtype, device=run.device)
+    batch["teacher_hidden"] = states
+    train_step(run.student, run.optimizer, batch, 0.0, **update_settings(config, run))
     run.optimizer.state.clear()  # of this step nothing stays
     run.optimizer.zero_grad()
 
 
-def columns_at_most(config, run):
+def columns_at_most(run):
     """How many columns are sampled, one after the other, in a step and in an evaluation -> dict"""
-    rows, (_, cap, _, answer) = run.rows_at_once, longest(config, run)
-    own = math.ceil(config.batch_size / NUM_RANKS) * config.num_generations
-    answers = sum(map(len, run.evals.values())) * config.eval_samples / NUM_RANKS
+    rows, most = run.rows_at_once, run.most
     return {
-        "step": math.ceil(own / rows["rollout_batch_size"]) * cap,
-        "student": math.ceil(answers / rows["eval_batch_size"]) * answer,
-        "teacher": math.ceil(answers / rows["teacher_eval_batch_size"]) * answer,
+        "step": math.ceil(most["rows"] / rows["rollout_batch_size"]) * most["response"],
+        "student": math.ceil(most["answers"] / rows["eval_batch_size"]) * most["answer"],
+        "teacher": math.ceil(most["answers"] / rows["teacher_eval_batch_size"]) * most["answer"],
     }
 
 
 def evaluated_first(config, run):
     """Whom to evaluate before the first step. By columns, not by seconds: that is repeatable."""
-    whom = {"none": [], "student": ["student"], "both": ["teacher", "student"]}
-    columns = columns_at_most(config, run)
+    columns = columns_at_most(run)
     both = columns["student"] + columns["teacher"]
     cheap = both < 0.1 * config.max_steps * columns["step"]
+    whom = {"none": [], "student": ["student"], "both": ["teacher", "student"]}
     return whom.get(config.eval_first, whom["both" if cheap else "student"])
 
 
-def plan_lines(config, run, out):
-    """The memory and the time that a run will take at most, from a short rollout -> lines"""
-    rows, (prompt, cap, graded, answer) = run.rows_at_once, longest(config, run)
-    plans = {}
-    for flag, (_, _, sizes) in plan_phases(config, run).items():
-        plan = memory_plan(**sizes, rows=rows[flag], offload=run.offload)
-        plans[flag] = {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
-    sampled, learned = plans["rollout_batch_size"], plans["micro_batch_size"]
-    device = run.device.type
-    if device == "cuda":
-        device += f" of {tqdm.format_sizeof(torch.cuda.mem_get_info(run.device)[1])}B"
-    lines = [
-        f"plan for {device}: weights {sampled['weights']}, gradient {sampled['gradient']}, moments "
-        f"{sampled['moments']}{' on the host' if run.offload else ''}, teacher's hidden states of "
-        f"a step {sampled['states']}",
-        f"rollout: {rows['rollout_batch_size']} rows at once of {prompt} + {cap} tokens, caches "
-        f"{sampled['caches']}; in all {sampled['rollout']}",
-        f"update: {rows['micro_batch_size']} rows at once, activations {learned['activations']}, "
-        f"logits {learned['logits']}; in all {learned['update']}",
-        f"evaluation: of {graded} + {answer} tokens {rows['eval_batch_size']} rows at once of the "
-        f"student, {rows['teacher_eval_batch_size']} of the teacher",
-    ]
-
-    seconds = seconds_at_most(config, run, out)
-    told = [f"{name} {tqdm.format_interval(took)}" for name, took in seconds.items()]
-    first = " and ".join(evaluated_first(config, run)) or "nobody"
-    lines.append(
-        f"time at most, if tokens cost what the first did: {', '.join(told)}; evaluated before "
-        f"step 1: {first}"
-    )
-    return lines
-
-
 def seconds_at_most(config, run, out):
-    """What a step, an evaluation and a run take if every response gets as long as it may and each
-    token costs what those of out did, a short rollout -> dict
+    """What steps and evaluations take if every response gets as long as it may and each token costs
+    what those of out did, a short rollout -> dict
     """
     B, T = out["response_ids"].shape
     written = (out["seconds"] - out["teacher_seconds"]) / T  # a column, by the student
     judged = out["teacher_seconds"] / (B * T)  # a token, by the teacher
     size = run.teacher.num_parameters() / run.student.num_parameters()
     learned = 4 * judged / size  # a token: four forwards of the student
-
-    columns, (prompt, cap, _, _) = columns_at_most(config, run), longest(config, run)
-    rows = math.ceil(config.batch_size / NUM_RANKS) * config.num_generations
-    step = columns["step"] * written + rows * (cap * judged + (prompt + cap) * learned)
-    student = columns["student"] * written
-    evaluations = config.max_steps // (config.eval_every or config.max_steps)
+    columns, most = columns_at_most(run), run.most
+    tokens = most["response"] * (judged + learned) + most["prompt"] * learned
+    step = columns["step"] * written + most["rows"] * tokens
     return {
         "a step": step,
         "all steps": config.max_steps * step,
-        "an evaluation of the student": student,
-        "all of them": evaluations * student,
+        "an evaluation of the student": columns["student"] * written,
         "one of the teacher": columns["teacher"] * written * size,
     }
+
+
+def plan_lines(config, run, out):
+    """The memory and the time that a run will take at most, from a short rollout -> lines"""
+    plans = {}
+    for flag, (_, _, sizes) in plan_phases(config, run).items():
+        plan = memory_plan(**sizes, rows=run.rows_at_once[flag])
+        plans[flag] = {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
+    told = {
+        **run.most,
+        **run.rows_at_once,
+        **plans["rollout_batch_size"],
+        "learned": plans["micro_batch_size"],
+        "device": run.device.type,
+        "first": " and ".join(evaluated_first(config, run)) or "nobody",
+    }
+    if run.device.type == "cuda":
+        told["device"] += f" of {tqdm.format_sizeof(torch.cuda.mem_get_info(run.device)[1])}B"
+    seconds = seconds_at_most(config, run, out)
+    told["time"] = ", ".join(f"{k} {tqdm.format_interval(took)}" for k, took in seconds.items())
+    return PLAN.format(**told).splitlines()
+
+
+PLAN = """\
+plan for {device}: weights {weights}, gradient {gradient}, Adam's moments {moments}, the \
+teacher's hidden states of a step {states}
+rollout: {rollout_batch_size} rows at once of {prompt} + {response} tokens, caches {caches}, \
+judging {judging}; in all {rollout}
+update: {micro_batch_size} rows at once, activations {learned[activations]}, logits of a chunk \
+{learned[logits]}; in all {learned[update]}
+evaluation: of {question} + {answer} tokens {eval_batch_size} rows at once of the student, \
+{teacher_eval_batch_size} of the teacher
+time at most, if tokens cost what the first did: {time}
+evaluated before step 1: {first}"""
 
 
 def preflight(config, run):
@@ -2393,7 +2350,7 @@ def preflight(config, run):
         size = f"{model.num_parameters() / 1e6:.1f}M parameters"
         rows = f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}"
         lines.append(f"{role}: {model.config.model_type}, {size}, {rows}, stops at {stops[-1]}")
-    lines += [f"warning: {line}" for line in check_lengths(config, run)]
+    lines += [f"warning: {line}" for line in check_lengths(run)]
     if log_q.mean() < -3:
         lines.append("warning: to the teacher the student's text is very unlikely; compare prompts")
     if stops[0] != stops[1]:
@@ -2921,7 +2878,6 @@ def cold_start_step(config, run, step):
     out["teacher_hidden"] = [valid[valid][:, None] for valid in mask]
     settings = update_settings(config, run)
     settings |= {"teacher_head": torch.nn.Identity(), "measure": None, "token_loss": cross_entropy}
-    settings["offload"] = run.offload
     rate = config.cold_start_learning_rate
     train_step(run.student, run.optimizer, out, rate, config.max_grad_norm, **settings)
     run.optimizer.zero_grad()
@@ -3135,7 +3091,8 @@ def open_run(config):
     read_files(config, run)
     load_models(config, run, folder or config.student)
     check_tokens(run)
-    for line in check_lengths(config, run):
+    run.most = work_at_most(config, run)
+    for line in check_lengths(run):
         if config.eval_only:  # else the preflight says it
             warnings.warn(line, stacklevel=2)
     ask_math_verify("1", None)  # if it cannot start, better now than after an evaluation
@@ -3147,8 +3104,6 @@ def open_run(config):
     run.rows_at_once = rows_that_fit(config, run)
     if moments:
         run.optimizer.load_state_dict(moments)
-    if run.offload:
-        moments_to(run.optimizer, "cpu")
     if is_main() and not config.eval_only:
         prepare_files(config, run, folder)
     return run

@@ -1698,8 +1698,8 @@ def test_rates_warm_up_norms_are_clipped_and_weights_do_not_decay(world, tmp_pat
     seen = []
     step = opd.optimizer_step
 
-    def watched(student, optimizer, learning_rate, max_grad_norm, offload):
-        norm = step(student, optimizer, learning_rate, max_grad_norm, offload)
+    def watched(student, optimizer, learning_rate, max_grad_norm):
+        norm = step(student, optimizer, learning_rate, max_grad_norm)
         group = optimizer.param_groups[0]
         seen.append((group["lr"], group["weight_decay"], max_grad_norm))
         return norm

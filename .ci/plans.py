@@ -89,6 +89,7 @@ def plan(student, teacher, gigabytes):
     run.cache_bytes = [cache_bytes(student), cache_bytes(teacher)]
     run.kept_bytes = kept_bytes(student)
     run.pools, run.evals = [[PROMPT]], {"eval": [PROMPT] * 30}
+    run.most = opd.work_at_most(config, run)
     sizes = opd.plan_phases(config, run)
     weights = opd.memory_plan(**sizes["rollout_batch_size"][2], rows=0)["weights"]
     free = (gigabytes * 1e9 - weights, gigabytes * 1e9)
@@ -100,12 +101,11 @@ def plan(student, teacher, gigabytes):
             return [student, teacher, gigabytes, f"does not fit: {lacks}"]
     plans = {}
     for flag, (_, _, told) in sizes.items():
-        plans[flag] = opd.memory_plan(**told, rows=rows[flag], offload=run.offload)
+        plans[flag] = opd.memory_plan(**told, rows=rows[flag])
     rollout, update = plans["rollout_batch_size"], plans["micro_batch_size"]
     numbers = [rollout[part] for part in ("weights", "moments", "states", "caches", "rollout")]
     numbers += [update["activations"], update["update"]]
     shown = [f"{number / 1e9:.1f}" for number in numbers]
-    shown[1] += " host" if run.offload else ""
     return [student, teacher, gigabytes, *shown, *rows.values()]
 
 

@@ -2385,16 +2385,6 @@ def test_the_memory_plan_by_hand():
     assert (plain["weights"], plain["activations"]) == (40 + 400, 130)
 
 
-def test_moments_on_the_host_take_their_place_in_the_optimizers_step_alone():
-    for kept, most in ((0, 80), (100, 1000 + 960)):
-        plans = []
-        for offload in (False, True):
-            plans.append(opd.memory_plan(**PLAN, bf16=False, rows=2, kept=kept, offload=offload))
-        here, there = plans
-        assert here["rollout"] - there["rollout"] == 80
-        assert there["update"] == 440 + 40 + max(most, 960 if not kept else most)
-
-
 def test_the_logits_of_a_plan_are_those_of_one_chunk():
     plan = opd.memory_plan(1, 1, bf16=True, rows=100, columns=10_000, vocab=150_000, segment=512)
     assert plan["logits"] == 32 * 25_000_000
@@ -2411,25 +2401,19 @@ def fitting(monkeypatch, gigabytes, phase="rollout", before=0, **flags):
     run = types.SimpleNamespace(device=torch.device("cuda"))
     run.rows_at_once = {"rollout_batch_size": before} if before else {}
     rows = opd.rows_that_fit(opd.Config(**{"num_generations": 2, **flags}), run)
-    return rows["rollout_batch_size"], run.offload
+    return rows["rollout_batch_size"]
 
 
-@pytest.mark.parametrize("gigabytes, rows, offload", [(100, 20, False), (28, 16, False)])
-def test_on_a_gpu_rows_fill_four_fifths_of_what_adam_leaves(gigabytes, rows, offload, monkeypatch):
+@pytest.mark.parametrize("gigabytes, rows", [(100, 20), (28, 16), (18, 8)])
+def test_on_a_gpu_rows_fill_four_fifths_of_what_adam_leaves(gigabytes, rows, monkeypatch):
     """The moments take 8 GB; all rows are 20."""
-    assert fitting(monkeypatch, gigabytes) == (rows, offload)
-
-
-def test_moments_wait_on_the_host_where_that_doubles_the_rows(monkeypatch):
-    """Of 15 GB they leave 7 to the rows, less than they take; of 17 they leave 9."""
-    assert fitting(monkeypatch, 15) == (12, True)
-    assert fitting(monkeypatch, 17) == (7, False)
+    assert fitting(monkeypatch, gigabytes) == rows
 
 
 def test_a_resumed_run_has_its_rows_again_unless_the_gpu_is_smaller(monkeypatch):
-    assert fitting(monkeypatch, 100, before=3) == (3, False)
-    assert fitting(monkeypatch, 28, before=20)[0] == 20  # what is spared is there
-    assert fitting(monkeypatch, 26, before=20)[0] == 14
+    assert fitting(monkeypatch, 100, before=3) == 3
+    assert fitting(monkeypatch, 28, before=20) == 20  # what is spared is there
+    assert fitting(monkeypatch, 26, before=20) == 14
 
 
 @pytest.mark.parametrize(
@@ -2479,16 +2463,6 @@ def test_the_update_that_is_tried_first_changes_nothing(world, tmp_path, monkeyp
     assert call["learning_rate"] == 0.0
 
 
-def test_moments_go_to_a_device_and_back():
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    opd.moments_to(optimizer, "meta")
-    for state in optimizer.state.values():
-        assert {state["exp_avg"].device.type, state["exp_avg_sq"].device.type} == {"meta"}
-
-
 def test_the_gradient_makes_room_for_the_caches(world, tmp_path, runs, monkeypatch):
     held = []
     rollout = opd.rollout_in_groups
@@ -2526,7 +2500,7 @@ def test_before_the_first_step_those_are_evaluated_who_cost_little(
     of 12 columns, an evaluation 12 columns of both."""
     flags = {"eval_first": choice, "max_steps": steps}
     config, run = opened(world, tmp_path, **flags)
-    assert opd.columns_at_most(config, run) == {"step": 12, "student": 12, "teacher": 12}
+    assert opd.columns_at_most(run) == {"step": 12, "student": 12, "teacher": 12}
     assert opd.evaluated_first(config, run) == whom
 
 
@@ -2547,7 +2521,6 @@ def test_seconds_at_most_by_hand(world, tmp_path):
         "a step": step,
         "all steps": 3 * step,
         "an evaluation of the student": 12,
-        "all of them": 12,
         "one of the teacher": 12,
     }
 
@@ -2643,7 +2616,7 @@ def test_the_longest_prompt_and_its_response_are_compared_with_the_positions_of_
             if number == length + 6:
                 sizes = f"a prompt of 7 and a response of {length} tokens (--{flag})"
                 expected = [f"{sizes} are more than the {number} positions of the {who}"]
-            assert opd.check_lengths(config, run) == expected
+            assert opd.check_lengths(run) == expected
 
 
 def test_positions_that_do_not_suffice_are_warned_of_before_training(world, tmp_path):
