@@ -29,6 +29,7 @@ import opd
 
 PAD = 0
 CANDIDATES = 4  # of every prompt
+REPEATS = {"cpu": 5, "cuda": 2}  # of everything; on a GPU times scatter less
 TOP_K = 16
 
 # --------------------------------------------------------------------------------------------------
@@ -90,9 +91,9 @@ CUDA = Sizes(
     device="cuda",
     dtype=torch.bfloat16,
     vocabulary=151_936,
-    prompts=64,
+    prompts=32,
     prompt_length=128,
-    tokens=2048,
+    tokens=256,
     scale_rows=32,
     student=dict(
         hidden_size=2048,
@@ -236,11 +237,12 @@ def median(numbers):
     return statistics.median(torch.as_tensor(numbers).flatten().tolist())
 
 
-def in_turns(jobs, device="cpu", repeats=5):
+def in_turns(jobs, device="cpu", repeats=None):
     """
     Run the jobs in turns, so that what else the machine does falls on all alike; the first turn is
     to warm up -> {job: {"seconds", and what the job itself returns: (repeats,)}}
     """
+    repeats = repeats or REPEATS[device]
     told = {name: [] for name in jobs}
     for turn in range(repeats + 1):
         for name, job in jobs.items():
@@ -590,6 +592,7 @@ def update_settings(student, teacher, vocabulary, loss, rows, autocast=None):
     config = opd.Config(loss=loss, overlap_k=TOP_K, micro_batch_size=rows)
     run = opd.Run({}, [], student=student, teacher=teacher, vocab_size=vocabulary)
     run.autocast = autocast
+    run.rows_at_once = {"micro_batch_size": rows}
     return opd.update_settings(config, run)
 
 
@@ -774,9 +777,38 @@ def growth_lines(subject, student):
     return table
 
 
+def plan_line(subject):
+    """The memory that the steps will take, and the seconds of all lines, from one short rollout."""
+    sizes, student, teacher = subject.sizes, subject.student, subject.teacher
+    cache = sum(opd.check_model(model, False) for model in (student, teacher))
+    context = contextlib.nullcontext()
+    plan = opd.memory_plan(
+        student.num_parameters(),
+        teacher.num_parameters(),
+        bf16=sizes.device == "cuda",
+        rows=sizes.rows,
+        columns=sizes.prompt_length + sizes.tokens,
+        vocab=sizes.vocabulary,
+        cache=cache,
+        # Of four rows in the update, beside the caches of all
+        kept=4 * opd.kept_for_backward(student, context, False) // sizes.rows,
+    )
+    columns = 16
+    prompts = subject.prompts(torch.full((sizes.rows,), columns))
+    for _ in range(2):  # the first one is to warm up
+        began = opd.clock(student.device)
+        opd.rollout(student, None, prompts, opd.Plan(columns), **subject.law)
+        column = (opd.clock(student.device) - began) / columns
+    # All jobs take about as long as 30 rollouts of all rows
+    seconds = 30 * (REPEATS[sizes.device] + 1) * sizes.tokens * column
+    most = max(plan["rollout"], plan["update"] + plan["caches"])
+    return f"plan: {most / 1e9:.1f} GB, about {seconds:.0f} s"
+
+
 def bench(sizes, rates):
     """All lines of the table -> list of dicts"""
     subject = Subject(sizes, *rates)
+    print(plan_line(subject), flush=True)
     # On a GPU the student has float32 master weights
     student = copy.deepcopy(subject.student).float() if sizes.device == "cuda" else subject.student
     return [
