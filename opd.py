@@ -2030,6 +2030,7 @@ def load_models(config, run, path):
     run.optimizer = torch.optim.AdamW(run.student.parameters(), weight_decay=0.0, fused=on_gpu)
     checkpointed = config.gradient_checkpointing or on_gpu and not config.no_gradient_checkpointing
     if checkpointed:
+        warnings.filterwarnings("ignore", ".*checkpointing.* is deprecated")  # of its new name
         run.student.gradient_checkpointing_enable({"use_reentrant": False})
     run.kept_bytes = kept_for_backward(run.student, run.autocast, checkpointed)
 
@@ -2173,7 +2174,8 @@ def plan_phases(config, run):
         step["student"] = evaluation["student"] = run.student.num_parameters()
         step["teacher"] = evaluation["teacher"] = run.teacher.num_parameters()
         step["states"] = most["rows"] * most["response"] * shape.hidden_size * (2 if bf16 else 4)
-        step["judged"] = 6 * wide + 14 * shape.hidden_size
+        step["judged"] = evaluation["judged"] = 6 * wide + 14 * shape.hidden_size
+        evaluation["segment"] = most["answer"]
     step["columns"] = most["prompt"] + most["response"]
     sampling = {**step, "cache": sum(run.cache_bytes), "segment": config.segment_length}
     few, many = (most["rows"], 1024) if run.device.type == "cuda" else (4, 32)
@@ -2217,7 +2219,8 @@ def rows_that_fit(config, run):
                 instead = "leave out --no_gradient_checkpointing"
             raise ValueError(
                 f"{count} rows of {sizes['columns']} tokens do not fit: by the plan the {phase} "
-                f"lacks {-left(count) / 1e9:.1f} GB of GPU memory; {instead}, or use smaller models"
+                f"lacks {tqdm.format_sizeof(-left(count))}B of GPU memory; {instead}, or use smaller "
+                "models"
             )
         rows[flag] = min(gather([count]))
     return rows

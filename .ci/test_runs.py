@@ -2430,9 +2430,7 @@ def test_a_resumed_run_has_its_rows_again_unless_the_gpu_is_smaller(monkeypatch)
 )
 def test_what_cannot_fit_is_refused_with_the_flag_to_change(flags, instead, monkeypatch):
     gigabytes = 11 if flags.get("phase") else 28
-    with pytest.raises(
-        ValueError, match=f"do not fit: .* lacks .* GB of GPU memory; {instead}, or"
-    ):
+    with pytest.raises(ValueError, match=f"do not fit: .* lacks .*B of GPU memory; {instead}, or"):
         fitting(monkeypatch, gigabytes, **flags)
 
 
