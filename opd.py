@@ -2217,10 +2217,10 @@ def rows_that_fit(config, run):
                 instead = f"lower --{flag}"
             elif phase == "update" and config.no_gradient_checkpointing:
                 instead = "leave out --no_gradient_checkpointing"
+            lacks = f"lacks {tqdm.format_sizeof(-left(count))}B of GPU memory"
             raise ValueError(
                 f"{count} rows of {sizes['columns']} tokens do not fit: by the plan the {phase} "
-                f"lacks {tqdm.format_sizeof(-left(count))}B of GPU memory; {instead}, or use smaller "
-                "models"
+                f"{lacks}; {instead}, or use smaller models"
             )
         rows[flag] = min(gather([count]))
     return rows

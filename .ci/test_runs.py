@@ -2361,6 +2361,47 @@ def test_the_caches_keep_of_a_token_the_keys_and_values_of_all_layers_of_both_mo
     assert run.cache_bytes == expected
 
 
+def test_a_step_that_transformers_takes_back_shifts_nothing(monkeypatch):
+    """On some devices it decodes one token more, and drops it from the ids and from the cache."""
+    model = copy.deepcopy(STUDENT)
+    ids = torch.randint(4, V, (3, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    settings = {"max_new_tokens": 4, "vocab_size": V, "eos_ids": {2}, "temperature": 0}
+    expected = opd.generate(model, ids, mask, record_k=3, **settings)
+    generate = model.generate
+
+    def late(input_ids, *, generation_config, past_key_values, **more):
+        generation_config.max_new_tokens += 1
+        cache = {"past_key_values": past_key_values}
+        out = generate(input_ids, generation_config=generation_config, **cache, **more)
+        past_key_values.crop(-1)
+        return out[:, :-1]
+
+    monkeypatch.setattr(model, "generate", late)
+    found = opd.generate(model, ids, mask, record_k=3, **settings)
+    for ours, theirs in zip(found, expected):
+        assert ours.shape == theirs.shape
+        close(ours, theirs)
+
+
+def test_many_tokens_are_judged_in_several_passes_with_the_same_result():
+    """Of 8,192 rows four columns are a pass; the last one of nine is shorter."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, V, (2**13, 10), generator=generator)
+    mask = torch.ones_like(ids).bool()
+    passes = []
+    hook = STUDENT.model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    cache = transformers.DynamicCache(config=STUDENT.config)
+    with torch.no_grad():
+        found = opd.hidden_states(STUDENT, ids, mask, 9, cache)
+        hook.remove()
+        expected = opd.hidden_states(STUDENT, ids[:50], mask[:50], 9)
+    assert passes == [4, 4, 1] and cache.get_seq_length() == 9
+    close(found[:50], expected)
+
+
 # 10 parameters learn, 100 judge; rows of 5 columns, in a vocabulary of 3
 PLAN = {"student": 10, "teacher": 100, "columns": 5, "vocab": 3}
 
