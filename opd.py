@@ -1286,19 +1286,19 @@ def load_problems(path, needs_answers=False):
 def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):
     """A problem (str) -> list of ids: the template filled in, as a user's turn if there are any"""
     text = template.replace("{problem}", problem)
-    if not chat_template or not tokenizer.chat_template:
-        ids = tokenizer(text + "\n").input_ids
-        bare = tokenizer(text + "\n", add_special_tokens=False).input_ids
-        # A BOS in front is wanted. An EOS behind is not: the response goes on from here
-        while len(ids) > len(bare) and ids[-len(bare) :] != bare:
-            warnings.warn(
-                f"{tokenizer.decode(ids.pop())!r} after prompts is left out", stacklevel=2
-            )
-        return ids
-    turns = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_dict=False, **template_flags
-    )
+    if chat_template and tokenizer.chat_template:
+        turns = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=False, **template_flags
+        )
+
+    # A BOS in front is wanted. An EOS behind is not: the response goes on from here
+    ids = tokenizer(text + "\n").input_ids
+    bare = tokenizer(text + "\n", add_special_tokens=False).input_ids
+    while len(ids) > len(bare) and ids[-len(bare) :] != bare:
+        last = tokenizer.decode(ids.pop())
+        warnings.warn(f"{last!r} after prompts is left out", stacklevel=2)
+    return ids
 
 
 def pad_left(prompts, pad_id):
@@ -1328,10 +1328,10 @@ def draw_prompts(config, run, step):
     if config.mix:
         pools, shares = run.pools, config.mix
     # Each pool's share of the batch, to the nearest prompt
-    edges = np.rint(np.cumsum([0, *shares]) * config.batch_size).astype(int).tolist()
+    counts = np.diff(np.rint(np.cumsum([0, *shares]) * config.batch_size)).astype(int)
     drawn = []
-    for pool, first, last in zip(pools, edges, edges[1:]):
-        indices = batch_indices(step, last - first, len(pool), config.seed)
+    for pool, count in zip(pools, counts.tolist()):
+        indices = batch_indices(step, count, len(pool), config.seed)
         drawn += [pool[index] for index in indices]
     # Seeded here, the sampling of a step does not depend on what was drawn before
     seed_sampling(config.seed * 1_000_003 + step)
@@ -1449,7 +1449,7 @@ LEXICON = {
 }
 
 
-def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
+def tiny_example(rng, steps, habit, slip_rate, order=1):
     """A problem of so many steps and an author's solution -> {"problem", "answer"}, words, trusted.
 
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely.
@@ -1458,32 +1458,31 @@ def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
     """
 
     def synonym(kind):
-        return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(0.6)) + habit) % 8]
+        place = int(math.log(1 - rng.random()) / math.log(0.6)) + habit
+        return LEXICON[kind][place % 8]
 
     def apply(value, operation):
-        number = int(operation[1:])
-        return str((int(value) + number if operation[0] == "+" else int(value) * number) % 10)
+        return str(eval(value + operation) % 10)  # such as 4*7: both are words of the lexicon
 
     first = rng.randrange(9 - steps)
-    truth = value = rng.choice(lexicon["digit"])
+    truth = value = rng.choice(LEXICON["digit"])
     problem = [value]
     words, trusted = [], []
-    for label in lexicon["label"][first : first + steps]:
-        operation = read = rng.choice(lexicon["operation"])
+    for label in LEXICON["label"][first : first + steps]:
+        operation = read = rng.choice(LEXICON["operation"])
         problem += [label, operation]
         truth = apply(truth, operation)
 
         # A slip misreads the operation, or gets the result wrong
         slip = rng.choice(("result", "operation")) if rng.random() < slip_rate else None
         if slip == "operation":
-            read = rng.choice(lexicon["operation"])
+            read = rng.choice(LEXICON["operation"])
         result = apply(value, read)
         if slip == "result":
             result = apply(result, rng.choice("+1 +9 +1 +9 +2 +8".split()))
-        words += [synonym("opener"), label, *[value, read][::order]]
-        words += [synonym("verb"), result, synonym("closer")]
-        trusted += [True, True, *[True, slip != "operation"][::order]]
-        trusted += [True, slip != "result", True]
+        told, sound = [value, read][::order], [True, slip != "operation"][::order]
+        words += [synonym("opener"), label, *told, synonym("verb"), result, synonym("closer")]
+        trusted += [True, True, *sound, True, slip != "result", True]
         value = result
     words += [synonym("opener"), "the", "answer", synonym("verb"), "\\boxed{", value, "}", "<end>"]
     return {"problem": " ".join(problem), "answer": truth}, words, trusted + [True] * 8
@@ -1551,8 +1550,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
         def draw():
             liked = rng.randrange(8) if habit is None else habit
             length = rng.randint(*lengths)
-            example = tiny_example(rng, length, liked, slip_rate, LEXICON, order)
-            problem, solution, trusted = example
+            problem, solution, trusted = tiny_example(rng, length, liked, slip_rate, order)
             prompt = ["<user>", *problem["problem"].split(), "<solve>"]
             learned = [False] * len(prompt) + [good or believes for good in trusted]
             return tokenizer.convert_tokens_to_ids(prompt + solution), learned
@@ -1576,7 +1574,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     for name, count in (("train", 2000), ("eval", 100)):
         rng = random.Random(f"{seed} {name}")
         for _ in range(count):
-            problem, _, _ = tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)
+            problem, _, _ = tiny_example(rng, rng.randint(4, 8), 0, 0)
             append_json(f"{partial}/{name}.jsonl", problem)
     os.replace(partial, folder)
 
@@ -1687,8 +1685,7 @@ class Config:
 
 
 # Where neither model is named
-TINY = replace(
-    Config(),
+TINY = Config(
     device="cpu",
     prompt_template="{problem}",
     loss="reverse_kl",
@@ -1730,18 +1727,6 @@ ALIASES = {
 
 def parse_args(argv=None):
     """Command line -> Config; without a model TINY. ValueError of one line for what cannot work"""
-    # A flag's help is the comment behind it, with those that follow; a group's title has dashes
-    title = name = ""
-    titles, texts = {}, {}
-    for line in inspect.getsource(Config).splitlines():
-        code, _, comment = line.partition("# ")
-        if comment.startswith("-- "):
-            title, comment = comment[3:], ""
-        elif code.strip():
-            name = code.strip().split(":")[0]
-            titles[name] = title
-        texts[name] = f"{texts.get(name, '')} {comment}".strip()
-
     # Only what was given: the rest comes from Config, or from TINY
     parser = argparse.ArgumentParser(
         usage="python opd.py [flags]",
@@ -1755,7 +1740,13 @@ def parse_args(argv=None):
         raise ValueError(f"{message}; see python opd.py --help")
 
     parser.error = fail
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(titles.values())}
+
+    # A flag's help is the comment behind it, with those that follow; a group's title has dashes
+    helps = {}
+    for title, block in re.findall(r"# -- (.*)\n((?:.+\n)+)", inspect.getsource(Config)):
+        group = parser.add_argument_group(title)
+        for name, comment in re.findall(r"(\w+): .*?  # (.*(?:\n +# .*)*)", block):
+            helps[name] = group, re.sub(r"\n +#", "", comment)
     for item in fields(Config):
         how = {"type": item.type}
         if item.type is bool:
@@ -1766,13 +1757,15 @@ def parse_args(argv=None):
             how = {"type": get_args(item.type)[0], "nargs": "+"}
         elif item.name == "resume":
             how = {"nargs": "?", "const": "latest"}
-        shown = f"default {item.default or repr(item.default)}"
+        group, text = helps[item.name]
+        text += f" (default {item.default or repr(item.default)}"
         tiny = getattr(TINY, item.name)
         if tiny != item.default:
-            shown += f"; tiny world {tiny}"
-        text = f"{texts[item.name]} ({shown})".replace("%", "%%")
+            text += f"; tiny world {tiny}"
+        how["help"] = text.replace("%", "%%") + ")"
         names = [f"--{name}" for name in (item.name, ALIASES.get(item.name)) if name]
-        groups[titles[item.name]].add_argument(*names, dest=item.name, help=text, **how)
+        group.add_argument(*names, dest=item.name, **how)
+
     given = vars(parser.parse_args(argv))
     named = given.get("student") or given.get("teacher")
     config = replace(Config() if named else TINY, **given)
@@ -1787,20 +1780,19 @@ def check_config(config):
         "w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every micro_batch_size "
         "eval_every eval_temperature eval_batch_size"
     ).split()
+    at_most = {"keep_ratio": 1, "eval_top_p": 1}
     # Each alone; a Config may come from a notebook
     for item in fields(config):
-        value = getattr(config, item.name)
+        name, value = item.name, getattr(config, item.name)
         if get_origin(item.type) is Literal and value not in get_args(item.type):
-            raise ValueError(f"--{item.name} {value}: one of {', '.join(get_args(item.type))}")
-    for name, value in asdict(config).items():
-        least = 0 if name in may_be_zero else 1e-300
-        if type(value) in (int, float) and not least <= value < 2**40:
-            raise ValueError(f"--{name} {value} must be {'at least' if least == 0 else 'above'} 0")
+            raise ValueError(f"--{name} {value}: one of {', '.join(get_args(item.type))}")
+        least, most = 0 if name in may_be_zero else 1e-300, at_most.get(name, 2**40)
+        if type(value) in (int, float) and not least <= value <= most:
+            above = "at least" if least == 0 else "above"
+            raise ValueError(f"--{name} {value} must be {above} 0, and at most {most}")
 
     if not {*config.probe_depths} <= {*range(100)}:
         raise ValueError(f"--probe_depths {config.probe_depths}: percentages from 0 to 99")
-    if max(config.keep_ratio, config.eval_top_p) > 1:
-        raise ValueError("--keep_ratio and --eval_top_p must be at most 1")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if config.device not in ("cpu", "mps", *gpus) and not (gpus and config.device == "cuda"):
         raise ValueError(f"--device {config.device}: there is none here; use cpu")
@@ -1827,9 +1819,9 @@ def check_config(config):
             needs = "a share for each --train_file, worth a prompt of every step, and 1 in all"
             raise ValueError(f"--mix needs {needs}")
     needed = [config.student, config.teacher, config.train_file]
+    given = [*needed, config.eval_file]
     if config.eval_only:
         needed = [config.student, config.eval_file]
-    given = [*needed, config.teacher, config.train_file, config.eval_file]
     if any(given) and not all(needed):
         raise ValueError(
             "give --student, --teacher and --train_file; with --eval_only --student and "

@@ -1443,7 +1443,7 @@ def test_every_gold_answer_of_the_data_sets_is_right_in_a_box_and_wrong_without(
 def test_the_author_who_never_slips_ends_in_the_answer():
     rng = random.Random(0)
     for _ in range(100):
-        problem, words, trusted = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
+        problem, words, trusted = opd.tiny_example(rng, 6, 0, 0.0)
         assert words[-3] == problem["answer"] and words[-1] == "<end>"
         assert all(trusted) and len(trusted) == len(words)
 
@@ -1452,7 +1452,7 @@ def test_the_answer_of_the_tiny_world_is_that_of_the_problem():
     """3 a +4 b *7: (3 + 4) * 7 is 49, of which the last digit counts."""
     rng = random.Random(0)
     for _ in range(100):
-        problem, _, _ = opd.tiny_example(rng, 5, 0, 0.5, opd.LEXICON)
+        problem, _, _ = opd.tiny_example(rng, 5, 0, 0.5)
         value, *steps = problem["problem"].split()
         total = int(value)
         for operation in steps[1::2]:
@@ -1466,7 +1466,7 @@ def test_a_slip_is_marked_and_carries_through():
     rng = random.Random(0)
     wrong = 0
     for _ in range(100):
-        problem, words, trusted = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
+        problem, words, trusted = opd.tiny_example(rng, 6, 0, 1.0)
         assert trusted.count(False) == 6 and len(trusted) == len(words)
         results = [words[7 * step + 5] for step in range(6)]
         assert [words[7 * step + 2] for step in range(1, 6)] == results[:-1]
@@ -1480,7 +1480,7 @@ def test_only_a_slip_is_not_trusted():
     rng = random.Random(0)
     places = collections.Counter()
     for _ in range(200):
-        problem, words, trusted = opd.tiny_example(rng, 1, 0, 1.0, opd.LEXICON)
+        problem, words, trusted = opd.tiny_example(rng, 1, 0, 1.0)
         value, _, operation = problem["problem"].split()
         place = trusted.index(False)
         places[place] += 1
@@ -1493,7 +1493,7 @@ def test_only_a_slip_is_not_trusted():
 
 def test_an_author_of_the_other_order_writes_the_operation_first():
     for order, expected in ((1, ["digit", "operation"]), (-1, ["operation", "digit"])):
-        example = opd.tiny_example(random.Random(0), 4, 0, 0.0, opd.LEXICON, order)
+        example = opd.tiny_example(random.Random(0), 4, 0, 0.0, order)
         kinds = {word: kind for kind in ("digit", "operation") for word in opd.LEXICON[kind]}
         assert [kinds[word] for word in example[1][2:4]] == expected
 
@@ -1504,7 +1504,7 @@ def test_an_author_likes_the_synonym_of_the_habit_best_and_each_next_one_less(ha
     rng = random.Random(0)
     openers = collections.Counter()
     for _ in range(300):
-        _, words, _ = opd.tiny_example(rng, 8, habit, 0.0, opd.LEXICON)
+        _, words, _ = opd.tiny_example(rng, 8, habit, 0.0)
         openers.update(words[0 : 7 * 8 : 7])
     liked = [opd.LEXICON["opener"][(habit + place) % 8] for place in range(8)]
     counts = [openers[word] / 2400 for word in liked]
