@@ -968,9 +968,7 @@ def pass_at_k(num_samples, num_correct, k):
     Example: n 4, c 1, k 2 -> .5. ValueError for k > n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(
-            f"needs 1 <= k <= n and 0 <= c <= n, got k {k}, n {num_samples}, c {num_correct}"
-        )
+        raise ValueError("needs 1 <= k <= n and 0 <= c <= n")
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
@@ -1221,9 +1219,8 @@ def read_fields(record):
     given, labels, worked = (values(*names) for names in (ANSWERS, LABELS, WORKED))
     boxed = [text for text in worked if re.search(r"\\boxed|####", str(text))]
     golds = [*given, *boxed, *labels] or worked
-    problems = values("problem", "question", "user:", "prompt")
-    answer = next(filter(None, map(read_gold, golds)), "")
-    return next(filter(None, problems), ""), answer, left_out
+    problem = next(filter(None, values("problem", "question", "user:", "prompt")), "")
+    return problem, next(filter(None, map(read_gold, golds)), ""), left_out
 
 
 # What data sets add to a problem fights the template, and a grader of boxes. No .* is in here:
@@ -1234,8 +1231,9 @@ INSTRUCTIONS = (
     r"|(?:Please|Let's) (?:reason|think) step by step,? and .{0,99}?(?:\\boxed\{\}|\"####\")\."
     r"|Present the answer in LaTex format: \\boxed\{Your answer\}"
 )
-# What others say
+# What others say, and halves of characters, lone surrogates, which no file can hold
 FORMAT = r"(?i)\\boxed|####|answer:|</?(?:answer|think)>|step[ -]by[ -]step"
+HALF = "[\ud800-\udfff]"
 
 
 def load_problems(path, needs_answers=False):
@@ -1254,7 +1252,7 @@ def load_problems(path, needs_answers=False):
         wrong = ""
         if not isinstance(problem, str) or not problem.strip():
             wrong = "needs a text in problem, question, prompt or messages"
-        elif re.search("[\ud800-\udfff]", problem + answer):
+        elif re.search(HALF, problem + answer):
             wrong = "has half a character, a lone surrogate"
         elif needs_answers and not answer:
             wrong = f"evaluation needs an answer, in {', '.join(ANSWERS + LABELS)} or solution"
@@ -1265,10 +1263,8 @@ def load_problems(path, needs_answers=False):
         problem = re.sub(INSTRUCTIONS, "", problem).strip() or problem
         form = re.search(FORMAT, problem)
         if form:
-            around = problem[max(0, form.start() - 60) :]
-            notes["problems ask for a form of the answer, and boxes alone are graded"].append(
-                around
-            )
+            what = "problems ask for a form of the answer, and boxes alone are graded"
+            notes[what].append(problem[max(0, form.start() - 60) :])
         if left_out:
             notes["chats lose all before their last question"].append(left_out[0].get("content"))
         if not answer and len(record) > 1:
@@ -1719,9 +1715,9 @@ TINY = Config(
     eval_batch_size=64,
 )
 ALIASES = {
-    "student": "model_name_or_path",
-    "teacher": "teacher_model_name_or_path",
-    "max_new_tokens": "max_completion_length",
+    "student": ["--model_name_or_path"],
+    "teacher": ["--teacher_model_name_or_path"],
+    "max_new_tokens": ["--max_completion_length"],
 }
 
 
@@ -1742,29 +1738,24 @@ def parse_args(argv=None):
     parser.error = fail
 
     # A flag's help is the comment behind it, with those that follow; a group's title has dashes
-    helps = {}
     for title, block in re.findall(r"# -- (.*)\n((?:.+\n)+)", inspect.getsource(Config)):
         group = parser.add_argument_group(title)
         for name, comment in re.findall(r"(\w+): .*?  # (.*(?:\n +# .*)*)", block):
-            helps[name] = group, re.sub(r"\n +#", "", comment)
-    for item in fields(Config):
-        how = {"type": item.type}
-        if item.type is bool:
-            how = {"action": "store_true"}
-        elif get_origin(item.type) is Literal:
-            how = {"choices": get_args(item.type)}
-        elif get_origin(item.type) is list:
-            how = {"type": get_args(item.type)[0], "nargs": "+"}
-        elif item.name == "resume":
-            how = {"nargs": "?", "const": "latest"}
-        group, text = helps[item.name]
-        text += f" (default {item.default or repr(item.default)}"
-        tiny = getattr(TINY, item.name)
-        if tiny != item.default:
-            text += f"; tiny world {tiny}"
-        how["help"] = text.replace("%", "%%") + ")"
-        names = [f"--{name}" for name in (item.name, ALIASES.get(item.name)) if name]
-        group.add_argument(*names, dest=item.name, **how)
+            kind, default = Config.__annotations__[name], getattr(Config, name)
+            how = {"type": kind}
+            if kind is bool:
+                how = {"action": "store_true"}
+            elif get_origin(kind) is Literal:
+                how = {"choices": get_args(kind)}
+            elif get_origin(kind) is list:
+                how = {"type": get_args(kind)[0], "nargs": "+"}
+            elif name == "resume":
+                how = {"nargs": "?", "const": "latest"}
+            text = re.sub(r"\n +#", "", comment) + f" (default {default or repr(default)}"
+            if getattr(TINY, name) != default:
+                text += f"; tiny world {getattr(TINY, name)}"
+            how["help"] = text.replace("%", "%%") + ")"
+            group.add_argument(f"--{name}", *ALIASES.get(name, []), dest=name, **how)
 
     given = vars(parser.parse_args(argv))
     named = given.get("student") or given.get("teacher")
@@ -1796,7 +1787,7 @@ def check_config(config):
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if config.device not in ("cpu", "mps", *gpus) and not (gpus and config.device == "cuda"):
         raise ValueError(f"--device {config.device}: there is none here; use cpu")
-    if config.output_dir.encode(errors="ignore").decode() != config.output_dir:
+    if re.search(HALF, config.output_dir):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
         raise ValueError("--prompt_template must say {problem} where the problem goes")
@@ -1807,15 +1798,14 @@ def check_config(config):
 
     # Together
     if config.method == "prefix-guided":
-        if config.prefix >= config.max_new_tokens:
-            raise ValueError(f"--prefix_length {config.prefix} must be below --max_new_tokens")
-        if config.probe_window > config.prefix:
-            raise ValueError(f"--probe_window must be at most --prefix_length, {config.prefix}")
+        if not config.probe_window <= config.prefix < config.max_new_tokens:
+            holds = f"--probe_window <= --prefix_length {config.prefix} < --max_new_tokens"
+            raise ValueError(f"{holds} must hold")
         if config.keep_ratio * config.num_generations < 0.999:  # nobody writes out 1/3
             raise ValueError(f"--keep_ratio {config.keep_ratio} is under one candidate per prompt")
     if config.mix:
-        of_each_file = len(config.mix) == len(config.train_file) and round(sum(config.mix), 3) == 1
-        if not of_each_file or min(config.mix) * config.batch_size < 1:
+        whole = round(sum(config.mix), 3) == 1 and min(config.mix) * config.batch_size >= 1
+        if not whole or len(config.mix) != len(config.train_file):
             needs = "a share for each --train_file, worth a prompt of every step, and 1 in all"
             raise ValueError(f"--mix needs {needs}")
     needed = [config.student, config.teacher, config.train_file]

@@ -737,7 +737,7 @@ FORMATS = [
 UNREADABLE = [
     ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3: not JSON"),
     ('[{"problem": "a"},\n{"problem": \n', "line 3: not JSON"),
-    ('{"text": "a", "id": 1}\n', "text, id"),
+    ('{"text": "a", "id": 1}\n', "fields are text 'a', id 1"),
     ('"just a string"\n', "record 1"),
     ("", "empty"),
     ("\n\n", "empty"),
@@ -776,7 +776,10 @@ MISTAKES = {
     "no such training file": ({"train_file": "{world}/nowhere.jsonl"}, "nowhere.jsonl"),
     "an empty file": ({"train_file": "{world}/empty.jsonl"}, "empty"),
     "a line that is not JSON": ({"train_file": "{world}/bad.jsonl"}, "line 2"),
-    "a record without a problem": ({"train_file": "{world}/keys.jsonl"}, "text, label"),
+    "a record without a problem": (
+        {"train_file": "{world}/keys.jsonl"},
+        "fields are text '1', label 2",
+    ),
     "a model that is nowhere": ({"student": "{world}/nowhere"}, "nowhere"),
     "a model folder that does not load": ({"teacher": "{world}/broken"}, "broken does not load"),
     "different token maps": (
@@ -807,7 +810,7 @@ MISTAKES = {
     ),
     "evaluation answers in an unknown field": (
         {"eval_file": "{world}/value.jsonl"},
-        "'1' has the fields problem, value",
+        "record 1: evaluation needs an answer",
     ),
     "prompts that are all too long": ({"max_prompt_length": 2}, "--max_prompt_length 2"),
     "a share of a mixture that is no number": ({"mix": ["nan"]}, "--mix"),
@@ -822,11 +825,11 @@ MISTAKES = {
     "a nucleus above all": ({"eval_top_p": 1.1}, "--eval_top_p"),
     "a prefix of all tokens": (
         {"method": "prefix-guided", "prefix_length": 12},
-        "--prefix_length 12 must be below",
+        "--prefix_length 12 < --max_new_tokens must hold",
     ),
     "a probe window over the prefix": (
         {"method": "prefix-guided", "probe_window": 7},
-        "--probe_window must be at most --prefix_length, 6",
+        "--probe_window <= --prefix_length 6",
     ),
     "a keep ratio under one per prompt": (
         {"method": "prefix-guided", "keep_ratio": 0.4},
@@ -1112,9 +1115,11 @@ def test_system_and_earlier_turns_that_are_dropped_are_quoted(tmp_path):
 
 def test_where_no_answer_is_known_the_fields_of_the_records_are_listed(tmp_path):
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "value": 5}, {"problem": "1", "x": 5})
-    assert noted(path) == ["2 records have no answer, such as 'the fields problem, value'"]
+    assert noted(path) == ["""2 records have no answer, such as "problem '2+3?', value 5\""""]
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": "proof"})
-    assert noted(path) == ["1 records have no answer, such as 'proof'"]
+    assert noted(path) == [
+        """1 records have no answer, such as "problem '2+3?', answer 'proof'\""""
+    ]
 
 
 @pytest.mark.parametrize("text", [*INSTRUCTIONS, " a", "\n \t", "\\boxed{", "Answer", "step "])
@@ -1129,7 +1134,7 @@ def test_a_problem_of_a_megabyte_is_read_in_two_seconds(text, tmp_path):
 
 def test_duplicate_problems_are_left_out_and_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"problem": f"{index % 3}?"} for index in range(10)])
-    with pytest.warns(UserWarning, match="left out 7 duplicates, 3 problems stay"):
+    with pytest.warns(UserWarning, match="7 duplicates are left out, such as '0\\?'"):
         problems = opd.load_problems(path)
     assert [problem["problem"] for problem in problems] == ["0?", "1?", "2?"]
 
