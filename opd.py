@@ -1289,12 +1289,11 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
         )
 
     # A BOS in front is wanted. An EOS behind is not: the response goes on from here
-    ids = tokenizer(text + "\n").input_ids
-    bare = tokenizer(text + "\n", add_special_tokens=False).input_ids
-    while len(ids) > len(bare) and ids[-len(bare) :] != bare:
-        last = tokenizer.decode(ids.pop())
+    encoded = tokenizer(text + "\n", return_special_tokens_mask=True)
+    while encoded.special_tokens_mask.pop():
+        last = tokenizer.decode(encoded.input_ids.pop())
         warnings.warn(f"{last!r} after prompts is left out", stacklevel=2)
-    return ids
+    return encoded.input_ids
 
 
 def pad_left(prompts, pad_id):
@@ -1777,10 +1776,10 @@ def check_config(config):
         name, value = item.name, getattr(config, item.name)
         if get_origin(item.type) is Literal and value not in get_args(item.type):
             raise ValueError(f"--{name} {value}: one of {', '.join(get_args(item.type))}")
-        least, most = 0 if name in may_be_zero else 1e-300, at_most.get(name, 2**40)
+        least, most = 0 if name in may_be_zero else 1e-300, at_most.get(name, 1e12)
         if type(value) in (int, float) and not least <= value <= most:
             above = "at least" if least == 0 else "above"
-            raise ValueError(f"--{name} {value} must be {above} 0, and at most {most}")
+            raise ValueError(f"--{name} {value} must be {above} 0, and at most {most:g}")
 
     if not {*config.probe_depths} <= {*range(100)}:
         raise ValueError(f"--probe_depths {config.probe_depths}: percentages from 0 to 99")

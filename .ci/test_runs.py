@@ -810,7 +810,7 @@ MISTAKES = {
     ),
     "evaluation answers in an unknown field": (
         {"eval_file": "{world}/value.jsonl"},
-        "record 1: evaluation needs an answer",
+        "solution; its fields are problem '1', value 2",
     ),
     "prompts that are all too long": ({"max_prompt_length": 2}, "--max_prompt_length 2"),
     "a share of a mixture that is no number": ({"mix": ["nan"]}, "--mix"),
