@@ -52,6 +52,7 @@ import operator
 import os
 import random
 import re
+import reprlib
 import select
 import shutil
 import signal
@@ -1037,14 +1038,13 @@ def evaluate(
     # Side by side those of like prompts, so that little is padded, and ended rows leave together
     own = share(sorted(answers, key=lambda answer: len(answer["prompt_ids"])))
     seed_sampling(seed)  # not restored: every step of training seeds for itself
-    plan = Plan(max_length, segment_length)
     starts = range(0, len(own), rows_per_batch)
     # No bar without a title: inside whole_step a terminal that is gone must not raise
     for start in tqdm(starts, title, leave=False, disable=not (title and is_main())):
         # Sample, and let the teacher judge what was sampled
         batch = own[start : start + rows_per_batch]
         prompts = [answer["prompt_ids"] + answer.get("begun", []) for answer in batch]
-        out = rollout(model, None, prompts, plan, **sampling)
+        out = rollout(model, None, prompts, Plan(max_length, segment_length), **sampling)
         rewards = [math.nan] * len(batch)
         if teacher:
             log_q = response_log_probs(teacher, out, sampling["vocab_size"])
@@ -1234,6 +1234,8 @@ INSTRUCTIONS = (
 # What others say, and halves of characters, lone surrogates, which no file can hold
 FORMAT = r"(?i)\\boxed|####|answer:|</?(?:answer|think)>|step[ -]by[ -]step"
 HALF = "[\ud800-\udfff]"
+SHORT = reprlib.Repr()  # all fields of a record, and of long ones the ends
+SHORT.maxdict = 99
 
 
 def load_problems(path, needs_answers=False):
@@ -1246,7 +1248,7 @@ def load_problems(path, needs_answers=False):
     for number, record in enumerate(read_records(path), start=1):
         record = record if isinstance(record, dict) else {}
         problem, answer, left_out = read_fields(record)
-        listed = ", ".join(f"{name} {value!r:.20}" for name, value in record.items()) or "none"
+        listed = SHORT.repr(record)
 
         # What cannot be used
         wrong = ""

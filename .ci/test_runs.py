@@ -737,7 +737,7 @@ FORMATS = [
 UNREADABLE = [
     ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3: not JSON"),
     ('[{"problem": "a"},\n{"problem": \n', "line 3: not JSON"),
-    ('{"text": "a", "id": 1}\n', "fields are text 'a', id 1"),
+    ('{"text": "a", "id": 1}\n', "fields are {'id': 1, 'text': 'a'}"),
     ('"just a string"\n', "record 1"),
     ("", "empty"),
     ("\n\n", "empty"),
@@ -778,7 +778,7 @@ MISTAKES = {
     "a line that is not JSON": ({"train_file": "{world}/bad.jsonl"}, "line 2"),
     "a record without a problem": (
         {"train_file": "{world}/keys.jsonl"},
-        "fields are text '1', label 2",
+        "fields are {'label': 2, 'text': '1'}",
     ),
     "a model that is nowhere": ({"student": "{world}/nowhere"}, "nowhere"),
     "a model folder that does not load": ({"teacher": "{world}/broken"}, "broken does not load"),
@@ -810,7 +810,7 @@ MISTAKES = {
     ),
     "evaluation answers in an unknown field": (
         {"eval_file": "{world}/value.jsonl"},
-        "solution; its fields are problem '1', value 2",
+        "solution; its fields are {'problem': '1', 'value': 2}",
     ),
     "prompts that are all too long": ({"max_prompt_length": 2}, "--max_prompt_length 2"),
     "a share of a mixture that is no number": ({"mix": ["nan"]}, "--mix"),
@@ -1115,11 +1115,11 @@ def test_system_and_earlier_turns_that_are_dropped_are_quoted(tmp_path):
 
 def test_where_no_answer_is_known_the_fields_of_the_records_are_listed(tmp_path):
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "value": 5}, {"problem": "1", "x": 5})
-    assert noted(path) == ["""2 records have no answer, such as "problem '2+3?', value 5\""""]
+    fields = "{'problem': '2+3?', 'value': 5}"
+    assert noted(path) == [f'2 records have no answer, such as "{fields}"']
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": "proof"})
-    assert noted(path) == [
-        """1 records have no answer, such as "problem '2+3?', answer 'proof'\""""
-    ]
+    fields = "{'answer': 'proof', 'problem': '2+3?'}"
+    assert noted(path) == [f'1 records have no answer, such as "{fields}"']
 
 
 @pytest.mark.parametrize("text", [*INSTRUCTIONS, " a", "\n \t", "\\boxed{", "Answer", "step "])
