@@ -37,6 +37,7 @@ Part I is what the papers define, in the order in which one would explain it. Pa
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import datetime
@@ -51,6 +52,7 @@ import operator
 import os
 import random
 import re
+import reprlib
 import select
 import shutil
 import signal
@@ -926,33 +928,6 @@ def train(config, run):
 
 
 THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # and all, where they go on: no answer yet
-# Spellings of one answer: signs, then patterns in turn. Quotes hold text: words, a unit, a base
-SIGNS = dict(zip(map(ord, "–—−∞°²³½（），"), r"- - - \infty ^\circ ^2 ^3 \frac12 ( ) ,".split()))
-SPELLINGS = {
-    r"(?<!\\)\\([,;: >]|[bB]igg?[lr]?(?![a-z]))|~": " ",
-    r"\\?\$|\\checkmark|[€£¥✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
-    r"(?i)[, ]*(\\\w+\{)? *\b(and|or)\b( equivalently)? *\}?,?": ", ",
-    r"\\(text\w*|\wbox|mathrm|mathbf) *\{([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": r'"\2"\3 ',
-    r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?:?|^ *(=|\\approx)': "",
-    r'^[" (]*([A-J])[).](?!.*[A-J][).]).*': r"\1",
-    r'(?i)"? *((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
-    r'(?<=\d) *(""| ) *([a-zA-Z.]{3,}|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
-    r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
-    r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
-    r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
-    r"(?:\(?\b(\d\w*)\)? *_|\(? *\\?[pb]?(mod)\b) *\{? *(\w+) *\}? *\)?$": r'\1 "\2\3"',
-    r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
-    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
-}
-
-
-def spell(answer):
-    r"""An answer -> (its value, its text in small letters). Example: 5\,\text{cm} -> 5, cm"""
-    answer = " ".join(answer.replace('"', " ").split()).translate(SIGNS)
-    for pattern, plain in SPELLINGS.items():
-        answer = re.sub(pattern, plain, answer)
-    text = "".join(re.findall('"[^"]*"', answer)).lower()
-    return re.sub('"[^"]*"|"', "", answer), re.sub(r"\^\d|\W|square|cubic", "", text)
 
 
 def last_boxed(text):
@@ -974,21 +949,7 @@ def is_correct(response_text, gold):
     r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box is wrong."""
     rest = re.sub(THOUGHTS, "", response_text)
     answer = last_boxed(rest)
-    if answer is None or len(answer) + len(gold) > 5000:
-        return False
-    gold, unit = spell(last_boxed(gold) or gold.rsplit("####", 1)[-1])
-    boxes = dict.fromkeys(re.findall(r"\\boxed *\{((?:[^{}]|\{[^{}]*\})*)\}", rest))
-    parts = re.split(r",(?![^(\[{]*[)\]}])", gold)
-    if len(boxes) == len(parts) > 1 and answer.count(",") < gold.count(","):
-        answer = ", ".join(boxes)  # to a list, as many boxes are one
-    answer, other = spell(answer)
-
-    # Letters commute in math-verify: strings of them are text. A unit may be missing or short
-    same = "".join(gold.split()) == "".join(answer.split())
-    if re.search(r"^ *;|\\text|;mod|\.\.|\\[lc]?dots", f"{gold};{unit}"):
-        return same and unit == other
-    short, long = sorted([unit, other], key=len)
-    return bool(re.match(".*".join(short), long)) and (same or ask_math_verify(gold, answer))
+    return answer is not None and is_same(answer, gold, rest)
 
 
 def pass_at_k(num_samples, num_correct, k):
@@ -999,9 +960,7 @@ def pass_at_k(num_samples, num_correct, k):
     Example: n 4, c 1, k 2 -> .5. ValueError for k > n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(
-            f"needs 1 <= k <= n and 0 <= c <= n, got k {k}, n {num_samples}, c {num_correct}"
-        )
+        raise ValueError("needs 1 <= k <= n and 0 <= c <= n")
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
@@ -1009,32 +968,37 @@ def auroc(scores, correct):
     """The chance that a right answer scores higher than a wrong one. lists -> [0, 1], NaN unless
     there are both. A tie counts half. Example: .9, .4 right, .4, .1 wrong -> .875
     """
-    right = np.array([score for score, known in zip(scores, correct) if known])
-    wrong = np.array([score for score, known in zip(scores, correct) if not known])
-    if not len(right) or not len(wrong):
+    scores, correct = np.array(scores), np.array(correct)
+    if correct.all() or not correct.any():
         return math.nan
-    return float((np.sign(right[:, None] - wrong).mean() + 1) / 2)
+    ranks = np.sign(scores[correct][:, None] - scores[~correct])
+    return float((ranks.mean() + 1) / 2)
 
 
 def summarise(answers, num_samples):
     """Graded answers, num_samples to a problem end to end -> dict of metrics    [Rethinking-OPD]"""
+
+    def mean(key):
+        return float(np.mean([answer[key] for answer in answers]))
+
     correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)
     by_problem = correct.mean(1)
-    metrics = {"avg_at_n": float(by_problem.mean()), "se": math.nan}
-    if len(by_problem) > 1:
+    error = math.nan
+    if len(correct) > 1:
         # Over problems, not answers: answers to one problem are not independent evidence
-        metrics["se"] = float(by_problem.std(ddof=1) / math.sqrt(len(by_problem)))
-    metrics |= {"pass_at_n": float(correct.any(1).mean()), "n": num_samples}
-    metrics["num_problems"] = len(correct)
-    means = {
-        "truncated": "truncated_fraction",
-        "no_box": "no_box_fraction",
-        "length": "mean_length",
+        error = float(by_problem.std(ddof=1) / math.sqrt(len(correct)))
+    return {
+        "avg_at_n": float(by_problem.mean()),
+        "se": error,
+        "pass_at_n": float(correct.any(1).mean()),
+        "n": num_samples,
+        "num_problems": len(correct),
+        "truncated_fraction": mean("truncated"),
+        "no_box_fraction": mean("no_box"),
+        "mean_length": mean("length"),
+        "repetition": mean("repetition"),
+        "mean_reward": mean("reward"),
     }
-    means |= {"repetition": "repetition", "reward": "mean_reward"}
-    for key, name in means.items():
-        metrics[name] = float(np.mean([answer[key] for answer in answers]))
-    return metrics
 
 
 def evaluate(
@@ -1065,14 +1029,13 @@ def evaluate(
     # Side by side those of like prompts, so that little is padded, and ended rows leave together
     own = share(sorted(answers, key=lambda answer: len(answer["prompt_ids"])))
     seed_sampling(seed)  # not restored: every step of training seeds for itself
-    plan = Plan(max_length, segment_length)
     starts = range(0, len(own), rows_per_batch)
     # No bar without a title: inside whole_step a terminal that is gone must not raise
     for start in tqdm(starts, title, leave=False, disable=not (title and is_main())):
         # Sample, and let the teacher judge what was sampled
         batch = own[start : start + rows_per_batch]
         prompts = [answer["prompt_ids"] + answer.get("begun", []) for answer in batch]
-        out = rollout(model, None, prompts, plan, **sampling)
+        out = rollout(model, None, prompts, Plan(max_length, segment_length), **sampling)
         rewards = [math.nan] * len(batch)
         if teacher:
             log_q = response_log_probs(teacher, out, sampling["vocab_size"])
@@ -1226,34 +1189,29 @@ def read_gold(value):
 
 
 def read_fields(record):
-    """A record of any kind of file -> its problem; its answer, "" where there is none; what is to
-    be noted of it, {what: an example}
+    """A record of any kind of file -> its problem; its answer, "" where there is none; the turns of
+    a chat that are left out
     """
-    fields, notes = dict(record), {}
-    nested = record.get("reward_model")
-    if isinstance(nested, dict):
-        fields = {**nested, **fields}
+    fields, left_out = dict(record), []
+    if isinstance(record.get("reward_model"), dict):
+        fields = {**record["reward_model"], **record}
     # Of a chat the last question is asked, and what comes after it is an answer
     chat = record.get("prompt") or record.get("messages")
     if isinstance(chat, list):
         turns = [turn for turn in chat if isinstance(turn, dict)]
         last = max((at for at, turn in enumerate(turns) if turn.get("role") == "user"), default=0)
         fields |= {f"{turn.get('role')}:": turn.get("content") for turn in turns[last:]}
-        if last:
-            notes["chats lose all before their last question"] = turns[0].get("content")
+        left_out = turns[:last]
 
     def values(*names):
         return [fields[name] for name in names if fields.get(name) is not None]
 
     # Where a field says that there is no answer, only a box in another one is an answer
-    given, worked = values(*ANSWERS, *LABELS), values(*WORKED)
-    boxed = [text for text in worked if isinstance(text, str) and re.search(r"\\boxed|####", text)]
-    golds = [*values(*ANSWERS), *boxed, *given, *worked[: 0 if given else None]]
-    answer = next(filter(None, map(read_gold, golds)), "")
-    if given and not answer:
-        notes["records have no answer"] = given[0]
-    problems = values("problem", "question", "user:", "prompt")
-    return next((problem for problem in problems if problem != ""), ""), answer, notes
+    given, labels, worked = (values(*names) for names in (ANSWERS, LABELS, WORKED))
+    boxed = [text for text in worked if re.search(r"\\boxed|####", str(text))]
+    golds = [*given, *boxed, *labels] or worked
+    problem = next(filter(None, values("problem", "question", "user:", "prompt")), "")
+    return problem, next(filter(None, map(read_gold, golds)), ""), left_out
 
 
 # What data sets add to a problem fights the template, and a grader of boxes. No .* is in here:
@@ -1264,8 +1222,11 @@ INSTRUCTIONS = (
     r"|(?:Please|Let's) (?:reason|think) step by step,? and .{0,99}?(?:\\boxed\{\}|\"####\")\."
     r"|Present the answer in LaTex format: \\boxed\{Your answer\}"
 )
-# What others say
+# What others say, and halves of characters, lone surrogates, which no file can hold
 FORMAT = r"(?i)\\boxed|####|answer:|</?(?:answer|think)>|step[ -]by[ -]step"
+HALF = "[\ud800-\udfff]"
+SHORT = reprlib.Repr()  # all fields of a record, and of long ones the ends
+SHORT.maxdict = 99
 
 
 def load_problems(path, needs_answers=False):
@@ -1273,79 +1234,68 @@ def load_problems(path, needs_answers=False):
     Knows the usual field names, chats, and golds in a box, in dollars or behind "####".
     OSError, ValueError or ImportError, with a line for the user.
     """
-    records, problems = read_records(path), {}  # by text: the first of equal ones
-    fields, examples = {}, {}
-    for number, record in enumerate(records, start=1):
+    problems = {}  # by text: the first of equal ones
+    notes = collections.defaultdict(list)
+    for number, record in enumerate(read_records(path), start=1):
         record = record if isinstance(record, dict) else {}
-        problem, answer, notes = read_fields(record)
-        names = ", ".join(record) or "none"
+        problem, answer, left_out = read_fields(record)
+        listed = SHORT.repr(record)
+
+        # What cannot be used
+        wrong = ""
         if not isinstance(problem, str) or not problem.strip():
-            raise ValueError(
-                f"{path}, record {number}: needs a text in problem, question, prompt or messages; "
-                f"it has the fields {names}"
-            )
-        if re.search("[\ud800-\udfff]", problem + answer):
-            raise ValueError(f"{path}, record {number}: has half a character, a lone surrogate")
+            wrong = "needs a text in problem, question, prompt or messages"
+        elif re.search(HALF, problem + answer):
+            wrong = "has half a character, a lone surrogate"
+        elif needs_answers and not answer:
+            wrong = f"evaluation needs an answer, in {', '.join(ANSWERS + LABELS)} or solution"
+        if wrong:
+            raise ValueError(f"{path}, record {number}: {wrong}; its fields are {listed}")
+
+        # What to know of the rest
         problem = re.sub(INSTRUCTIONS, "", problem).strip() or problem
         form = re.search(FORMAT, problem)
         if form:
-            around = problem[max(0, form.start() - 60) :]
-            notes["problems ask for a form of the answer, and boxes alone are graded"] = around
+            what = "problems ask for a form of the answer, and boxes alone are graded"
+            notes[what].append(problem[max(0, form.start() - 60) :])
+        if left_out:
+            notes["chats lose all before their last question"].append(left_out[0].get("content"))
         if not answer and len(record) > 1:
-            notes.setdefault("records have no answer", f"the fields {names}")
-        for what, example in notes.items():
-            examples.setdefault(what, []).append(example)
-        fields.setdefault(problem, names)
+            notes["records have no answer"].append(listed)
+        if problem in problems:
+            notes["duplicates are left out"].append(problem)
         problems[problem] = problems.get(problem) or answer or None
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
-
-    unanswered = [problem for problem, answer in problems.items() if answer is None]
-    if unanswered and needs_answers:
-        known = ", ".join(ANSWERS + LABELS)
-        raise ValueError(
-            f"{path}: evaluation needs an answer to every problem, in {known} or solution; "
-            f"{unanswered[0]!r:.60} has the fields {fields[unanswered[0]]}"
-        )
-
-    # What to know of the rest
-    told = []
-    for what, found in examples.items():
-        example = found[0] if isinstance(found[0], str) else type(found[0]).__name__
-        told.append(f"{len(found)} {what}, such as {example!r:.120}")
-    left_out = len(records) - len(problems)
-    if left_out:
-        told.append(f"left out {left_out} duplicates, {len(problems)} problems stay")
-    for note in told:
-        warnings.warn(f"{path}: {note}", stacklevel=2)
+    for what, examples in notes.items():
+        warnings.warn(f"{path}: {len(examples)} {what}, such as {examples[0]!r:.120}", stacklevel=2)
     return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
 
 
 def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):
     """A problem (str) -> list of ids: the template filled in, as a user's turn if there are any"""
     text = template.replace("{problem}", problem)
-    if not chat_template or not tokenizer.chat_template:
-        ids = tokenizer(text + "\n").input_ids
-        bare = tokenizer(text + "\n", add_special_tokens=False).input_ids
-        # A BOS in front is wanted. An EOS behind is not: the response goes on from here
-        while len(ids) > len(bare) and ids[-len(bare) :] != bare:
-            warnings.warn(
-                f"{tokenizer.decode(ids.pop())!r} after prompts is left out", stacklevel=2
-            )
-        return ids
-    turns = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, return_dict=False, **template_flags
-    )
+    if chat_template and tokenizer.chat_template:
+        turns = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=False, **template_flags
+        )
+
+    # A BOS in front is wanted. An EOS behind is not: the response goes on from here
+    encoded = tokenizer(text + "\n", return_special_tokens_mask=True)
+    while encoded.special_tokens_mask.pop():
+        last = tokenizer.decode(encoded.input_ids.pop())
+        warnings.warn(f"{last!r} after prompts is left out", stacklevel=2)
+    return encoded.input_ids
 
 
 def pad_left(prompts, pad_id):
     """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: responses start in one column."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    ids = [torch.tensor(prompt) for prompt in prompts]
     # From the lengths, not ids != pad_id: where pad and EOS are one id, that would hide real tokens
-    mask = [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids), torch.tensor(mask)
+    mask = [torch.ones(len(prompt), dtype=torch.bool) for prompt in prompts]
+    left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return left(ids, padding_value=pad_id), left(mask)
 
 
 def batch_indices(step, batch_size, num_problems, seed):
@@ -1353,13 +1303,11 @@ def batch_indices(step, batch_size, num_problems, seed):
     It depends on its arguments alone: there is no sampler to save, and every method meets the same
     prompts in the same order.
     """
-    indices, orders = [], {}
-    for place in range((step - 1) * batch_size, step * batch_size):
-        epoch, index = divmod(place, num_problems)
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng((seed, epoch)).permutation(num_problems)
-        indices.append(int(orders[epoch][index]))
-    return indices
+    first = (step - 1) * batch_size
+    epochs = range(first // num_problems, (first + batch_size - 1) // num_problems + 1)
+    orders = [np.random.default_rng((seed, n)).permutation(num_problems) for n in epochs]
+    start = first % num_problems
+    return np.concatenate(orders)[start : start + batch_size].tolist()
 
 
 def draw_prompts(config, run, step):
@@ -1368,15 +1316,64 @@ def draw_prompts(config, run, step):
     if config.mix:
         pools, shares = run.pools, config.mix
     # Each pool's share of the batch, to the nearest prompt
-    edges = np.rint(np.cumsum([0, *shares]) * config.batch_size).astype(int).tolist()
+    counts = np.diff(np.rint(np.cumsum([0, *shares]) * config.batch_size)).astype(int)
     drawn = []
-    for pool, first, last in zip(pools, edges, edges[1:]):
-        for index in batch_indices(step, last - first, len(pool), config.seed):
-            drawn.append(pool[index])
+    for pool, count in zip(pools, counts.tolist()):
+        indices = batch_indices(step, count, len(pool), config.seed)
+        drawn += [pool[index] for index in indices]
     # Seeded here, the sampling of a step does not depend on what was drawn before
     seed_sampling(config.seed * 1_000_003 + step)
     own = sorted(share(drawn), key=lambda problem: len(problem["prompt_ids"]))
     return [problem for problem in own for _ in range(config.num_generations)]
+
+
+# Spellings of one answer: signs, then patterns in turn. Quotes hold text: words, a unit, a base
+SIGNS = dict(zip(map(ord, "–—−∞°²³½（），"), r"- - - \infty ^\circ ^2 ^3 \frac12 ( ) ,".split()))
+SPELLINGS = {
+    r"(?<!\\)\\([,;: >]|[bB]igg?[lr]?(?![a-z]))|~": " ",
+    r"\\?\$|\\checkmark|[€£¥✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
+    r"(?i)[, ]*(\\\w+\{)? *\b(and|or)\b( equivalently)? *\}?,?": ", ",
+    r"\\(text\w*|\wbox|mathrm|mathbf) *\{([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": r'"\2"\3 ',
+    r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?:?|^ *(=|\\approx)': "",
+    r'^[" (]*([A-J])[).](?!.*[A-J][).]).*': r"\1",
+    r'(?i)"? *((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
+    r'(?<=\d) *(""| ) *([a-zA-Z.]{3,}|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
+    r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
+    r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
+    r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
+    r"(?:\(?\b(\d\w*)\)? *_|\(? *\\?[pb]?(mod)\b) *\{? *(\w+) *\}? *\)?$": r'\1 "\2\3"',
+    r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
+    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
+}
+
+
+def spell(answer):
+    r"""An answer -> (its value, its text in small letters). Example: 5\,\text{cm} -> 5, cm"""
+    answer = " ".join(answer.replace('"', " ").split()).translate(SIGNS)
+    for pattern, plain in SPELLINGS.items():
+        answer = re.sub(pattern, plain, answer)
+    text = "".join(re.findall('"[^"]*"', answer)).lower()
+    return re.sub('"[^"]*"|"', "", answer), re.sub(r"\^\d|\W|square|cubic", "", text)
+
+
+def is_same(answer, gold, text):
+    """Whether an answer, one that ends a text, is the gold one."""
+    if len(answer) + len(gold) > 5000:
+        return False
+    gold, unit = spell(read_gold(gold))
+    # To a list, as many boxes are one answer
+    boxes = dict.fromkeys(re.findall(r"\\boxed *\{((?:[^{}]|\{[^{}]*\})*)\}", text))
+    parts = re.split(r",(?![^(\[{]*[)\]}])", gold)
+    if len(boxes) == len(parts) > 1 and answer.count(",") < gold.count(","):
+        answer = ", ".join(boxes)
+    answer, other = spell(answer)
+
+    # Letters commute in math-verify: strings of them are text. A unit may be missing or short
+    same = "".join(gold.split()) == "".join(answer.split())
+    if re.search(r"^ *;|\\text|;mod|\.\.|\\[lc]?dots", f"{gold};{unit}"):
+        return same and unit == other
+    short, long = sorted([unit, other], key=len)
+    return bool(re.match(".*".join(short), long)) and (same or ask_math_verify(gold, answer))
 
 
 # The process of ask_math_verify. In a box, or \left( 3, 4 \right) is 3. Gold first: an answer (1,2)
@@ -1440,7 +1437,7 @@ LEXICON = {
 }
 
 
-def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
+def tiny_example(rng, steps, habit, slip_rate, order=1):
     """A problem of so many steps and an author's solution -> {"problem", "answer"}, words, trusted.
 
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely.
@@ -1449,32 +1446,31 @@ def tiny_example(rng, steps, habit, slip_rate, lexicon, order=1):
     """
 
     def synonym(kind):
-        return lexicon[kind][(int(math.log(1 - rng.random()) / math.log(0.6)) + habit) % 8]
+        place = int(math.log(1 - rng.random()) / math.log(0.6)) + habit
+        return LEXICON[kind][place % 8]
 
     def apply(value, operation):
-        number = int(operation[1:])
-        return str((int(value) + number if operation[0] == "+" else int(value) * number) % 10)
+        return str(eval(value + operation) % 10)  # such as 4*7: both are words of the lexicon
 
     first = rng.randrange(9 - steps)
-    truth = value = rng.choice(lexicon["digit"])
+    truth = value = rng.choice(LEXICON["digit"])
     problem = [value]
     words, trusted = [], []
-    for label in lexicon["label"][first : first + steps]:
-        operation = read = rng.choice(lexicon["operation"])
+    for label in LEXICON["label"][first : first + steps]:
+        operation = read = rng.choice(LEXICON["operation"])
         problem += [label, operation]
         truth = apply(truth, operation)
 
         # A slip misreads the operation, or gets the result wrong
         slip = rng.choice(("result", "operation")) if rng.random() < slip_rate else None
         if slip == "operation":
-            read = rng.choice(lexicon["operation"])
+            read = rng.choice(LEXICON["operation"])
         result = apply(value, read)
         if slip == "result":
             result = apply(result, rng.choice("+1 +9 +1 +9 +2 +8".split()))
-        words += [synonym("opener"), label, *[value, read][::order]]
-        words += [synonym("verb"), result, synonym("closer")]
-        trusted += [True, True, *[True, slip != "operation"][::order]]
-        trusted += [True, slip != "result", True]
+        told, sound = [value, read][::order], [True, slip != "operation"][::order]
+        words += [synonym("opener"), label, *told, synonym("verb"), result, synonym("closer")]
+        trusted += [True, True, *sound, True, slip != "result", True]
         value = result
     words += [synonym("opener"), "the", "answer", synonym("verb"), "\\boxed{", value, "}", "<end>"]
     return {"problem": " ".join(problem), "answer": truth}, words, trusted + [True] * 8
@@ -1542,8 +1538,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
         def draw():
             liked = rng.randrange(8) if habit is None else habit
             length = rng.randint(*lengths)
-            example = tiny_example(rng, length, liked, slip_rate, LEXICON, order)
-            problem, solution, trusted = example
+            problem, solution, trusted = tiny_example(rng, length, liked, slip_rate, order)
             prompt = ["<user>", *problem["problem"].split(), "<solve>"]
             learned = [False] * len(prompt) + [good or believes for good in trusted]
             return tokenizer.convert_tokens_to_ids(prompt + solution), learned
@@ -1567,7 +1562,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     for name, count in (("train", 2000), ("eval", 100)):
         rng = random.Random(f"{seed} {name}")
         for _ in range(count):
-            problem, _, _ = tiny_example(rng, rng.randint(4, 8), 0, 0, LEXICON)
+            problem, _, _ = tiny_example(rng, rng.randint(4, 8), 0, 0)
             append_json(f"{partial}/{name}.jsonl", problem)
     os.replace(partial, folder)
 
@@ -1678,8 +1673,7 @@ class Config:
 
 
 # Where neither model is named
-TINY = replace(
-    Config(),
+TINY = Config(
     device="cpu",
     prompt_template="{problem}",
     loss="reverse_kl",
@@ -1713,26 +1707,14 @@ TINY = replace(
     eval_batch_size=64,
 )
 ALIASES = {
-    "student": "model_name_or_path",
-    "teacher": "teacher_model_name_or_path",
-    "max_new_tokens": "max_completion_length",
+    "student": ["--model_name_or_path"],
+    "teacher": ["--teacher_model_name_or_path"],
+    "max_new_tokens": ["--max_completion_length"],
 }
 
 
 def parse_args(argv=None):
     """Command line -> Config; without a model TINY. ValueError of one line for what cannot work"""
-    # A flag's help is the comment behind it, with those that follow; a group's title has dashes
-    title = name = ""
-    titles, texts = {}, {}
-    for line in inspect.getsource(Config).splitlines():
-        code, _, comment = line.partition("# ")
-        if comment.startswith("-- "):
-            title, comment = comment[3:], ""
-        elif code.strip():
-            name = code.strip().split(":")[0]
-            titles[name] = title
-        texts[name] = f"{texts.get(name, '')} {comment}".strip()
-
     # Only what was given: the rest comes from Config, or from TINY
     parser = argparse.ArgumentParser(
         usage="python opd.py [flags]",
@@ -1746,24 +1728,27 @@ def parse_args(argv=None):
         raise ValueError(f"{message}; see python opd.py --help")
 
     parser.error = fail
-    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(titles.values())}
-    for item in fields(Config):
-        how = {"type": item.type}
-        if item.type is bool:
-            how = {"action": "store_true"}
-        elif get_origin(item.type) is Literal:
-            how = {"choices": get_args(item.type)}
-        elif get_origin(item.type) is list:
-            how = {"type": get_args(item.type)[0], "nargs": "+"}
-        elif item.name == "resume":
-            how = {"nargs": "?", "const": "latest"}
-        shown = f"default {item.default or repr(item.default)}"
-        tiny = getattr(TINY, item.name)
-        if tiny != item.default:
-            shown += f"; tiny world {tiny}"
-        text = f"{texts[item.name]} ({shown})".replace("%", "%%")
-        names = [f"--{name}" for name in (item.name, ALIASES.get(item.name)) if name]
-        groups[titles[item.name]].add_argument(*names, dest=item.name, help=text, **how)
+
+    # A flag's help is the comment behind it, with those that follow; a group's title has dashes
+    for title, block in re.findall(r"# -- (.*)\n((?:.+\n)+)", inspect.getsource(Config)):
+        group = parser.add_argument_group(title)
+        for name, comment in re.findall(r"(\w+): .*?  # (.*(?:\n +# .*)*)", block):
+            kind, default = Config.__annotations__[name], getattr(Config, name)
+            how = {"type": kind}
+            if kind is bool:
+                how = {"action": "store_true"}
+            elif get_origin(kind) is Literal:
+                how = {"choices": get_args(kind)}
+            elif get_origin(kind) is list:
+                how = {"type": get_args(kind)[0], "nargs": "+"}
+            elif name == "resume":
+                how = {"nargs": "?", "const": "latest"}
+            text = re.sub(r"\n +#", "", comment) + f" (default {default or repr(default)}"
+            if getattr(TINY, name) != default:
+                text += f"; tiny world {getattr(TINY, name)}"
+            how["help"] = text.replace("%", "%%") + ")"
+            group.add_argument(f"--{name}", *ALIASES.get(name, []), dest=name, **how)
+
     given = vars(parser.parse_args(argv))
     named = given.get("student") or given.get("teacher")
     config = replace(Config() if named else TINY, **given)
@@ -1778,24 +1763,23 @@ def check_config(config):
         "w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every micro_batch_size "
         "eval_every eval_temperature eval_batch_size"
     ).split()
+    at_most = {"keep_ratio": 1, "eval_top_p": 1}
     # Each alone; a Config may come from a notebook
     for item in fields(config):
-        value = getattr(config, item.name)
+        name, value = item.name, getattr(config, item.name)
         if get_origin(item.type) is Literal and value not in get_args(item.type):
-            raise ValueError(f"--{item.name} {value}: one of {', '.join(get_args(item.type))}")
-    for name, value in asdict(config).items():
-        least = 0 if name in may_be_zero else 1e-300
-        if type(value) in (int, float) and not least <= value < 2**40:
-            raise ValueError(f"--{name} {value} must be {'at least' if least == 0 else 'above'} 0")
+            raise ValueError(f"--{name} {value}: one of {', '.join(get_args(item.type))}")
+        least, most = 0 if name in may_be_zero else 1e-300, at_most.get(name, 1e12)
+        if type(value) in (int, float) and not least <= value <= most:
+            above = "at least" if least == 0 else "above"
+            raise ValueError(f"--{name} {value} must be {above} 0, and at most {most:g}")
 
     if not {*config.probe_depths} <= {*range(100)}:
         raise ValueError(f"--probe_depths {config.probe_depths}: percentages from 0 to 99")
-    if max(config.keep_ratio, config.eval_top_p) > 1:
-        raise ValueError("--keep_ratio and --eval_top_p must be at most 1")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if config.device not in ("cpu", "mps", *gpus) and not (gpus and config.device == "cuda"):
         raise ValueError(f"--device {config.device}: there is none here; use cpu")
-    if config.output_dir.encode(errors="ignore").decode() != config.output_dir:
+    if re.search(HALF, config.output_dir):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
         raise ValueError("--prompt_template must say {problem} where the problem goes")
@@ -1806,21 +1790,20 @@ def check_config(config):
 
     # Together
     if config.method == "prefix-guided":
-        if config.prefix >= config.max_new_tokens:
-            raise ValueError(f"--prefix_length {config.prefix} must be below --max_new_tokens")
-        if config.probe_window > config.prefix:
-            raise ValueError(f"--probe_window must be at most --prefix_length, {config.prefix}")
+        if not config.probe_window <= config.prefix < config.max_new_tokens:
+            holds = f"--probe_window <= --prefix_length {config.prefix} < --max_new_tokens"
+            raise ValueError(f"{holds} must hold")
         if config.keep_ratio * config.num_generations < 0.999:  # nobody writes out 1/3
             raise ValueError(f"--keep_ratio {config.keep_ratio} is under one candidate per prompt")
     if config.mix:
-        of_each_file = len(config.mix) == len(config.train_file) and round(sum(config.mix), 3) == 1
-        if not of_each_file or min(config.mix) * config.batch_size < 1:
+        whole = round(sum(config.mix), 3) == 1 and min(config.mix) * config.batch_size >= 1
+        if not whole or len(config.mix) != len(config.train_file):
             needs = "a share for each --train_file, worth a prompt of every step, and 1 in all"
             raise ValueError(f"--mix needs {needs}")
     needed = [config.student, config.teacher, config.train_file]
+    given = [*needed, config.eval_file]
     if config.eval_only:
         needed = [config.student, config.eval_file]
-    given = [*needed, config.teacher, config.train_file, config.eval_file]
     if any(given) and not all(needed):
         raise ValueError(
             "give --student, --teacher and --train_file; with --eval_only --student and "

@@ -737,7 +737,7 @@ FORMATS = [
 UNREADABLE = [
     ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3: not JSON"),
     ('[{"problem": "a"},\n{"problem": \n', "line 3: not JSON"),
-    ('{"text": "a", "id": 1}\n', "text, id"),
+    ('{"text": "a", "id": 1}\n', "fields are {'id': 1, 'text': 'a'}"),
     ('"just a string"\n', "record 1"),
     ("", "empty"),
     ("\n\n", "empty"),
@@ -776,7 +776,10 @@ MISTAKES = {
     "no such training file": ({"train_file": "{world}/nowhere.jsonl"}, "nowhere.jsonl"),
     "an empty file": ({"train_file": "{world}/empty.jsonl"}, "empty"),
     "a line that is not JSON": ({"train_file": "{world}/bad.jsonl"}, "line 2"),
-    "a record without a problem": ({"train_file": "{world}/keys.jsonl"}, "text, label"),
+    "a record without a problem": (
+        {"train_file": "{world}/keys.jsonl"},
+        "fields are {'label': 2, 'text': '1'}",
+    ),
     "a model that is nowhere": ({"student": "{world}/nowhere"}, "nowhere"),
     "a model folder that does not load": ({"teacher": "{world}/broken"}, "broken does not load"),
     "different token maps": (
@@ -807,7 +810,7 @@ MISTAKES = {
     ),
     "evaluation answers in an unknown field": (
         {"eval_file": "{world}/value.jsonl"},
-        "'1' has the fields problem, value",
+        "solution; its fields are {'problem': '1', 'value': 2}",
     ),
     "prompts that are all too long": ({"max_prompt_length": 2}, "--max_prompt_length 2"),
     "a share of a mixture that is no number": ({"mix": ["nan"]}, "--mix"),
@@ -822,11 +825,11 @@ MISTAKES = {
     "a nucleus above all": ({"eval_top_p": 1.1}, "--eval_top_p"),
     "a prefix of all tokens": (
         {"method": "prefix-guided", "prefix_length": 12},
-        "--prefix_length 12 must be below",
+        "--prefix_length 12 < --max_new_tokens must hold",
     ),
     "a probe window over the prefix": (
         {"method": "prefix-guided", "probe_window": 7},
-        "--probe_window must be at most --prefix_length, 6",
+        "--probe_window <= --prefix_length 6",
     ),
     "a keep ratio under one per prompt": (
         {"method": "prefix-guided", "keep_ratio": 0.4},
@@ -1112,9 +1115,11 @@ def test_system_and_earlier_turns_that_are_dropped_are_quoted(tmp_path):
 
 def test_where_no_answer_is_known_the_fields_of_the_records_are_listed(tmp_path):
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "value": 5}, {"problem": "1", "x": 5})
-    assert noted(path) == ["2 records have no answer, such as 'the fields problem, value'"]
+    fields = "{'problem': '2+3?', 'value': 5}"
+    assert noted(path) == [f'2 records have no answer, such as "{fields}"']
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": "proof"})
-    assert noted(path) == ["1 records have no answer, such as 'proof'"]
+    fields = "{'answer': 'proof', 'problem': '2+3?'}"
+    assert noted(path) == [f'1 records have no answer, such as "{fields}"']
 
 
 @pytest.mark.parametrize("text", [*INSTRUCTIONS, " a", "\n \t", "\\boxed{", "Answer", "step "])
@@ -1129,7 +1134,7 @@ def test_a_problem_of_a_megabyte_is_read_in_two_seconds(text, tmp_path):
 
 def test_duplicate_problems_are_left_out_and_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"problem": f"{index % 3}?"} for index in range(10)])
-    with pytest.warns(UserWarning, match="left out 7 duplicates, 3 problems stay"):
+    with pytest.warns(UserWarning, match="7 duplicates are left out, such as '0\\?'"):
         problems = opd.load_problems(path)
     assert [problem["problem"] for problem in problems] == ["0?", "1?", "2?"]
 
@@ -1443,7 +1448,7 @@ def test_every_gold_answer_of_the_data_sets_is_right_in_a_box_and_wrong_without(
 def test_the_author_who_never_slips_ends_in_the_answer():
     rng = random.Random(0)
     for _ in range(100):
-        problem, words, trusted = opd.tiny_example(rng, 6, 0, 0.0, opd.LEXICON)
+        problem, words, trusted = opd.tiny_example(rng, 6, 0, 0.0)
         assert words[-3] == problem["answer"] and words[-1] == "<end>"
         assert all(trusted) and len(trusted) == len(words)
 
@@ -1452,7 +1457,7 @@ def test_the_answer_of_the_tiny_world_is_that_of_the_problem():
     """3 a +4 b *7: (3 + 4) * 7 is 49, of which the last digit counts."""
     rng = random.Random(0)
     for _ in range(100):
-        problem, _, _ = opd.tiny_example(rng, 5, 0, 0.5, opd.LEXICON)
+        problem, _, _ = opd.tiny_example(rng, 5, 0, 0.5)
         value, *steps = problem["problem"].split()
         total = int(value)
         for operation in steps[1::2]:
@@ -1466,7 +1471,7 @@ def test_a_slip_is_marked_and_carries_through():
     rng = random.Random(0)
     wrong = 0
     for _ in range(100):
-        problem, words, trusted = opd.tiny_example(rng, 6, 0, 1.0, opd.LEXICON)
+        problem, words, trusted = opd.tiny_example(rng, 6, 0, 1.0)
         assert trusted.count(False) == 6 and len(trusted) == len(words)
         results = [words[7 * step + 5] for step in range(6)]
         assert [words[7 * step + 2] for step in range(1, 6)] == results[:-1]
@@ -1480,7 +1485,7 @@ def test_only_a_slip_is_not_trusted():
     rng = random.Random(0)
     places = collections.Counter()
     for _ in range(200):
-        problem, words, trusted = opd.tiny_example(rng, 1, 0, 1.0, opd.LEXICON)
+        problem, words, trusted = opd.tiny_example(rng, 1, 0, 1.0)
         value, _, operation = problem["problem"].split()
         place = trusted.index(False)
         places[place] += 1
@@ -1493,7 +1498,7 @@ def test_only_a_slip_is_not_trusted():
 
 def test_an_author_of_the_other_order_writes_the_operation_first():
     for order, expected in ((1, ["digit", "operation"]), (-1, ["operation", "digit"])):
-        example = opd.tiny_example(random.Random(0), 4, 0, 0.0, opd.LEXICON, order)
+        example = opd.tiny_example(random.Random(0), 4, 0, 0.0, order)
         kinds = {word: kind for kind in ("digit", "operation") for word in opd.LEXICON[kind]}
         assert [kinds[word] for word in example[1][2:4]] == expected
 
@@ -1504,7 +1509,7 @@ def test_an_author_likes_the_synonym_of_the_habit_best_and_each_next_one_less(ha
     rng = random.Random(0)
     openers = collections.Counter()
     for _ in range(300):
-        _, words, _ = opd.tiny_example(rng, 8, habit, 0.0, opd.LEXICON)
+        _, words, _ = opd.tiny_example(rng, 8, habit, 0.0)
         openers.update(words[0 : 7 * 8 : 7])
     liked = [opd.LEXICON["opener"][(habit + place) % 8] for place in range(8)]
     counts = [openers[word] / 2400 for word in liked]
