@@ -58,7 +58,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -2881,44 +2880,49 @@ def cold_start_step(config, run, step):
 # --------------------------------------------------------------------------------------------------
 # 17. Report
 
+TITLES = """\
+                                      opd at as
+                                minus      many
+ teacher   before     after       opd    tokens  gap   overlap sampled FLOPs seconds method"""
+ROW = (
+    "{teacher:>8} {before:>8} {after:>9} {minus:>9} {as_many:>9} {gap:>4} {overlap:>9} "
+    "{generated_tokens:>7} {flops:>5} {seconds:>7} {method}"
+)
+
 
 def read_run(root, name):
     """The whole lines of a run's metrics.jsonl -> what a report needs of it, None without a step"""
-    with open(os.path.join(root, name, "metrics.jsonl"), encoding="utf-8") as file:
-        # Half a line, of a run that was broken off, is left out wherever it is
-        lines = [line for line in file if line.endswith("\n") and line.rfind('{"step"') == 0]
-    # Accuracies are means over the files; a curve has (tokens, seconds, accuracy) of the student
-    steps, curve = [], []
-    accuracy, final = {}, {}
-    seconds = 0.0  # of training
-    for record in map(json.loads, lines):
-        if "overlap_by_position" in record:
-            steps.append(record)
-            seconds += sum(record[key] for key in record if key.startswith("time_"))
-        if not record.get("eval"):
-            continue
-        who = record["model"]
-        accuracy[who] = np.mean([metrics["avg_at_n"] for metrics in record["eval"].values()])
-        if who == "student":
-            curve.append((record.get("generated_tokens", 0), seconds, accuracy[who]))
-            final = record["eval"] if record["step"] else {}
-    if not steps:
-        return None
-    # out/compare/prefix/seed-2 is a run of prefix with the seed 2
-    line = name.replace("\n", " ")  # a folder's name may be two
+    # out/compare/prefix/seed-2 is a run of prefix with the seed 2. A folder's name may be two lines
+    line = name.replace("\n", " ")
     group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", line).groups()
-    return {
-        "name": name,
-        "group": group or ".",
-        "pair": (seed, *sorted(final)),  # runs that may be subtracted
-        "teacher": accuracy.get("teacher", math.nan),
-        "before": curve[0][2] if curve and not curve[0][0] else math.nan,
-        "after": curve[-1][2] if final else math.nan,
-        "first": steps[0],
-        "last": {**steps[-1], "seconds": seconds},
-        "curve": curve,
-        "final": final,
-    }
+    run = {"name": name, "group": group or ".", "curve": [], "final": {}}
+    run |= dict.fromkeys(("teacher", "before", "after"), math.nan)
+    seconds = 0.0  # of training
+    with open(os.path.join(root, name, "metrics.jsonl"), encoding="utf-8") as file:
+        lines = file.readlines()
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # half a line, of a run that was broken off
+            continue
+        if "overlap_by_position" in record:
+            seconds += sum(record[key] for key in record if key.startswith("time_"))
+            run.setdefault("first", record)
+            run["last"] = {**record, "seconds": seconds}
+
+        # Accuracies are means over the files; the curve is the student's
+        if record.get("eval"):
+            who = record["model"]
+            accuracy = np.mean([metrics["avg_at_n"] for metrics in record["eval"].values()])
+            if who == "student":
+                run["curve"].append((record["generated_tokens"], seconds, accuracy))
+                who = "before"
+                if record["step"]:
+                    who = "after"
+                    run["final"] = record["eval"]
+            run[who] = accuracy
+    run["pair"] = (seed, *sorted(run["final"]))  # runs that may be subtracted
+    return run if "last" in run else None
 
 
 def percent(values, sign=""):
@@ -2931,89 +2935,80 @@ def percent(values, sign=""):
 
 
 def report_row(group, baseline):
-    """What a report says of the runs of one method, one a seed, beside those of the baseline"""
-    row = {}
+    """The runs of one method, one a seed, beside those of the baseline -> a line of the table"""
+    row = {"method": group[0]["group"]}
     for who in ("teacher", "before", "after"):
         row[who] = percent([run[who] for run in group])
 
     # To the baseline, pair by pair: at the end, and where it had sampled as many tokens
-    ended = {run["pair"]: run for run in baseline if run["final"]}
+    curves = {run["pair"]: run["curve"] for run in baseline if run["final"]}
     minus, as_many = [], []
-    gaps = []
     for run in group:
-        gap = run["teacher"] - run["before"]
-        gaps.append((run["after"] - run["before"]) / gap if gap > 0 else math.nan)
-        if run["pair"] in ended and group is not baseline:
-            tokens, _, accuracy = zip(*ended[run["pair"]]["curve"])
+        if run["pair"] in curves and group is not baseline:
+            tokens, _, accuracy = zip(*curves[run["pair"]])
             minus.append(run["after"] - accuracy[-1])
             as_many.append(np.interp(run["last"]["generated_tokens"], tokens, accuracy))
-    row |= {"minus opd": percent(minus, "+"), "opd at as many tokens": percent(as_many)}
-    row["gap"] = "-" if np.isnan(gaps).any() else f"{np.mean(gaps):.0%}"
+    row |= {"minus": percent(minus, "+"), "as_many": percent(as_many)}
+
+    # The share of the way to the teacher, if all teachers are ahead
+    gaps = [run["teacher"] - run["before"] for run in group]
+    gains = [run["after"] - run["before"] for run in group]
+    row["gap"] = "-"
+    if min(gaps) > 0:
+        row["gap"] = f"{np.divide(gains, gaps).mean():.0%}".replace("nan%", "-")
 
     def mean(runs, key, when="last"):
-        return np.mean([run[when].get(key, math.nan) for run in runs])
+        return np.mean([run[when][key] for run in runs])
 
-    row["overlap"] = (
-        f"{mean(group, 'overlap_ratio', 'first'):.2f}-{mean(group, 'overlap_ratio'):.2f}"
-    )
-    costs = {"sampled": "generated_tokens", "FLOPs": "flops", "seconds": "seconds"}
-    for label, key in costs.items():
-        cost, least = mean(group, key), mean(baseline, key)
-        row[label] = tqdm.format_sizeof(cost) if group is baseline else f"{cost / least:.2f}x"
-    return row
+    first, last = mean(group, "overlap_ratio", "first"), mean(group, "overlap_ratio")
+    row["overlap"] = f"{first:.2f}-{last:.2f}"
+    for key in ("generated_tokens", "flops", "seconds"):
+        cost = mean(group, key)
+        row[key] = f"{cost / mean(baseline, key):.2f}x"
+        if group is baseline:
+            row[key] = tqdm.format_sizeof(cost)
+    return ROW.format(**row)
 
 
 def report_table(runs):
-    """Runs, as read_run gives them -> lines: a row per method; of a single one a line per fact"""
+    """Runs, as read_run gives them -> lines: a row per method, the baseline first"""
     names = sorted({run["group"] for run in runs})
-    plain = [name for name in names if name.rpartition("/")[2] == "opd"]
-    names = plain + [name for name in names if name not in plain]  # the first is the baseline
-    groups = {name: [] for name in names}
+    plain = [name for name in names if os.path.basename(name) == "opd"]
+    groups = {name: [] for name in plain + names}
     for run in runs:
         groups[run["group"]].append(run)
-    rows = [report_row(group, groups[names[0]]) for group in groups.values()]
-    notes = [f"accuracy in %; ±: standard error over the seeds; {len(runs)} runs"]
-    if len(rows) == 1:
-        return [f"{label:<32}{text:>20}" for label, text in rows[0].items() if text != "-"] + notes
-    # A column is its title, one or several lines of it, and its cells
-    columns = [[""] * 4 + names]
-    for label in rows[0]:
-        title = textwrap.wrap(label, 9)
-        columns.append([""] * (4 - len(title)) + title + [row[label] for row in rows])
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for cells in zip(*columns):
-        lines.append(" ".join(f"{text:>{width}}" for text, width in zip(cells, widths)))
-    return lines[1:] + notes + [f"opd is {names[0]}; x: times its cost; seconds of training"]
+    baseline, *others = groups.values()
+    return [
+        *TITLES.splitlines(),
+        report_row(baseline, baseline),
+        *[report_row(group, baseline) for group in others],
+        f"accuracy in %; ±: standard error over the seeds; {len(runs)} runs",
+        "opd is the first row; x: times its cost; seconds of training",
+    ]
 
 
 def draw_report(runs):
     """Accuracy against tokens and seconds, overlap by position, a colour per method -> figure"""
     from matplotlib.figure import Figure
 
-    # Three panels
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     by_tokens, by_position, by_seconds = figure.subplots(1, 3)
     by_tokens.set(xlabel="generated tokens", ylabel="accuracy (a line per seed)")
-    by_tokens.set_xscale("log", nonpositive="mask")  # no place for 0 tokens, before the first step
-    by_tokens.tick_params("x", which="both", labelsize=7, labelrotation=45)
-    by_seconds.set(xlabel="seconds of training", ylabel="accuracy")
     by_position.set(xlabel="start to end of the longest response", ylim=(0, 1))
     by_position.set_ylabel("overlap (dotted: first step)")
-    # A line per run
-    for index, name in enumerate(sorted({run["group"] for run in runs})):
-        group = [run for run in runs if run["group"] == name]
-        for run in group:
-            look = {"color": f"C{index % 10}", "linewidth": 1}
-            if run["curve"]:
-                tokens, seconds, accuracy = zip(*run["curve"])
-                by_tokens.plot(tokens, accuracy, "o-", markersize=3, **look)
-                by_seconds.plot(seconds, accuracy, "o-", markersize=3, **look)
-            by_position.plot(run["first"]["overlap_by_position"], ":", **look)
-            # A dollar would begin a formula
-            look["label"] = name.replace("$", r"\$") if run is group[0] else None
-            by_position.plot(run["last"]["overlap_by_position"], **look)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
+    by_seconds.set(xlabel="seconds of training", ylabel="accuracy")
+    names = sorted({run["group"] for run in runs})
+    legend = {}
+    for run in runs:
+        look = {"color": f"C{names.index(run['group'])}", "linewidth": 1}
+        if run["curve"]:
+            tokens, seconds, accuracy = zip(*run["curve"])
+            by_tokens.plot(tokens, accuracy, "o-", markersize=3, **look)
+            by_seconds.plot(seconds, accuracy, "o-", markersize=3, **look)
+        by_position.plot(run["first"]["overlap_by_position"], ":", **look)
+        (line,) = by_position.plot(run["last"]["overlap_by_position"], **look)
+        legend[run["group"].replace("$", r"\$")] = line  # a dollar would begin a formula
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
@@ -3021,9 +3016,9 @@ def report(folder):
     """Print the table of all runs below a folder, and draw its report.png -> {name: results}"""
     runs = []
     for path in sorted(glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)):
-        name = os.path.dirname(path)
-        if not re.fullmatch(r"checkpoint(-\d+(\.old)?|\.partial)", os.path.basename(name)):
-            runs.append(read_run(folder, name))
+        # Not the copies in checkpoints, whole, half or old
+        if not re.search(r"(\A|/)checkpoint(-\d+(\.old)?|\.partial)/metrics", path):
+            runs.append(read_run(folder, os.path.dirname(path)))
     runs = [run for run in runs if run]
     if not runs:
         raise ValueError(f"--report {folder}: no run below it has a metrics.jsonl with steps")

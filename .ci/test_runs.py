@@ -640,23 +640,14 @@ TITLES += ["gap", "overlap", "sampled", "FLOPs", "seconds"]
 
 def table(folder):
     """
-    The printed table of the runs below a folder -> ({method: {column: text}}, its lines). A title
-    has several lines; its last word ends where all cells of its column end.
+    The printed table of the runs below a folder -> ({method: {column: text}}, its lines). Three
+    lines of titles, two of notes; a method's name comes last.
     """
     lines = opd.report_table(read_runs(folder))
-    height = ["teacher" in line.split() for line in lines].index(True)
-    note = [line.startswith("accuracy in %") for line in lines].index(True)
-    ends, end = [], 0
-    for title in TITLES:
-        word = title.split()[-1]
-        end = lines[height].index(word, end) + len(word)
-        ends.append(end)
     rows = {}
-    for line in lines[height + 1 : note]:
-        name = line.split()[0]
-        starts = [line.index(name) + len(name), *ends]
-        cells = [line[start:end].strip() for start, end in zip(starts, ends)]
-        rows[name] = dict(zip(TITLES, cells))
+    for line in lines[3:-2]:
+        *cells, name = line.split(maxsplit=len(TITLES))
+        rows[name] = dict(zip(TITLES, cells, strict=True))
     return rows, lines
 
 
@@ -4427,7 +4418,7 @@ def test_the_first_row_is_plain_opd_wherever_it_stands(tmp_path):
         made_run(tmp_path / name)
     rows, lines = table(tmp_path)
     assert list(rows) == ["a/opd", "a/prefix-guided", "a/x"]
-    assert lines[-1].startswith("opd is a/opd; x: times its cost")
+    assert lines[-1].startswith("opd is the first row; x: times its cost")
 
 
 def test_a_difference_to_the_baseline_is_taken_seed_by_seed(tmp_path):
@@ -4505,13 +4496,19 @@ COMPARED = "opd prefix progressive prefix-guided prune opd-extrapolate guided-ra
 
 
 def test_the_table_of_make_compare_is_at_most_100_columns_wide(tmp_path):
-    """With three seeds, wide errors and large numbers."""
+    """With three seeds, wide errors and large numbers. Cells end where their titles do."""
     for name, seed in itertools.product(COMPARED, (0, 1, 2)):
-        made_run(tmp_path / name / f"seed-{seed}", 0.1 * seed, before=0.02 * seed, scale=123.4)
+        after = 0.9 - 0.3 * seed if name == "opd" else 0.6 - 0.28 * seed
+        made_run(tmp_path / name / f"seed-{seed}", after, before=0.02 * seed, scale=123.4)
     rows, lines = table(tmp_path)
     assert sorted(rows) == sorted(COMPARED)
+    assert (rows["prune"]["after"], rows["prune"]["minus opd"]) == ("32.0±16.2", "-28.0±1.2")
     assert max(map(len, lines)) <= 100
-    assert len({len(line) for line in lines if not line.startswith(("accuracy", "opd is"))}) == 1
+    assert " ".join(lines[2].split()) == " ".join(
+        title.split()[-1] for title in [*TITLES, "method"]
+    )
+    ends = [[word.end() for word in re.finditer(r"\S+", line)][:-1] for line in lines[2:-2]]
+    assert ends == [ends[0]] * (1 + len(COMPARED))
 
 
 def test_seconds_in_all_count_whatever_a_step_timed(tmp_path):
@@ -4565,14 +4562,15 @@ def test_later_grading_and_a_cold_start_are_no_points_of_a_run(tmp_path):
     assert len(run["curve"]) == 2
 
 
-def test_one_group_is_printed_one_fact_a_line_without_ratios(tmp_path, capsys):
+def test_one_group_is_a_table_of_one_row_without_ratios(tmp_path, capsys):
     made_run(tmp_path / "x" / "seed-3")
     opd.main(["--report", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
-    facts = {line[:32].strip(): line[32:].strip() for line in lines}
+    rows, lines = table(tmp_path)
+    assert capsys.readouterr().out.splitlines() == lines
+    facts = rows.pop("x")
     expected = {"after": "60.0", "sampled": "2.00k", "seconds": "8.00", "gap": "62%"}
-    assert {label: facts[label] for label in expected} == expected
-    assert not [label for label in facts if "minus" in label or "as many" in label]
+    expected |= {"minus opd": "-", "opd at as many tokens": "-"}
+    assert {label: facts[label] for label in expected} == expected and not rows
 
 
 def test_the_picture_has_three_panels_with_a_line_per_seed(tmp_path):
@@ -4658,8 +4656,8 @@ def test_a_run_ends_with_its_own_report_and_the_path_of_its_checkpoint(world, tm
     train(world, tmp_path, max_steps=1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"checkpoint in {tmp_path}/checkpoint-1"
-    labels = [line[:32].strip() for line in lines]
-    assert {"teacher", "before", "after", "overlap", "sampled"} <= set(labels)
+    own = opd.report_table([opd.read_run("", str(tmp_path))])
+    assert lines[-1 - len(own) : -1] == own and str(tmp_path) in own[3]
 
 
 def test_a_terminal_that_knows_ascii_only_shows_a_question_mark(monkeypatch):
@@ -4736,7 +4734,7 @@ CASES = {
     "eval_file eval_only": test_eval_only_grades_a_model_file_by_file,
     "output_dir": test_a_run_ends_with_its_own_report_and_the_path_of_its_checkpoint,
     "report_to": test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names,
-    "report": test_one_group_is_printed_one_fact_a_line_without_ratios,
+    "report": test_one_group_is_a_table_of_one_row_without_ratios,
     "prompt_template": test_the_prompt_template_is_what_the_models_read_around_a_problem,
     "no_chat_template": test_no_chat_template_gives_the_message_as_it_is,
     "enable_thinking": test_enable_thinking_reaches_the_template_of_every_prompt,
