@@ -977,10 +977,13 @@ def auroc(scores, correct):
 def summarise(answers, num_samples):
     """Graded answers, num_samples to a problem end to end -> dict of metrics    [Rethinking-OPD]"""
 
-    def mean(key):
-        return float(np.mean([answer[key] for answer in answers]))
+    def values(key):
+        return [answer[key] for answer in answers]
 
-    correct = np.array([answer["correct"] for answer in answers]).reshape(-1, num_samples)
+    def mean(key):
+        return float(np.mean(values(key)))
+
+    correct = np.array(values("correct")).reshape(-1, num_samples)
     by_problem = correct.mean(1)
     error = math.nan
     if len(correct) > 1:
@@ -997,6 +1000,7 @@ def summarise(answers, num_samples):
         "mean_length": mean("length"),
         "repetition": mean("repetition"),
         "mean_reward": mean("reward"),
+        "auroc": auroc(values("reward"), values("correct")),
     }
 
 
@@ -1061,9 +1065,6 @@ def evaluate(
 
     answers = sorted(gather(own), key=operator.itemgetter("index", "sample"))
     metrics = summarise(answers, num_samples)
-    metrics["auroc"] = auroc(
-        [answer["reward"] for answer in answers], [answer["correct"] for answer in answers]
-    )
     metrics |= {"max_new_tokens": max_length, "seed": seed, "rows_per_batch": rows_per_batch}
     metrics |= {name: sampling.get(name, 1.0) for name in ("temperature", "top_p")}
     return metrics, answers
