@@ -98,6 +98,35 @@ def reverse_kl(student_logits, teacher_logits):
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def forward_kl(student_logits, teacher_logits):
+    """KL(teacher || student), sum_v q (log q - log p). (B, T, V), (B, T, V) -> (B, T)  [GKD, eq. 1]
+
+    Large where the student misses what the teacher might do.
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def jsd(student_logits, teacher_logits, beta):
+    """The generalised Jensen-Shannon divergence. (B, T, V), (B, T, V) -> (B, T)               [GKD]
+
+        beta KL(q || m) + (1 - beta) KL(p || m),    m = beta q + (1 - beta) p,    0 < beta < 1
+
+    It goes to 0 at both ends of beta, not to a KL: ValueError there, which names the KLs.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta {beta} must lie between 0 and 1; use forward_kl or reverse_kl")
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+    of_teacher = (log_q.exp() * (log_q - log_m)).sum(-1)
+    of_student = (log_p.exp() * (log_p - log_m)).sum(-1)
+    return beta * of_teacher + (1 - beta) * of_student
+
+
 def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
     """The k1 policy-gradient surrogate of sampled tokens y. (B, T, V), (B, T, V), (B, T) -> (B, T)
 
@@ -451,33 +480,6 @@ def head_logits(model, hidden, vocab_size, temperature=1.0):
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
 
 
-def tokens_at_once(vocab_size, elements=25_000_000):
-    """Of how many tokens the logits may exist at one time: 164 at V = 151,936, 403,225 at V = 62"""
-    return max(1, elements // vocab_size)
-
-
-@torch.no_grad()
-def response_log_probs(model, out, vocab_size, temperature=1.0):
-    """The log-probs that a model gives the responses of a rollout -> B tensors (length,)
-
-    Needs hidden_states, head_logits, tokens_at_once.
-    """
-    ids = torch.cat([out["prompt_ids"], out["response_ids"]], dim=1)  # (B, S + T)
-    mask = torch.cat([out["prompt_mask"], out["response_mask"]], dim=1)
-    T = out["response_ids"].shape[1]
-    rows_at_once = max(1, 2**15 // ids.shape[1])
-    log_probs = []
-    for own_ids, own_mask in zip(ids.split(rows_at_once), mask.split(rows_at_once)):
-        valid = own_mask[:, -T:]
-        hidden = hidden_states(model, own_ids, own_mask, T)[valid]  # (N, H)
-        tokens = own_ids[:, -T:][valid]  # (N,)
-        size = tokens_at_once(vocab_size)  # never (B, T, V)
-        for states, sampled in zip(hidden.split(size), tokens.split(size)):
-            logits = head_logits(model, states, vocab_size, temperature)
-            log_probs.append(logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0])
-    return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
-
-
 # --------------------------------------------------------------------------------------------------
 # 6. Rollout: write, judge, choose who goes on, leave
 
@@ -621,36 +623,6 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
             if teacher:
                 teacher_cache.batch_select_indices(stays)
     return cut_room(out, length)
-
-
-def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generations=1, **settings):
-    """rollout, of at most so many rows at once, or the candidates of one prompt -> its dict, of all
-    rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to its own longest,
-    so sort them by length. The plan's rule sees one group at a time.
-    """
-    # So many rows that the candidates of a prompt stay together
-    size = max(1, rows_at_once // num_generations) * num_generations
-    began = clock(student.device)
-    groups = []
-    for start in range(0, len(prompts), size):
-        own = prompts[start : start + size]
-        groups.append(rollout(student, teacher, own, plan, **settings))
-
-    # Row by row, padded anew
-    out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
-    out["seconds"] = clock(student.device) - began
-    for name in groups[0]:
-        rows = []
-        for group in groups:
-            rows += list(group[name])
-        if name == "teacher_hidden":
-            out[name] = rows
-        elif rows[0].dim() == 0:  # ended, kept
-            out[name] = torch.stack(rows)
-        else:
-            side = "left" if name.startswith("prompt") else "right"
-            out[name] = pad_sequence(rows, batch_first=True, padding_side=side)
-    return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -859,6 +831,10 @@ def update_settings(config, run):
     def token_loss(student_logits, teacher_logits, response_ids):
         if config.loss == "reverse_kl":
             return reverse_kl(student_logits, teacher_logits)
+        if config.loss == "forward_kl":
+            return forward_kl(student_logits, teacher_logits)
+        if config.loss == "jsd":
+            return jsd(student_logits, teacher_logits, config.beta)
         if config.loss == "topk":
             return reverse_kl_topk(student_logits, teacher_logits, config.overlap_k, config.support)
         return reverse_kl_sampled(student_logits, teacher_logits, response_ids, config.baseline)
@@ -1030,7 +1006,7 @@ def evaluate(
     for index, problem in enumerate(problems):
         answers += [{**problem, "index": index, "sample": sample} for sample in range(num_samples)]
     # Side by side those of like prompts, so that little is padded, and ended rows leave together
-    own = share(sorted(answers, key=lambda answer: len(answer["prompt_ids"])))
+    own = share(sorted(answers, key=prompt_length))
     seed_sampling(seed)  # not restored: every step of training seeds for itself
     starts = range(0, len(own), rows_per_batch)
     # No bar without a title: inside whole_step a terminal that is gone must not raise
@@ -1289,6 +1265,10 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
     return encoded.input_ids
 
 
+def prompt_length(problem):
+    return len(problem["prompt_ids"])
+
+
 def pad_left(prompts, pad_id):
     """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: responses start in one column."""
     ids = [torch.tensor(prompt) for prompt in prompts]
@@ -1323,7 +1303,7 @@ def draw_prompts(config, run, step):
         drawn += [pool[index] for index in indices]
     # Seeded here, the sampling of a step does not depend on what was drawn before
     seed_sampling(config.seed * 1_000_003 + step)
-    own = sorted(share(drawn), key=lambda problem: len(problem["prompt_ids"]))
+    own = sorted(share(drawn), key=prompt_length)
     return [problem for problem in own for _ in range(config.num_generations)]
 
 
@@ -1572,7 +1552,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
 
 BOXED = r"{problem} Please reason step by step, and put your final answer within \boxed{}."
 Method = Literal["opd", "prefix", "progressive", "prefix-guided", "prune"]
-Loss = Literal["topk", "reverse_kl", "sampled"]
+Loss = Literal["topk", "reverse_kl", "sampled", "forward_kl", "jsd"]
 Support = Literal["student", "teacher", "intersection", "union"]
 
 
@@ -1603,7 +1583,9 @@ class Config:
     # progressive: to a growing horizon [FastOPD, POPD]. prefix-guided: on where overlap is high
     # [PG-OPD]. prune: less after drift [Prune-OPD]
     loss: Loss = "topk"  # topk: KL(student || teacher) on top-k tokens, with the released gradient
-    # [Rethinking-OPD]. reverse_kl: on the whole vocabulary [GKD]. sampled: k1 policy gradient
+    # [Rethinking-OPD]. reverse_kl: on the whole vocabulary [GKD]. sampled: k1 policy gradient.
+    # forward_kl: KL(teacher || student) [GKD]. jsd: between the two, as --beta has it [GKD]
+    beta: float = 0.5  # of --loss jsd: the teacher's share of the mixture (our choice)
     support: Support = "student"  # whose top k --loss topk sums over [Rethinking-OPD]
     baseline: bool = False  # subtract the closed-form baseline in --loss sampled [vOPD]
     overlap_k: int = 16  # the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]
@@ -1774,6 +1756,9 @@ def check_config(config):
             above = "at least" if least == 0 else "above"
             raise ValueError(f"--{name} {value} must be {above} 0, and at most {most:g}")
 
+    if not 0 < config.beta < 1:
+        ends = "for the ends there are --loss reverse_kl and forward_kl"
+        raise ValueError(f"--beta {config.beta} must lie between 0 and 1; {ends}")
     if not {*config.probe_depths} <= {*range(100)}:
         raise ValueError(f"--probe_depths {config.probe_depths}: percentages from 0 to 99")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -2058,10 +2043,10 @@ def work_at_most(config, run):
         cap = config.max_new_tokens
     return {
         "rows": math.ceil(config.batch_size / NUM_RANKS) * config.num_generations,
-        "prompt": max((len(problem["prompt_ids"]) for problem in sum(run.pools, [])), default=0),
+        "prompt": max(map(prompt_length, sum(run.pools, [])), default=0),
         "response": cap if run.pools else 0,
         "answers": math.ceil(len(graded) * config.eval_samples / NUM_RANKS),
-        "question": max((len(problem["prompt_ids"]) for problem in graded), default=0),
+        "question": max(map(prompt_length, graded), default=0),
         "answer": config.eval_max_new_tokens if graded else 0,
     }
 
@@ -2316,10 +2301,11 @@ def preflight(config, run):
     )
     out["seconds"] = clock(run.device) - began
     log_q = torch.cat(response_log_probs(run.teacher, out, run.vocab_size))
+    others = {"forward_kl": "KL(teacher || student)", "jsd": f"a mixture by {config.beta}"}
+    divergence = others.get(config.loss, "KL(student || teacher)")
     overlap = out["overlap"][out["response_mask"]].mean().item()
     lines = [
-        f"method {config.method}; loss {config.loss} of KL(student || teacher), mean over a step's "
-        "tokens",
+        f"method {config.method}; loss {config.loss} of {divergence}, mean over a step's tokens",
         f"data: {len(train)} training prompts, those that are too long left out; {readable} of the "
         f"first {len(golds)} answers can be read; first prompt: "
         f"{run.tokenizer.decode(train[0]['prompt_ids'])!r}",
@@ -2625,6 +2611,63 @@ STEP_LINE = (
     "kept {kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | "
     "norm {grad_norm:6.2f} | {generated_tokens:11,} tokens"
 )
+
+
+def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generations=1, **settings):
+    """rollout, of at most so many rows at once, or the candidates of one prompt -> its dict, of all
+    rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to its own longest,
+    so sort them by length. The plan's rule sees one group at a time.
+    """
+    # So many rows that the candidates of a prompt stay together
+    size = max(1, rows_at_once // num_generations) * num_generations
+    began = clock(student.device)
+    groups = []
+    for start in range(0, len(prompts), size):
+        own = prompts[start : start + size]
+        groups.append(rollout(student, teacher, own, plan, **settings))
+
+    # Row by row, padded anew
+    out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
+    out["seconds"] = clock(student.device) - began
+    for name in groups[0]:
+        rows = []
+        for group in groups:
+            rows += list(group[name])
+        if name == "teacher_hidden":
+            out[name] = rows
+        elif rows[0].dim() == 0:  # ended, kept
+            out[name] = torch.stack(rows)
+        else:
+            side = "left" if name.startswith("prompt") else "right"
+            out[name] = pad_sequence(rows, batch_first=True, padding_side=side)
+    return out
+
+
+def tokens_at_once(vocab_size, elements=25_000_000):
+    """Of how many tokens the logits may exist at one time: 164 at V = 151,936, 403,225 at V = 62"""
+    return max(1, elements // vocab_size)
+
+
+@torch.no_grad()
+def response_log_probs(model, out, vocab_size, temperature=1.0):
+    """The log-probs that a model gives the responses of a rollout -> B tensors (length,)
+
+    Needs hidden_states, head_logits, tokens_at_once.
+    """
+    ids = torch.cat([out["prompt_ids"], out["response_ids"]], dim=1)  # (B, S + T)
+    mask = torch.cat([out["prompt_mask"], out["response_mask"]], dim=1)
+    T = out["response_ids"].shape[1]
+    rows_at_once = max(1, 2**15 // ids.shape[1])
+    log_probs = []
+    for own_ids, own_mask in zip(ids.split(rows_at_once), mask.split(rows_at_once)):
+        valid = own_mask[:, -T:]
+        hidden = hidden_states(model, own_ids, own_mask, T)[valid]  # (N, H)
+        tokens = own_ids[:, -T:][valid]  # (N,)
+        size = tokens_at_once(vocab_size)  # never (B, T, V)
+        for states, sampled in zip(hidden.split(size), tokens.split(size)):
+            logits = head_logits(model, states, vocab_size, temperature)
+            log_probs.append(logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0])
+    return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
 
 
 def make_room(prompt_ids, prompt_mask, max_length, pad_id):

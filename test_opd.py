@@ -310,16 +310,10 @@ def world(tmp_path_factory):
 
 SMALL = {"prompt_template": "{problem}", "dtype": "float32", "device": "cpu", "learning_rate": 1e-3}
 SMALL |= {"batch_size": 2, "num_generations": 2, "max_new_tokens": 12, "segment_length": 4}
-SMALL |= {
-    "max_steps": 2,
-    "overlap_k": 4,
-    "eval_first": "both",
-    "prefix_length": 6,
-    "probe_window": 4,
-}
+SMALL |= {"max_steps": 2, "overlap_k": 4, "prefix_length": 6, "probe_window": 4}
 SMALL |= {"horizon_start": 4, "horizon_growth": 4, "horizon_every": 1, "validation_size": 3}
 SMALL |= {"cap_init": 8, "cap_min": 4, "cap_max": 12, "cap_step": 2, "cap_margin": 2}
-SMALL |= {"eval_samples": 1, "eval_max_new_tokens": 12, "eval_every": 0}
+SMALL |= {"eval_samples": 1, "eval_max_new_tokens": 12, "eval_every": 0, "eval_first": "both"}
 
 
 def flags(**changes):
@@ -339,7 +333,7 @@ def chosen(score, ended=(0, 0, 0, 0, 0, 0), at=6, **changes):
 
 def settings_of(**changes):
     """What the update is told under these flags."""
-    run = types.SimpleNamespace(student=STUDENT, teacher=TEACHER, vocab_size=20, autocast="low")
+    run = opd.Run({}, [], student=STUDENT, teacher=TEACHER, vocab_size=20, autocast="low")
     run.rows_at_once = {"micro_batch_size": 3}
     return opd.update_settings(flags(**changes), run)
 
@@ -1628,8 +1622,7 @@ def test_temperature_divides_the_logits_of_both_models_in_the_loss_and_the_vocab
 
 
 def test_the_update_is_told_its_sizes_and_its_precision():
-    """As many tokens at once as the vocabulary of 20 allows."""
-    told = settings_of()
+    told = settings_of()  # as many tokens at once as the vocabulary of 20 allows
     assert told["chunk_tokens"] == 25_000_000 // 20
     assert (told["micro_batch_size"], told["autocast"]) == (3, "low")
 

@@ -1964,7 +1964,45 @@ def test_cap_init_is_the_first_cap_and_no_more_than_max_new_tokens(world, tmp_pa
     assert opened(world, tmp_path, cap_init=11, max_new_tokens=10)[1].cap == 10
 
 
+def test_forward_kl_is_kl_teacher_student_as_torch_distributions_has_it():
+    z, t = test_opd.logits(2, 5, seed=1), test_opd.logits(2, 5, seed=2)
+    student, teacher = (torch.distributions.Categorical(logits=x) for x in (z, t))
+    close(opd.forward_kl(z, t), torch.distributions.kl_divergence(teacher, student))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_mixes_the_kls_to_the_mixture(beta):
+    z, t = test_opd.logits(2, 5, seed=1), test_opd.logits(2, 5, seed=2)
+    student, teacher = (torch.distributions.Categorical(logits=x) for x in (z, t))
+    mixed = torch.distributions.Categorical(beta * teacher.probs + (1 - beta) * student.probs)
+    expected = beta * torch.distributions.kl_divergence(teacher, mixed)
+    expected = expected + (1 - beta) * torch.distributions.kl_divergence(student, mixed)
+    close(opd.jsd(z, t, beta), expected)
+
+
+@pytest.mark.parametrize("loss", [opd.forward_kl, functools.partial(opd.jsd, beta=0.3)])
+def test_the_other_divergences_pass_gradcheck_are_zero_at_the_teacher_and_never_nan(loss):
+    z, t = test_opd.logits(3, seed=1).double(), test_opd.logits(3, seed=2).double()
+    assert torch.autograd.gradcheck(lambda z: loss(z, t), z.requires_grad_())
+    assert loss(t, t).abs().max() < 1e-12
+    nobody = torch.tensor([[[0.0, 1.0, -math.inf]]])
+    assert loss(nobody, nobody).item() == pytest.approx(0, abs=1e-6)
+    low = loss(z.detach().bfloat16(), t.bfloat16())
+    assert low.dtype == torch.float32 and low.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [0, 1, -0.5, 2, math.nan])
+def test_the_ends_of_jsd_are_refused_with_the_names_of_the_kls(beta):
+    with pytest.raises(ValueError, match="forward_kl.*reverse_kl"):
+        opd.jsd(torch.zeros(1, 3), torch.zeros(1, 3), beta)
+    with pytest.raises(ValueError, match="^--beta "):
+        opd.check_config(dataclasses.replace(opd.TINY, beta=beta))
+
+
 LOSS_FLAGS = [
+    ({"loss": "forward_kl"}, lambda p, q, ids: opd.forward_kl(p, q)),
+    ({"loss": "jsd"}, lambda p, q, ids: opd.jsd(p, q, 0.5)),
+    ({"loss": "jsd", "beta": 0.2}, lambda p, q, ids: opd.jsd(p, q, 0.2)),
     ({"loss": "reverse_kl"}, lambda p, q, ids: opd.reverse_kl(p, q)),
     ({"loss": "topk", "overlap_k": 3}, lambda p, q, ids: opd.reverse_kl_topk(p, q, 3)),
     ({"loss": "topk", "overlap_k": 5}, lambda p, q, ids: opd.reverse_kl_topk(p, q, 5)),
@@ -4741,7 +4779,7 @@ CASES = {
     "dtype": test_in_bfloat16_both_models_sample_and_judge_in_it_and_float32_weights_learn,
     "device": test_the_device_is_where_the_models_go,
     "method": test_prefix_length_is_where_the_prefix_ends,
-    "loss support baseline": test_the_flags_of_the_loss_choose_it,
+    "loss support baseline beta": test_the_flags_of_the_loss_choose_it,
     "cold_start_steps": test_every_method_has_its_cold_start_once_with_an_evaluation_after_it,
     "cold_start_learning_rate": (
         test_a_cold_start_has_a_learning_rate_of_its_own_and_the_clipping_of_the_run
