@@ -21,7 +21,7 @@ lint: .venv/ready
 bench: .venv/ready
 	.venv/bin/python .ci/bench.py
 
-# Every method from the same tiny student, with three seeds: 9 to 11 minutes. It ends in a table and
+# Every method from the same tiny student, with three seeds: 10 to 17 minutes. It ends in a table and
 # the picture out/compare/report.png; broken off, it goes on with the runs that are not done.
 compare: .venv/ready
 	.ci/compare.sh
