@@ -1026,8 +1026,7 @@ def evaluate(
             ids = out["response_ids"][row][out["response_mask"][row]].tolist()
             ids = answer.get("begun", []) + ids
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            prompt = tokenizer.decode(answer["prompt_ids"], skip_special_tokens=True).rstrip()
-            graded = re.sub(THOUGHTS, "", prompt[-7:] + text)  # it may end in <think>
+            graded = re.sub(THOUGHTS, "", prompt_end(tokenizer, answer) + text)
             answer |= {
                 "response": text,
                 "response_ids": ids,
@@ -1269,6 +1268,14 @@ def prompt_length(problem):
     return len(problem["prompt_ids"])
 
 
+def prompt_end(tokenizer, problem):
+    """The last characters of a prompt, as many as <think> has: where it ends in that, the response
+    begins inside thoughts
+    """
+    prompt = tokenizer.decode(problem["prompt_ids"], skip_special_tokens=True)
+    return prompt.rstrip()[-len("<think>") :]
+
+
 def pad_left(prompts, pad_id):
     """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: responses start in one column."""
     ids = [torch.tensor(prompt) for prompt in prompts]
@@ -1307,22 +1314,37 @@ def draw_prompts(config, run, step):
     return [problem for problem in own for _ in range(config.num_generations)]
 
 
-# Spellings of one answer: signs, then patterns in turn. Quotes hold text: words, a unit, a base
+# Spellings of one answer: signs, then patterns in turn, each with an example. Quotes hold text:
+# words, a unit, a base
 SIGNS = dict(zip(map(ord, "–—−∞°²³½（），"), r"- - - \infty ^\circ ^2 ^3 \frac12 ( ) ,".split()))
 SPELLINGS = {
+    # spaces and sizes: \;  \big)  ~
     r"(?<!\\)\\([,;: >]|[bB]igg?[lr]?(?![a-z]))|~": " ",
+    # marks: \$5  **7**  \color{red}7
     r"\\?\$|\\checkmark|[€£¥✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
+    # lists: 1 and 2
     r"(?i)[, ]*(\\\w+\{)? *\b(and|or)\b( equivalently)? *\}?,?": ", ",
+    # wrapped words: 5 \text{people} is 5 "people"
     r"\\(text\w*|\wbox|mathrm|mathbf) *\{([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": r'"\2"\3 ',
+    # what leads in: the final answer is 5, = 5
     r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?:?|^ *(=|\\approx)': "",
+    # a choice: (C) 42 is C
     r'^[" (]*([A-J])[).](?!.*[A-J][).]).*': r"\1",
+    # nothing: no solution
     r'(?i)"? *((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
+    # a unit: 5 cm, 3 hours
     r'(?<=\d) *(""| ) *([a-zA-Z.]{3,}|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
+    # a word, or letters in order: north, ABC
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
+    # a mixed number: 1 2/3
     r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
+    # degrees: 90^\circ
     r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
+    # a base, a modulus: 1011_2, 3 \pmod 4
     r"(?:\(?\b(\d\w*)\)? *_|\(? *\\?[pb]?(mod)\b) *\{? *(\w+) *\}? *\)?$": r'\1 "\2\3"',
+    # roots: 2√3
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
+    # what trails: 7. is 7; and 1 000 000
     r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
 }
 
@@ -1629,7 +1651,7 @@ class Config:
     micro_batch_size: int = 0  # longest rows at once in the update, or more short ones; 0: on a
     # GPU what fits, else 4
     gradient_checkpointing: bool = False  # recompute layers in backward: on a GPU it always does
-    no_gradient_checkpointing: bool = False  # not even on a GPU: faster, and 18 times the memory
+    no_gradient_checkpointing: bool = False  # not even on a GPU: faster, more memory
     extrapolate: bool = False  # at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]
     validation_size: int = 50  # answered training problems that judge --extrapolate [EffOPD]
     save_every: int = 0  # steps between checkpoints; 0: only at the end
@@ -2301,9 +2323,10 @@ def preflight(config, run):
     )
     out["seconds"] = clock(run.device) - began
     log_q = torch.cat(response_log_probs(run.teacher, out, run.vocab_size))
+    overlap = out["overlap"][out["response_mask"]].mean().item()
+
     others = {"forward_kl": "KL(teacher || student)", "jsd": f"a mixture by {config.beta}"}
     divergence = others.get(config.loss, "KL(student || teacher)")
-    overlap = out["overlap"][out["response_mask"]].mean().item()
     lines = [
         f"method {config.method}; loss {config.loss} of {divergence}, mean over a step's tokens",
         f"data: {len(train)} training prompts, those that are too long left out; {readable} of the "
@@ -2312,6 +2335,7 @@ def preflight(config, run):
         f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, "
         f"top-{config.overlap_k} overlap {overlap:.2f}",
     ]
+
     # Do the two stop alike, and read alike?
     stops = []
     for role in ("student", "teacher"):
@@ -2578,14 +2602,14 @@ def explain(error, phase, now):
         told = f"out of memory in {phase}"
         if phase == "set-up":
             return f"{told}: {text}" if text else told, 2
-        name = "rollout_batch_size"
-        if "update" in phase:
-            name = "micro_batch_size"
-        elif phase.startswith("e"):  # evaluation, extrapolation
-            name = "eval_batch_size"
         # The candidates of a prompt are sampled together
-        if now[name] > {"rollout_batch_size": now["num_generations"]}.get(name, 1):
-            return f"{told}; halve --{name}, now {now[name]}", 2
+        flag, least = "rollout_batch_size", now["num_generations"]
+        if "update" in phase:
+            flag, least = "micro_batch_size", 1
+        elif phase.startswith("e"):  # evaluation, extrapolation
+            flag, least = "eval_batch_size", 1
+        if now[flag] > least:
+            return f"{told}; halve --{flag}, now {now[flag]}", 2
         cap = "eval_max_new_tokens" if phase.startswith("evaluation") else "max_new_tokens"
         return f"{told}: a single prompt is too long for it; lower --{cap}", 2
     # What torch says of drawing from NaN is a RuntimeError; on a GPU it is an assert
@@ -2896,8 +2920,8 @@ def cold_start_step(config, run, step):
     mask, right = out["response_mask"], out["ended"].clone()
     for row, problem in enumerate(problems):
         text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
-        prompt = run.tokenizer.decode(problem["prompt_ids"], skip_special_tokens=True).rstrip()
-        right[row] &= problem["answer"] is None or is_correct(prompt[-7:] + text, problem["answer"])
+        text = prompt_end(run.tokenizer, problem) + text
+        right[row] &= problem["answer"] is None or is_correct(text, problem["answer"])
 
     def cross_entropy(logits, _, ids):
         return F.cross_entropy(logits, ids, reduction="none")
