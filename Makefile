@@ -9,8 +9,7 @@ demo: .venv/ready
 
 # Every claim, offline, on tiny models: two minutes. Three workers: some tests wait for others.
 test: .venv/ready
-	.venv/bin/python -m pytest -q -n 3 --dist worksteal test_opd.py .ci/test_runs.py .ci/test_grading.py \
-		.ci/test_bench.py
+	.venv/bin/python -m pytest -q -n 3 --dist worksteal test_opd.py .ci/test_*.py
 
 # The layout of all Python files, and the usual mistakes: one second. Silent where all is well.
 lint: .venv/ready
