@@ -28,6 +28,7 @@ Papers, by the tags used below
     [Prune-OPD]       2605.07804   weigh down and stop what drifts, and move the length cap
     [EffOPD]          2605.11739   extrapolate the update, judged on a small validation set
     [vOPD]            2605.07865   a closed-form baseline for the sampled-token loss
+    [EOS]             2609.20511   all tokens that end a response count as one
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row
 p * G + g), S prompt length, T response length, V vocabulary, K the top k, H hidden size, N response
@@ -157,34 +158,42 @@ def is_among(tokens, others):
     return (tokens[..., :, None] == others[..., None, :]).any(-1)
 
 
+def topk_support(log_p, log_q, k, support):
+    """The tokens of a support S of top-k tokens. log-probs (..., V) -> candidates (..., J), and
+    which of them are in S (..., J) bool. Needs is_among.
+
+    support: "student", "teacher": whose top k; "intersection" of both (may be empty), or "union".
+    ValueError for others.
+    """
+    student_topk = log_p.topk(k, dim=-1).indices  # (..., K)
+    teacher_topk = log_q.topk(k, dim=-1).indices
+    candidates = teacher_topk if support == "teacher" else student_topk
+    inside = torch.ones_like(candidates, dtype=torch.bool)
+    if support == "intersection":
+        inside = is_among(student_topk, teacher_topk)
+    elif support == "union":
+        candidates = torch.cat([student_topk, teacher_topk], dim=-1)  # (..., 2K)
+        new = ~is_among(teacher_topk, student_topk)  # none counts twice
+        inside = torch.cat([inside, new], dim=-1)
+    elif support not in ("student", "teacher"):
+        raise ValueError(f"support {support!r}; use student, teacher, intersection or union")
+    return candidates, inside
+
+
 def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     """Reverse KL on a support S of top-k tokens. (B, T, V), (B, T, V) -> (B, T)
                                                                    [Rethinking-OPD, released code]
         value       sum_S p_bar (log p - log q),    p_bar = p / P_S,   P_S = sum_S p
         gradient    of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
 
-    support: "student", "teacher": whose top k; "intersection" of both (0 where empty), or "union".
-    This is the gradient of the released code, not that of the renormalised KL which the paper
-    prints: it also moves mass into S and out of it. ValueError for other supports. Needs is_among.
+    support: as in topk_support, which it needs; 0 where S is empty. This is the gradient of the
+    released code, not that of the renormalised KL which the paper prints: it also moves mass into S
+    and out of it.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
-    student_topk = log_p.topk(k, dim=-1).indices  # (B, T, K)
-    teacher_topk = log_q.topk(k, dim=-1).indices  # (B, T, K)
-
-    # The candidates, and which of them belong to S
-    candidates = teacher_topk if support == "teacher" else student_topk
-    inside = torch.ones_like(candidates, dtype=torch.bool)
-    if support == "intersection":
-        inside = is_among(student_topk, teacher_topk)
-    elif support == "union":
-        candidates = torch.cat([student_topk, teacher_topk], dim=-1)  # (B, T, 2K)
-        new = ~is_among(teacher_topk, student_topk)  # none counts twice
-        inside = torch.cat([inside, new], dim=-1)
-    elif support not in ("student", "teacher"):
-        raise ValueError(f"support {support!r}; use student, teacher, intersection or union")
-
+    candidates, inside = topk_support(log_p, log_q, k, support)
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
     p_bar = log_p.masked_fill(~inside, -torch.inf).softmax(-1).nan_to_num(0)  # NaN: S is empty
     # The gradient flows through the importance ratio alone, which is 1 on-policy. Through p rho it
@@ -192,6 +201,29 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     # S even at p = q
     ratio = (log_p - log_p.detach()).exp()
     return ((p_bar * (log_p - log_q)).detach() * ratio).sum(-1)
+
+
+def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
+    """Reverse KL of k + 1 classes: the support S of reverse_kl_topk, and all others as one more.
+
+        sum_S p (log p - log q) + p_rest (log p_rest - log q_rest),    p_rest = 1 - sum_S p
+
+    It is at most reverse_kl, and equal to it where S is everything. Nothing is renormalised, so it
+    is differentiated as it stands, and moves mass between S and the rest. Needs topk_support.
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    candidates, inside = topk_support(log_p, log_q, k, support)
+    log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
+    log_p = log_p.masked_fill(~inside, -1e30)  # p = 0
+    log_q = log_q.masked_fill(~inside, -1e30)
+    # A rest below the grain of 1 - sum_S p is that grain
+    least = torch.finfo(dtype).eps
+    p_rest = (1 - log_p.exp().sum(-1)).clamp(min=least)
+    q_rest = (1 - log_q.exp().sum(-1)).clamp(min=least)
+    on_support = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return on_support + p_rest * (p_rest / q_rest).log()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,6 +414,24 @@ def mask_through_eos(ids, eos_ids):
     return is_eos.cumsum(-1) - is_eos.long() == 0  # no EOS strictly before
 
 
+def merge_stops(logits, stop_ids, stop_id):
+    """All tokens that end a response as the one class stop_id. (..., V) -> (..., V), new      [EOS]
+
+        z'(stop_id) = log sum_E exp z(v),   z' = -1e30 at the others of E, the stop_ids,   else z
+
+    Where a base student ends with one token and a chat teacher with another, the teacher finds the
+    student's end unlikely, and the student unlearns to stop. Merged before any softmax, top k and
+    draw, it is one action to both. Finite, since -inf of both models would make NaN of 0 * log.
+    """
+    least = max(torch.finfo(logits.dtype).min, -1e30)
+    ids = sorted({*stop_ids, stop_id})
+    together = logits[..., ids].clamp(min=least).logsumexp(-1)
+    merged = logits.clone()
+    merged[..., ids] = least
+    merged[..., stop_id] = together
+    return merged
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -392,6 +442,7 @@ def generate(
     max_new_tokens,
     vocab_size,
     eos_ids,
+    stop_id=None,
     pad_id=0,
     temperature=1.0,
     top_p=1.0,
@@ -400,22 +451,25 @@ def generate(
     """Sample up to max_new_tokens further tokens of each row, from what the losses score.
 
     input_ids, attention_mask: (B, L), padded on the left. cache: of the columns 0 to L - 2, as the
-    last call left it, or None; it grows in place. temperature 0 is greedy. pad_id: what rows that
-    ended go on with, any id that has an embedding; when all have ended, there are no more columns.
+    last call left it, or None; it grows in place. temperature 0 is greedy. stop_id: what stands for
+    any of the eos_ids, see merge_stops; None: each for itself. pad_id: what rows that ended go on
+    with, any id that has an embedding; when all have ended, there are no more columns.
     -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
        log-prob of each row's last new token (B,), before top_p; meaningless if the row ended before
     """
     topk, scores = [], []
 
-    def within_vocabulary(_, head_scores):  # (B, rows of the head), float32
-        within = head_scores[:, :vocab_size]  # the other rows are no tokens
+    def as_scored(_, head_scores):  # (B, rows of the head), float32
+        within = head_scores[:, :vocab_size] / (temperature or 1)  # the other rows are no tokens
+        if stop_id is not None:
+            within = merge_stops(within, eos_ids, stop_id)
         scores[:] = [*scores[-1:], within]
         topk.append(within.topk(record_k).indices)  # (B, K)
         return within
 
     draw = {"do_sample": False}
     if temperature:
-        draw = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        draw = {"do_sample": True, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **draw
     )
@@ -428,7 +482,7 @@ def generate(
             attention_mask=attention_mask.long(),
             past_key_values=DynamicCache(config=model.config) if cache is None else cache,
             generation_config=config,
-            logits_processor=[within_vocabulary],
+            logits_processor=[as_scored],
         )
     finally:
         model.generation_config = shipped
@@ -436,7 +490,7 @@ def generate(
     new_ids = ids[:, input_ids.shape[1] :]  # (B, n)
     # Where transformers looks late whether all have ended (mps), it takes the last step back
     taken_back = len(topk) - new_ids.shape[1]
-    last_scores = scores[-1 - taken_back] / (temperature or 1)
+    last_scores = scores[-1 - taken_back]
     # The pad of a row that ended may be no token
     last_ids = new_ids[:, -1:].clamp(max=vocab_size - 1)
     log_probs = F.log_softmax(last_scores, dim=-1).gather(-1, last_ids)
@@ -470,14 +524,16 @@ def hidden_states(model, ids, mask, num_last, cache=None):
     return torch.cat(states, dim=1)[:, -num_last:]
 
 
-def head_logits(model, hidden, vocab_size, temperature=1.0):
+def head_logits(model, hidden, vocab_size, temperature=1.0, eos_ids=(), stop_id=None):
     """Hidden states (..., H) -> logits (..., vocab_size), in float32 or better.
 
-    Rows of the head that are no tokens are cut off before any softmax. Set-up refuses models that
-    do more than this behind their hidden states (Gemma 2's softcap, Cohere's factor).
+    Rows of the head that are no tokens are cut off before any softmax, and with a stop_id all
+    eos_ids are merged into it. Set-up refuses models that do more than this behind their hidden
+    states (Gemma 2's softcap, Cohere's factor).
     """
     logits = model.get_output_embeddings()(hidden)[..., :vocab_size]  # the module: adapters count
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1)
+    return logits if stop_id is None else merge_stops(logits, eos_ids, stop_id)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -538,9 +594,9 @@ def read_prompts(model, prompts, pad_id):
     return cache
 
 
-def judge(teacher, cache, ids, mask, student_topk, vocab_size):
+def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
     """The teacher reads the last n columns of ids, mask (b, L) -> its hidden states (b, n, H), and
-    the share of student_topk (b, n, K) that is in its own top k (b, n)
+    the share of student_topk (b, n, K) that is in its own top k (b, n). head: for head_logits
     """
     num_new, k = student_topk.shape[1:]
     hidden = hidden_states(teacher, ids, mask, num_new, cache)
@@ -549,7 +605,7 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size):
     for states, topk in zip(
         hidden.flatten(0, 1).split(size), student_topk.flatten(0, 1).split(size)
     ):
-        teacher_topk = head_logits(teacher, states, vocab_size).topk(k).indices
+        teacher_topk = head_logits(teacher, states, vocab_size, **head).topk(k).indices
         overlap.append(is_among(topk, teacher_topk).float().mean(-1))
     return hidden, torch.cat(overlap).view(-1, num_new)
 
@@ -559,7 +615,7 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
     """Sample responses to B prompts, lists of ids; no column passes through either model twice.
 
     teacher: None in evaluation; with one, overlap_k must be 1 or more. sampling: vocab_size,
-    temperature and top_p, for generate. Both models must be in eval mode.
+    stop_id, temperature and top_p, for generate. Both models must be in eval mode.
     -> dict, T the longest response: prompt_ids, prompt_mask (B, S); response_ids, response_mask,
        overlap (B, T), 0 off the mask; log_probs (B, T), as sampled, of each segment's last token,
        else NaN; ended (has an EOS), kept (was not stopped by the plan) (B,); teacher_hidden: B of
@@ -575,7 +631,8 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
         out["teacher_seconds"] += clock(device) - began
     running = torch.arange(len(prompts), device=device)  # the rows in the caches, in their order
     settings = {"eos_ids": eos_ids, "pad_id": pad_id, "record_k": overlap_k, **sampling}
-    V = sampling["vocab_size"]
+    head = {"eos_ids": eos_ids, **sampling}
+    head.pop("top_p", None)  # it cuts what is drawn, not what is scored
 
     # Between segments each cache holds every column but the last, whose token nobody has read yet
     length = 0  # of the responses so far
@@ -600,7 +657,7 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
         # logits, which are V / H times as large
         if teacher:
             began = clock(device)
-            hidden, overlap = judge(teacher, teacher_cache, ids, mask, student_topk, V)
+            hidden, overlap = judge(teacher, teacher_cache, ids, mask, student_topk, **head)
             out["overlap"][running, new] = overlap * new_mask
             for row, states, valid in zip(running.tolist(), hidden, new_mask):
                 out["teacher_hidden"][row].append(states[valid])  # a copy: a view keeps all of them
@@ -836,7 +893,8 @@ def update_settings(config, run):
         if config.loss == "jsd":
             return jsd(student_logits, teacher_logits, config.beta)
         if config.loss == "topk":
-            return reverse_kl_topk(student_logits, teacher_logits, config.overlap_k, config.support)
+            on_support = reverse_kl_tail if config.tail else reverse_kl_topk
+            return on_support(student_logits, teacher_logits, config.overlap_k, config.support)
         return reverse_kl_sampled(student_logits, teacher_logits, response_ids, config.baseline)
 
     def measure(student_logits, teacher_logits, response_ids, log_probs):
@@ -845,10 +903,9 @@ def update_settings(config, run):
         now = student_logits.log_softmax(-1).gather(-1, response_ids[:, None])[:, 0]
         return {**measures, "sampling_mismatch": (now - log_probs).abs()}
 
-    head = {"vocab_size": run.vocab_size, "temperature": config.temperature}
     return {
-        "student_head": functools.partial(head_logits, run.student, **head),
-        "teacher_head": functools.partial(head_logits, run.teacher, **head),
+        "student_head": functools.partial(head_logits, run.student, **run.sampling),
+        "teacher_head": functools.partial(head_logits, run.teacher, **run.sampling),
         "token_loss": token_loss,
         "measure": measure,
         "chunk_tokens": tokens_at_once(run.vocab_size),
@@ -960,6 +1017,7 @@ def summarise(answers, num_samples):
         return float(np.mean(values(key)))
 
     correct = np.array(values("correct")).reshape(-1, num_samples)
+    stopped = ~np.array(values("truncated")).reshape(-1, num_samples)
     by_problem = correct.mean(1)
     error = math.nan
     if len(correct) > 1:
@@ -971,6 +1029,9 @@ def summarise(answers, num_samples):
         "pass_at_n": float(correct.any(1).mean()),
         "n": num_samples,
         "num_problems": len(correct),
+        "stopped_fraction": float(stopped.mean()),
+        "answered_fraction": 1 - mean("no_box"),
+        "avg_of_stopped": float(correct[stopped].mean()) if stopped.any() else math.nan,
         "truncated_fraction": mean("truncated"),
         "no_box_fraction": mean("no_box"),
         "mean_length": mean("length"),
@@ -997,7 +1058,7 @@ def evaluate(
     """Sample and grade num_samples answers to every problem, after seeding torch's global stream.
 
     problems: dicts with prompt_ids and answer, perhaps with begun, ids that answers begin with.
-    sampling: vocab_size, eos_ids, temperature and top_p (1 unless given), for rollout. With a
+    sampling: vocab_size, eos_ids, stop_id, temperature and top_p, for rollout. With a
     teacher an answer has a reward, the mean of log q - log p over what was sampled, else NaN.
     -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]
     """
@@ -1009,6 +1070,7 @@ def evaluate(
     own = share(sorted(answers, key=prompt_length))
     seed_sampling(seed)  # not restored: every step of training seeds for itself
     starts = range(0, len(own), rows_per_batch)
+    head = {name: sampling.get(name) for name in ("vocab_size", "eos_ids", "stop_id")}
     # No bar without a title: inside whole_step a terminal that is gone must not raise
     for start in tqdm(starts, title, leave=False, disable=not (title and is_main())):
         # Sample, and let the teacher judge what was sampled
@@ -1017,8 +1079,8 @@ def evaluate(
         out = rollout(model, None, prompts, Plan(max_length, segment_length), **sampling)
         rewards = [math.nan] * len(batch)
         if teacher:
-            log_q = response_log_probs(teacher, out, sampling["vocab_size"])
-            log_p = response_log_probs(model, out, sampling["vocab_size"])
+            log_q = response_log_probs(teacher, out, **head)
+            log_p = response_log_probs(model, out, **head)
             rewards = [(q - p).mean().item() for q, p in zip(log_q, log_p)]
 
         # Grade the text, without the tokens that end it
@@ -1609,6 +1671,7 @@ class Config:
     # forward_kl: KL(teacher || student) [GKD]. jsd: between the two, as --beta has it [GKD]
     beta: float = 0.5  # of --loss jsd: the teacher's share of the mixture (our choice)
     support: Support = "student"  # whose top k --loss topk sums over [Rethinking-OPD]
+    tail: bool = False  # --loss topk: the rest of the vocabulary as one more class (TRL's form)
     baseline: bool = False  # subtract the closed-form baseline in --loss sampled [vOPD]
     overlap_k: int = 16  # the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]
     cold_start_steps: int = 0  # first learn the teacher's own right solutions [Rethinking-OPD]
@@ -1620,6 +1683,8 @@ class Config:
     max_prompt_length: int = 1024  # longer training prompts are left out [Rethinking-OPD]
     max_new_tokens: int = 7168  # cap of a training response [Rethinking-OPD]
     temperature: float = 1.0  # divides the logits of both models, in sampling and loss [all: 1]
+    no_merge_stops: bool = False  # keep stop tokens apart; else, where student and teacher have
+    # several, they count as one [EOS]
     segment_length: int = 512  # tokens between two looks at who goes on (our choice)
     rollout_batch_size: int = 0  # rows a process samples at once; 0: on a GPU what fits, else all
     prefix_length: int = 0  # tokens of the prefix; 0: 1024 in prefix (our choice), 128 in
@@ -1781,6 +1846,8 @@ def check_config(config):
     if not 0 < config.beta < 1:
         ends = "for the ends there are --loss reverse_kl and forward_kl"
         raise ValueError(f"--beta {config.beta} must lie between 0 and 1; {ends}")
+    if config.tail and config.loss != "topk":
+        raise ValueError(f"--tail is of --loss topk alone, and --loss is {config.loss}")
     if not {*config.probe_depths} <= {*range(100)}:
         raise ValueError(f"--probe_depths {config.probe_depths}: percentages from 0 to 99")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -1838,7 +1905,7 @@ class Run:
     teacher_tokenizer: object = None  # for its stop ids and its template
     optimizer: object = None
     vocab_size: int = 0  # tokens that both models have; other rows of their heads are cut off
-    sampling: dict = None  # vocab_size, eos_ids and temperature, for rollout
+    sampling: dict = None  # vocab_size, eos_ids, stop_id, temperature: for rollout and head_logits
     grading: dict = None  # what evaluate needs beside it and does not change
     cache_bytes: list = None  # what the caches of sampler and teacher keep of a token
     kept_bytes: int = 0  # what the student's forward keeps of a token for backward
@@ -1990,6 +2057,7 @@ def load_models(config, run, path):
     low = {"dtype": torch.bfloat16 if bf16 else torch.float32}
     run.sampler = run.student = load(AutoModelForCausalLM, path, **low).to(config.device)
     models, eos_ids = [run.sampler], stop_ids(run.student, run.tokenizer)
+    all_stops = eos_ids
     tokens = max(run.tokenizer.get_vocab().values()) + 1
     if not config.eval_only:
         if bf16:
@@ -1999,9 +2067,10 @@ def load_models(config, run, path):
         tokens = compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
         run.teacher = load(AutoModelForCausalLM, config.teacher, **low).to(config.device)
         models.append(run.teacher)
-        if config.cold_start_steps:  # it teaches the teacher's stop token, too
-            eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
-            run.student.generation_config.eos_token_id = sorted(eos_ids)
+        all_stops = eos_ids | stop_ids(run.teacher, run.teacher_tokenizer)
+    merged = len(all_stops) > 1 and not config.no_merge_stops
+    if merged or config.cold_start_steps:  # which teaches the teacher's stop token, too
+        eos_ids = all_stops
 
     run.cache_bytes = [check_model(model, config.eval_only) for model in models]
     # Both heads may have rows beyond the tokens that exist
@@ -2012,6 +2081,7 @@ def load_models(config, run, path):
     run.sampling = {
         "vocab_size": run.vocab_size,
         "eos_ids": eos_ids,
+        "stop_id": min(eos_ids, key=lambda i: i != run.tokenizer.eos_token_id) if merged else None,
         "temperature": config.temperature,
     }
     run.device = run.sampler.device
@@ -2322,7 +2392,7 @@ def preflight(config, run):
         run.sampler, run.teacher, prompts, Plan(min(32, config.max_new_tokens)), **settings
     )
     out["seconds"] = clock(run.device) - began
-    log_q = torch.cat(response_log_probs(run.teacher, out, run.vocab_size))
+    log_q = torch.cat(response_log_probs(run.teacher, out, **run.sampling))
     overlap = out["overlap"][out["response_mask"]].mean().item()
 
     others = {"forward_kl": "KL(teacher || student)", "jsd": f"a mixture by {config.beta}"}
@@ -2349,7 +2419,11 @@ def preflight(config, run):
     lines += [f"warning: {line}" for line in check_lengths(run)]
     if log_q.mean() < -3:
         lines.append("warning: to the teacher the student's text is very unlikely; compare prompts")
-    if stops[0] != stops[1]:
+    stop_id = run.sampling["stop_id"]
+    if stop_id is not None:
+        ids = sorted(run.sampling["eos_ids"])
+        lines.append(f"stops: {ids} count as one, written as {stop_id}; see --no_merge_stops")
+    elif stops[0] != stops[1]:
         lines.append(
             f"warning: student stops at {stops[0]}, teacher at {stops[1]}: it may unlearn it"
         )
@@ -2456,6 +2530,8 @@ def save_checkpoint(config, run):
             tensors += moments.values()
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise FloatingPointError("not all weights and moments of Adam are finite")
+        # Whoever loads it stops where it has learned to
+        run.student.generation_config.eos_token_id = sorted(run.sampling["eos_ids"])
         run.student.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
         state = {name: getattr(run, name) for name in STANDING}
@@ -2632,7 +2708,7 @@ def explain(error, phase, now):
 
 STEP_LINE = (
     "step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | "
-    "kept {kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | "
+    "kept {kept_fraction:4.0%} | length {response_length:7.1f} | stopped {stopped_fraction:4.0%} | "
     "norm {grad_norm:6.2f} | {generated_tokens:11,} tokens"
 )
 
@@ -2673,10 +2749,10 @@ def tokens_at_once(vocab_size, elements=25_000_000):
 
 
 @torch.no_grad()
-def response_log_probs(model, out, vocab_size, temperature=1.0):
+def response_log_probs(model, out, vocab_size, **head):
     """The log-probs that a model gives the responses of a rollout -> B tensors (length,)
 
-    Needs hidden_states, head_logits, tokens_at_once.
+    head: for head_logits. Needs hidden_states, head_logits, tokens_at_once.
     """
     ids = torch.cat([out["prompt_ids"], out["response_ids"]], dim=1)  # (B, S + T)
     mask = torch.cat([out["prompt_mask"], out["response_mask"]], dim=1)
@@ -2689,7 +2765,7 @@ def response_log_probs(model, out, vocab_size, temperature=1.0):
         tokens = own_ids[:, -T:][valid]  # (N,)
         size = tokens_at_once(vocab_size)  # never (B, T, V)
         for states, sampled in zip(hidden.split(size), tokens.split(size)):
-            logits = head_logits(model, states, vocab_size, temperature)
+            logits = head_logits(model, states, vocab_size, **head)
             log_probs.append(logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0])
     return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
 
@@ -2757,6 +2833,7 @@ def row_facts(config, batch):
         "trained_length": batch["loss_mask"].sum(-1),
         "reliable_length": reliable_length(reliability, mask),
         "agreed_tokens": overlap.sum(-1),
+        "stopped_fraction": batch["ended"],
         "truncated_fraction": ~batch["ended"],
         "kept_fraction": batch["kept"],
         "repetition": torch.tensor([repetition(ids) for ids in responses]),

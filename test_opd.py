@@ -333,9 +333,11 @@ def chosen(score, ended=(0, 0, 0, 0, 0, 0), at=6, **changes):
 
 def settings_of(**changes):
     """What the update is told under these flags."""
+    config = flags(**changes)
     run = opd.Run({}, [], student=STUDENT, teacher=TEACHER, vocab_size=20, autocast="low")
+    run.sampling = {"vocab_size": 20, "temperature": config.temperature}
     run.rows_at_once = {"micro_batch_size": 3}
-    return opd.update_settings(flags(**changes), run)
+    return opd.update_settings(config, run)
 
 
 def command(world, out, **changes):
@@ -612,6 +614,47 @@ def test_the_topk_loss_weighs_by_probabilities_however_small_their_sum():
 def test_an_unknown_support_is_refused():
     with pytest.raises(ValueError, match="'both'"):
         opd.reverse_kl_topk(logits(1), logits(1), 2, "both")
+
+
+TAIL_SUPPORTS = ["student", "teacher", "intersection", "union"]
+
+
+@pytest.mark.parametrize("support", TAIL_SUPPORTS)
+def test_reverse_kl_tail_is_the_kl_of_the_support_and_one_class_for_all_else(support):
+    z, t = logits(2, 3, seed=1), logits(2, 3, seed=2)
+    value = opd.reverse_kl_tail(z, t, 4, support)
+    for place in itertools.product(range(2), range(3)):
+        student, teacher = (set(x[place].topk(4).indices.tolist()) for x in (z, t))
+        inside = {"student": student, "teacher": teacher, "intersection": student & teacher}
+        inside = sorted(inside.get(support, student | teacher))
+        laws = []
+        for probabilities in (z[place].softmax(-1), t[place].softmax(-1)):
+            kept = probabilities[inside]
+            laws.append(Categorical(torch.cat([kept, 1 - kept.sum(-1, keepdim=True)])))
+        close(value[place], kl_divergence(*laws), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("support", TAIL_SUPPORTS)
+def test_reverse_kl_tail_is_never_above_reverse_kl_and_the_same_where_the_support_is_all(support):
+    z, t = logits(50, seed=1).double(), logits(50, seed=2).double()
+    full = opd.reverse_kl(z, t)
+    assert (opd.reverse_kl_tail(z, t, 4, support) < full).all()
+    close(opd.reverse_kl_tail(z, t, V, support), full)
+
+
+def test_reverse_kl_tail_passes_gradcheck_and_pulls_nowhere_at_the_teacher():
+    z, t = logits(2, seed=1).double().requires_grad_(), logits(2, seed=2).double()
+    assert torch.autograd.gradcheck(lambda z: opd.reverse_kl_tail(z, t, 4, "union"), (z,))
+    close(gradient(lambda z: opd.reverse_kl_tail(z, t, 4), t), torch.zeros(2, V).double())
+
+
+def test_reverse_kl_tail_moves_mass_between_the_support_and_the_rest():
+    """On its top 2 the student agrees with the teacher, which gives all else far more."""
+    z, t = torch.zeros(V), torch.zeros(V)
+    z[:2] = 6.0
+    t[:2] = 1.0
+    pull = gradient(lambda z: opd.reverse_kl_tail(z, t, 2), z)
+    assert (pull[:2] > 0).all() and (pull[2:] < 0).all()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1050,6 +1093,144 @@ def test_only_so_many_columns_are_scored_at_once():
     stop()
     assert len(shapes) == 2 and all(rows * columns <= 2**15 for rows, columns in shapes)
     assert [len(row) for row in log_probs] == [40] * 900
+
+
+# Several stop tokens, one class
+
+STOPS = {3, 7, 9}
+KEPT = [index for index in range(V) if index not in STOPS - {7}]  # the classes, 7 stands for all
+
+
+def by_hand(z):
+    """The log-probs of the classes: the probabilities of all stop tokens are added up."""
+    p = z.softmax(-1)
+    stop = p[..., sorted(STOPS)].sum(-1, keepdim=True)
+    return torch.cat([p[..., :7], stop, p[..., 8:]], dim=-1)[..., KEPT].log()
+
+
+def test_merged_stops_have_the_probability_of_all_of_them_and_no_other_token_changes():
+    z = logits(2, 3)
+    p, merged = z.softmax(-1), opd.merge_stops(z, STOPS, 7).softmax(-1)
+    close(merged[..., 7], p[..., 3] + p[..., 7] + p[..., 9])
+    assert not merged[..., [3, 9]].any()
+    others = [index for index in KEPT if index != 7]
+    close(merged[..., others], p[..., others])
+
+
+def test_one_stop_token_alone_is_what_it_was_bit_for_bit():
+    z = logits(2, 3)
+    merged = opd.merge_stops(z, {7}, 7)
+    assert torch.equal(merged, z) and merged.data_ptr() != z.data_ptr()
+
+
+MERGED_LOSSES = {
+    **LOSSES,
+    "forward_kl": lambda p, q, ids: opd.forward_kl(p, q),
+    "jsd": lambda p, q, ids: opd.jsd(p, q, 0.3),
+    "tail": lambda p, q, ids: opd.reverse_kl_tail(p, q, 4),
+}
+
+
+@pytest.mark.parametrize("loss", MERGED_LOSSES)
+def test_a_loss_of_merged_stops_is_that_of_classes_added_by_hand_and_so_is_its_gradient(loss):
+    z, t = logits(2, 5, seed=1).double(), logits(2, 5, seed=2).double()
+    y = torch.tensor([[0, 1, 7, 2, 7], [7, 4, 5, 6, 23]])
+    places = torch.tensor([[KEPT.index(int(index)) for index in row] for row in y])
+
+    def merged(z):
+        p, q = opd.merge_stops(z, STOPS, 7), opd.merge_stops(t, STOPS, 7)
+        return MERGED_LOSSES[loss](p, q, y)
+
+    def classes(z):
+        return MERGED_LOSSES[loss](by_hand(z), by_hand(t), places)
+
+    close(merged(z), classes(z))
+    close(gradient(merged, z), gradient(classes, z))
+
+
+def test_the_overlap_and_the_alignment_of_merged_stops_are_those_of_classes_added_by_hand():
+    z, t = logits(3, 9, seed=1), logits(3, 9, seed=2)
+    p, q = opd.merge_stops(z, STOPS, 7), opd.merge_stops(t, STOPS, 7)
+    close(opd.topk_overlap(p, q, 4), opd.topk_overlap(by_hand(z), by_hand(t), 4))
+    mask = torch.ones(3, 9)
+    close(opd.alignment(p, q, mask, 4), opd.alignment(by_hand(z), by_hand(t), mask, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", MERGED_LOSSES)
+def test_no_stop_token_that_nobody_can_say_makes_a_loss_or_a_gradient_nan(loss, dtype):
+    z, t = logits(1, 3, seed=1).to(dtype), logits(1, 3, seed=2).to(dtype)
+    z[0, 0, sorted(STOPS)] = -torch.inf
+    t[0, :2, sorted(STOPS)] = -torch.inf
+    y = torch.tensor([[1, 7, 7]])
+    t = opd.merge_stops(t, STOPS, 7)
+
+    def merged(z):
+        return MERGED_LOSSES[loss](opd.merge_stops(z, STOPS, 7), t, y)
+
+    assert not merged(z).isnan().any() and gradient(merged, z).isfinite().all()
+
+
+def test_merged_stops_pass_gradcheck_in_float64():
+    z = logits(2, seed=1).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: opd.merge_stops(z, STOPS, 7).softmax(-1), (z,))
+
+
+def test_averaged_over_what_is_sampled_k1_of_merged_stops_pulls_as_reverse_kl_does():
+    z, t = logits(1, 1, seed=1), opd.merge_stops(logits(1, 1, seed=2), STOPS, 7)
+
+    def expected_k1(z):
+        z = opd.merge_stops(z, STOPS, 7).expand(V, 1, V)
+        k1 = opd.reverse_kl_sampled(z, t.expand(V, 1, V), torch.arange(V)[:, None])
+        return z[0, 0].softmax(-1).detach() * k1[:, 0]
+
+    def kl(z):
+        return opd.reverse_kl(opd.merge_stops(z, STOPS, 7), t)
+
+    close(gradient(expected_k1, z), gradient(kl, z), atol=1e-6, rtol=1e-4)
+
+
+def test_apart_a_teacher_that_ends_with_another_token_unteaches_the_end_and_merged_it_does_not():
+    """Both end here with probability .5, the student with token 3 and the teacher with 7."""
+    z, t = torch.zeros(V), torch.zeros(V)
+    z[3] = t[7] = math.log(V - 1)
+
+    def stop_probability(z):
+        return z.softmax(-1)[[3, 7, 9]].sum()
+
+    merged_t = opd.merge_stops(t, STOPS, 7)
+    apart = gradient(lambda z: opd.reverse_kl(z, t), z)
+    merged = gradient(lambda z: opd.reverse_kl(opd.merge_stops(z, STOPS, 7), merged_t), z)
+    assert stop_probability(z - 0.1 * apart) < stop_probability(z) - 0.01
+    close(stop_probability(z - 0.1 * merged), stop_probability(z), atol=1e-3, rtol=0)
+
+
+def test_with_one_stop_id_generate_draws_its_class_and_records_the_merged_law():
+    """Of all first tokens that are drawn, stops have their joint share, and one name."""
+    ids, mask = prompts(4)
+    settings = {**SAMPLING, "eos_ids": STOPS, "stop_id": 7, "temperature": 2.0}
+    ids, mask = ids.expand(4000, -1), mask.expand(4000, -1)
+    new, topk, log_probs = opd.generate(
+        STUDENT, ids, mask, max_new_tokens=1, record_k=4, **settings
+    )
+    law = opd.merge_stops(STUDENT(ids[:1]).logits[0, -1] / 2, STOPS, 7).log_softmax(-1)
+    counts = torch.bincount(new[:, 0], minlength=V) / 4000
+    close(counts, law.exp(), atol=0.03, rtol=0)
+    close(log_probs, law[new[:, 0]])
+    assert topk[0, 0].tolist() == law.topk(4).indices.tolist()
+
+
+def test_in_a_rollout_of_merged_stops_all_rows_end_with_the_one_id_and_overlap_is_of_classes():
+    told = {"eos_ids": STOPS, "stop_id": 7, "temperature": 1.5, "max_length": 24}
+    out = roll(STUDENT, TEACHER, lengths=LENGTHS * 4, **told)
+    ends = out["response_ids"][
+        out["response_mask"] & torch.isin(out["response_ids"], torch.tensor([3, 7, 9]))
+    ]
+    assert len(ends) == out["ended"].sum() > 4 and (ends == 7).all()
+    for row, (ids, prompt) in enumerate(rows_of(out)):
+        p, q = (opd.merge_stops(m(ids).logits / 1.5, STOPS, 7) for m in (STUDENT, TEACHER))
+        expected = opd.topk_overlap(p, q, 4)[0, prompt - 1 : -1]
+        close(out["overlap"][row][out["response_mask"][row]], expected)
 
 
 # --------------------------------------------------------------------------------------------------

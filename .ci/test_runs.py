@@ -2003,6 +2003,11 @@ LOSS_FLAGS = [
     ({"loss": "forward_kl"}, lambda p, q, ids: opd.forward_kl(p, q)),
     ({"loss": "jsd"}, lambda p, q, ids: opd.jsd(p, q, 0.5)),
     ({"loss": "jsd", "beta": 0.2}, lambda p, q, ids: opd.jsd(p, q, 0.2)),
+    ({"loss": "topk", "tail": True}, lambda p, q, ids: opd.reverse_kl_tail(p, q, 16)),
+    (
+        {"loss": "topk", "tail": True, "support": "union", "overlap_k": 3},
+        lambda p, q, ids: opd.reverse_kl_tail(p, q, 3, "union"),
+    ),
     ({"loss": "reverse_kl"}, lambda p, q, ids: opd.reverse_kl(p, q)),
     ({"loss": "topk", "overlap_k": 3}, lambda p, q, ids: opd.reverse_kl_topk(p, q, 3)),
     ({"loss": "topk", "overlap_k": 5}, lambda p, q, ids: opd.reverse_kl_topk(p, q, 5)),
@@ -2024,7 +2029,7 @@ for support in ("teacher", "intersection", "union"):
 @pytest.mark.parametrize("flags, expected", LOSS_FLAGS, ids=[str(case[0]) for case in LOSS_FLAGS])
 def test_the_flags_of_the_loss_choose_it(flags, expected):
     run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
-    run.rows_at_once = {"micro_batch_size": 4}
+    run.rows_at_once, run.sampling = {"micro_batch_size": 4}, {"vocab_size": V}
     loss = opd.update_settings(opd.Config(**flags), run)["token_loss"]
     p, q = test_opd.logits(5, seed=1), test_opd.logits(5, seed=2)
     close(loss(p, q, torch.arange(5)), expected(p, q, torch.arange(5)), rtol=0, atol=0)
@@ -2032,7 +2037,7 @@ def test_the_flags_of_the_loss_choose_it(flags, expected):
 
 def test_overlap_k_is_that_of_the_logged_overlap():
     run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
-    run.rows_at_once = {"micro_batch_size": 4}
+    run.rows_at_once, run.sampling = {"micro_batch_size": 4}, {"vocab_size": V}
     p, q = test_opd.logits(5, seed=1), test_opd.logits(5, seed=2)
     for k in (3, 7):
         measure = opd.update_settings(opd.Config(overlap_k=k), run)["measure"]
@@ -2622,7 +2627,7 @@ def test_all_ranks_sample_as_many_rows_at_once_as_the_smallest_can(world, tmp_pa
 def warnings_of(world, folder, change=None):
     """What the preflight warns of where the teacher is the student with a change."""
     teacher = changed_copy(world, "student", folder, change or (lambda *_: None))
-    config, run = opened(world, folder / "out", teacher=teacher)
+    config, run = opened(world, folder / "out", teacher=teacher, no_merge_stops=True)
     return [line for line in opd.preflight(config, run) if line.startswith("warning: ")]
 
 
@@ -3760,6 +3765,7 @@ def test_the_facts_of_each_row_by_hand():
         "trained_length": [4, 0],
         "reliable_length": [2, 1],
         "agreed_tokens": [2.5, 0],
+        "stopped_fraction": [0, 1],
         "truncated_fraction": [1, 0],
         "kept_fraction": [1, 0],
         "repetition": [0, 0],
@@ -3907,7 +3913,7 @@ def test_the_stop_ids_of_the_graded_model_end_its_answers(world, tmp_path, monke
 
     teacher = changed_copy(world, "teacher", tmp_path / "teacher", stops)
     calls = watch(monkeypatch, "evaluate")["evaluate"]
-    train(world, tmp_path / "out", teacher=teacher, max_steps=1)
+    train(world, tmp_path / "out", teacher=teacher, max_steps=1, no_merge_stops=True)
     assert [sorted(call["eos_ids"]) for call in calls] == [[1, 20, 21], [1], [1]]
 
 
@@ -4226,7 +4232,8 @@ def test_without_a_cold_start_the_teachers_stop_ids_end_nothing_of_the_students(
         model.generation_config.eos_token_id = [END, *range(6, 16)]
 
     teacher = changed_copy(world, "teacher", tmp_path / "teacher", stops)
-    assert opened(world, tmp_path / "out", teacher=teacher)[1].sampling["eos_ids"] == {END}
+    _, run = opened(world, tmp_path / "out", teacher=teacher, no_merge_stops=True)
+    assert run.sampling["eos_ids"] == {END}
 
 
 def test_the_anchor_of_an_extrapolation_is_the_student_after_its_cold_start(
@@ -4779,7 +4786,7 @@ CASES = {
     "dtype": test_in_bfloat16_both_models_sample_and_judge_in_it_and_float32_weights_learn,
     "device": test_the_device_is_where_the_models_go,
     "method": test_prefix_length_is_where_the_prefix_ends,
-    "loss support baseline beta": test_the_flags_of_the_loss_choose_it,
+    "loss support tail baseline beta": test_the_flags_of_the_loss_choose_it,
     "cold_start_steps": test_every_method_has_its_cold_start_once_with_an_evaluation_after_it,
     "cold_start_learning_rate": (
         test_a_cold_start_has_a_learning_rate_of_its_own_and_the_clipping_of_the_run
@@ -4800,6 +4807,7 @@ CASES = {
     "cap_min cap_max cap_step cap_margin cap_hit_ratio cap_patience": (
         test_each_flag_of_the_cap_does_what_it_says
     ),
+    "no_merge_stops": (test_without_a_cold_start_the_teachers_stop_ids_end_nothing_of_the_students),
     "no_prune_in_flight": test_no_prune_in_flight_stops_no_row,
     "no_gradient_checkpointing": test_what_cannot_fit_is_refused_with_the_flag_to_change,
     "eval_first": test_before_the_first_step_those_are_evaluated_who_cost_little,
