@@ -37,6 +37,8 @@ import tokenizers
 import transformers
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import plans
+
 import opd
 import test_opd
 from test_opd import (
@@ -302,7 +304,7 @@ def of_a_folder(path, *_, **__):
     return os.path.isdir(path)
 
 
-def of_samples(path, record):
+def of_samples(path, *records):
     return str(path).endswith("samples.jsonl")
 
 
@@ -322,8 +324,8 @@ MOMENTS = {
     "an update": (opd, "optimizer_step", 4, any_call, "after"),
     "an extrapolation": (opd, "extrapolate", 3, any_call, "before"),  # of step 4
     "an evaluation": (opd, "evaluate", 3, of_two_problems, "before"),
-    # The third of five answers, graded after step 4: ten were before the first step
-    "the writing of answers": (opd, "append_json", 13, of_samples, "after"),
+    # Those graded after step 4, and not yet their means: two evaluations were before the first step
+    "the writing of answers": (opd, "append_json", 3, of_samples, "after"),
     "the writing of a model": (
         transformers.PreTrainedModel,
         "save_pretrained",
@@ -2536,7 +2538,16 @@ def test_on_a_gpu_rows_fill_four_fifths_of_what_adam_leaves(gigabytes, rows, mon
 def test_a_resumed_run_has_its_rows_again_unless_the_gpu_is_smaller(monkeypatch):
     assert fitting(monkeypatch, 100, before=3) == 3
     assert fitting(monkeypatch, 28, before=20) == 20  # what is spared is there
-    assert fitting(monkeypatch, 26, before=20) == 14
+    with pytest.warns(UserWarning, match="--rollout_batch_size was 20 and is 14$"):
+        assert fitting(monkeypatch, 26, before=20) == 14
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "gigabytes, before, asked", [(26, 0, 0), (100, 3, 0), (100, 20, 0), (26, 20, 7)]
+)
+def test_rows_are_told_of_only_where_fewer_fit_than_before(gigabytes, before, asked, monkeypatch):
+    assert fitting(monkeypatch, gigabytes, before=before, rollout_batch_size=asked)
 
 
 @pytest.mark.parametrize(
@@ -2555,6 +2566,17 @@ def test_what_cannot_fit_is_refused_with_the_flag_to_change(flags, instead, monk
     gigabytes = 11 if flags.get("phase") else 28
     with pytest.raises(ValueError, match=f"do not fit: .* lacks .*B of GPU memory; {instead}, or"):
         fitting(monkeypatch, gigabytes, **flags)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_the_table_of_plans_has_a_row_for_a_pair_of_models_and_a_gpu(family, monkeypatch):
+    """assets/plans.txt has such rows: both, GB, seven sizes in GB, four numbers of rows at once."""
+    monkeypatch.setitem(plans.SHAPES, "small", (64, 128, 2, 4, 2, 16, True, family))
+    row = plans.plan("small", "small", 24)
+    assert row[:3] == ["small", "small", 24]
+    sizes, rows = [float(cell) for cell in row[3:10]], row[10:]
+    assert 0 < min(sizes) and max(sizes) < 24 and len(rows) == 4 and min(rows) >= 1
+    assert "does not fit" in plans.plan("small", "small", 1)[3]
 
 
 def test_what_a_forward_keeps_for_backward_is_counted_by_token_and_by_layer():
@@ -2890,6 +2912,44 @@ def test_metrics_are_json_even_where_a_mean_is_undefined(world, tmp_path):
     train(world, tmp_path, eval_file=tmp_path / "one.jsonl", max_steps=1)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert '"se": null' in text and "NaN" not in text
+
+
+class Watched(io.FileIO):
+    """A file that notes the end of every write: what is there if the process is killed then."""
+
+    ends = []
+
+    def write(self, data):
+        self.ends.append(bytes(data[-1:]))
+        return super().write(data)
+
+
+def test_a_kill_while_answers_are_written_leaves_no_half_line(tmp_path, monkeypatch):
+    """Python's buffers are of 8 KB, and an answer may be longer."""
+
+    def watched(path, mode, buffering=-1, **how):
+        size = io.DEFAULT_BUFFER_SIZE if buffering < 0 else buffering
+        return io.TextIOWrapper(io.BufferedWriter(Watched(path, mode), size), **how)
+
+    monkeypatch.setattr(opd, "open", watched, raising=False)
+    answers = [{"response": "7 " * size} for size in (9000, 2, 9000)]
+    opd.append_json(tmp_path / "samples.jsonl", *answers)
+    assert test_opd.read(tmp_path / "samples.jsonl") == answers
+    assert Watched.ends == [b"\n"]
+
+
+@pytest.mark.parametrize(
+    "path, step",
+    [
+        ("out/checkpoint-12", 12),
+        ("checkpoint-0/", 0),
+        ("checkpoint-12.old", None),
+        ("checkpoint.partial", None),
+        ("checkpoint-1/model", None),
+    ],
+)
+def test_the_step_of_a_checkpoint_is_read_from_its_name(path, step):
+    assert opd.step_of(path) == step
 
 
 def test_checkpoints_9_10_and_100_are_in_the_order_of_their_steps(tmp_path):
@@ -3270,6 +3330,9 @@ MAY_CHANGE = {
     "report_to": "wandb",
     "eval_batch_size": 7,
     "rollout_batch_size": 7,
+    "gradient_checkpointing": True,
+    "no_gradient_checkpointing": True,  # which the memory plan may advise to leave out
+    "eval_first": "none",
 }
 
 
@@ -3574,9 +3637,10 @@ def test_a_full_disk_ends_a_run_in_one_line_with_the_last_checkpoint_whole(
     assert outcome(tmp_path) == outcome(whole)
 
 
-def tear_a_line(path, record):
+def tear_a_line(path, *records):
+    text = "".join(json.dumps(record) + "\n" for record in records)
     with open(path, "a") as file:
-        file.write(json.dumps(record)[:30])
+        file.write(text[:-30])
     raise OSError(28, "No space left on device")
 
 
@@ -3602,7 +3666,7 @@ def test_a_disk_full_while_grading_leaves_the_files_as_they_were(
     out = tmp_path / "out"
     shutil.copytree(first_run[0], out)
     before = contents(out)
-    moment = (opd, "append_json", 1, lambda path, _: path.endswith(name), "before")
+    moment = (opd, "append_json", 1, lambda path, *_: path.endswith(name), "before")
     monkeypatch.setitem(MOMENTS, "a full disk", moment)
     at("a full disk", tear_a_line, monkeypatch.setattr)
     grading = command(world, out, eval_only=True, teacher=None, train_file=None)
