@@ -2254,7 +2254,7 @@ def rows_that_fit(config, run):
     free = math.inf
     if run.device.type == "cuda":
         free = torch.cuda.mem_get_info(run.device)[0]
-    rows = {}
+    rows, less = {}, []
     for flag, (phase, fits, sizes) in plan_phases(config, run).items():
 
         def left(count, phase=phase, sizes=sizes):
@@ -2266,11 +2266,11 @@ def rows_that_fit(config, run):
         while fits > 1 and left(fits) < 0.2 * left(0):
             fits -= 1
         before = run.rows_at_once.get(flag, 0)
-        if left(before) < 0:  # another GPU
-            before = 0
+        if left(before) >= 0:  # else this is another GPU
+            fits = before or fits
         asked = getattr(config, flag.removeprefix("teacher_"))
         least = config.num_generations if flag == "rollout_batch_size" else 1
-        count = max(asked or before or fits, least)
+        count = max(asked or fits, least)
         if left(count) < 0:
             instead = f"lower --{'eval_' if 'eval' in flag else ''}max_new_tokens"
             if asked > least:
@@ -2283,6 +2283,10 @@ def rows_that_fit(config, run):
                 f"{lacks}; {instead}, or use smaller models"
             )
         rows[flag] = min(gather([count]))
+        if rows[flag] < before and not asked:
+            less.append(f"--{flag.removeprefix('teacher_')} was {before} and is {rows[flag]}")
+    if less:
+        warnings.warn(f"this GPU holds less: {'; '.join(less)}", stacklevel=2)
     return rows
 
 
@@ -2470,11 +2474,15 @@ def own_folder(config):
             os.rmdir(config.output_dir)
 
 
-def append_json(path, record):
-    """One more line of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
-    record = json.loads(json.dumps(record), parse_constant=lambda _: None)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def append_json(path, *records):
+    """More lines of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
+    text = ""
+    for record in records:
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        text += json.dumps(record) + "\n"
+    # With a buffer for all, it is one write: a kill must not leave half a line
+    with open(path, "a", buffering=len(text) + 1, encoding="utf-8") as file:
+        file.write(text)
 
 
 def open_tracker(kind, folder, flags, step):
@@ -2497,11 +2505,16 @@ def open_tracker(kind, folder, flags, step):
     return None
 
 
+def step_of(path):
+    """The step that a checkpoint's name tells, None for a folder of another name"""
+    name = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.normpath(path)))
+    return int(name[1]) if name else None
+
+
 def list_checkpoints(folder):
     """The paths of the checkpoints in a folder, which need not exist, in the order of steps"""
     paths = glob.glob(f"{glob.escape(folder)}/checkpoint-*")
-    paths = [path for path in paths if re.fullmatch(r"checkpoint-\d+", os.path.basename(path))]
-    return sorted(paths, key=lambda path: int(path.rsplit("-", 1)[1]))
+    return sorted([path for path in paths if step_of(path) is not None], key=step_of)
 
 
 def digest(path):
@@ -2558,7 +2571,8 @@ def read_checkpoint(folder, flags):
     # rollout_batch_size changes what is drawn, and selects within other groups: the user's choice
     may_change = (
         "resume output_dir max_steps save_every keep_checkpoints device micro_batch_size report_to "
-        "eval_batch_size rollout_batch_size"
+        "eval_batch_size rollout_batch_size gradient_checkpointing no_gradient_checkpointing "
+        "eval_first"
     ).split()
     try:
         digests = read_records(f"{folder}/digests.json")[0]
@@ -2566,8 +2580,7 @@ def read_checkpoint(folder, flags):
             if digest(f"{folder}/{name}") != saved:
                 raise ValueError(f"{name} is not as it was saved; resume from another")
         state = torch.load(f"{folder}/trainer_state.pt", map_location="cpu", weights_only=True)
-        number = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.normpath(folder)))
-        if number and int(number[1]) != state["step"]:
+        if step_of(folder) not in (None, state["step"]):
             raise ValueError(f"it is of step {state['step']}; name it so")
     except Exception as error:  # a torn list of digests has errors of its own
         raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
@@ -2598,7 +2611,7 @@ def prepare_files(config, run, checkpoint):
     # What goes aside
     aside = [path for path in run.files if os.path.exists(path)]
     for path in list_checkpoints(config.output_dir):
-        if not own or int(path.rsplit("-", 1)[1]) > run.step:
+        if not own or step_of(path) > run.step:
             aside.append(path)
     for path in aside:
         shutil.rmtree(f"{path}.old", ignore_errors=True)
@@ -2932,8 +2945,7 @@ def evaluate_files(config, run, who):
     # All lines or none, at the end: what is broken off is done again on resume
     with whole_step(run):
         if is_main():
-            for line in lines:
-                append_json(run.files[1], line)
+            append_json(run.files[1], *lines)
         run.record({"model": who, "eval": results, **told})
         run.graded = run.step
     return results

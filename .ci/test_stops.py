@@ -7,12 +7,14 @@ import torch
 
 torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
 
+import dataclasses
 import os
 import sys
 
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import stops
 import test_runs
 from test_runs import changed_copy, opened, stopped, watch
 
@@ -195,3 +197,25 @@ def test_the_law_that_is_merged_is_that_of_the_temperature(world, pair, tmp_path
         opd.head_logits(run.student, hidden, **run.sampling).detach(),
         opd.merge_stops(z / 2, {END, SECOND}, SECOND),
     )
+
+
+def test_the_miniature_of_two_stop_tokens_shows_both_runs(world, tmp_path, monkeypatch, capsys):
+    """Its student ends as before, but with <pad>."""
+    folder = tmp_path / "tiny"
+    monkeypatch.setattr(opd, "imitate", lambda *_: None)
+    opd.make_world(str(folder), 3)
+    sizes = "--max_steps 1 --batch_size 2 --max_new_tokens 8 --eval_max_new_tokens 4"
+    monkeypatch.setattr(opd, "TINY", dataclasses.replace(opd.TINY, eval_samples=1))
+    stops.main(str(tmp_path / "out"), str(folder), *sizes.split())
+    table = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split()[:2] for line in table[1:]] == [
+        ["merged", "0"],
+        ["merged", "1"],
+        ["apart", "0"],
+        ["apart", "1"],
+    ]
+    own = test_runs.load_student(tmp_path / "out" / "apart" / "world" / "student")
+    ids = torch.tensor([[2, 20, 30]])
+    before = test_runs.load_student(folder / "student")(ids).logits
+    close(own(ids).logits[..., [0, 1]], before[..., [1, 0]])
+    assert own.generation_config.eos_token_id == 0
