@@ -2356,6 +2356,7 @@ def plan_lines(config, run, out):
         plans[flag] = {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
     told = {
         **run.most,
+        "prompt": max(run.most["prompt"], run.most["teacher_prompt"]),
         **run.rows_at_once,
         **plans["rollout_batch_size"],
         "learned": plans["micro_batch_size"],
