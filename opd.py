@@ -29,6 +29,7 @@ Papers, by the tags used below
     [EffOPD]          2605.11739   extrapolate the update, judged on a small validation set
     [vOPD]            2605.07865   a closed-form baseline for the sampled-token loss
     [EOS]             2609.20511   all tokens that end a response count as one
+    [OPSD]            2601.18734   a teacher that reads the solution: the student itself
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row
 p * G + g), S prompt length, T response length, V vocabulary, K the top k, H hidden size, N response
@@ -611,23 +612,24 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
 
 
 @torch.no_grad()
-def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, **sampling):
+def rollout(
+    student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=0, **sampling
+):
     """Sample responses to B prompts, lists of ids; no column passes through either model twice.
 
-    teacher: None in evaluation; with one, overlap_k must be 1 or more. sampling: vocab_size,
-    stop_id, temperature and top_p, for generate. Both models must be in eval mode.
-    -> dict, T the longest response: prompt_ids, prompt_mask (B, S); response_ids, response_mask,
-       overlap (B, T), 0 off the mask; log_probs (B, T), as sampled, of each segment's last token,
-       else NaN; ended (has an EOS), kept (was not stopped by the plan) (B,); teacher_hidden: B of
-       (length, H), or of None; teacher_seconds
+    teacher: None in evaluation, else overlap_k >= 1. for_teacher: what it reads instead      [OPSD]
+    sampling: vocab_size, stop_id, temperature and top_p, for generate. Both models in eval mode.
+    -> dict, T the longest response: prompt_ids, prompt_mask (B, S), teacher_prompt_ids and _mask;
+       response_ids, response_mask, overlap (B, T), 0 off the mask; log_probs (B, T), as sampled, of
+       each segment's last token, else NaN; ended (has an EOS), kept (was not stopped by the plan)
+       (B,); teacher_hidden: B of (length, H), or of None; teacher_seconds
     """
     device = student.device
-    ids, mask = (part.to(device) for part in pad_left(prompts, pad_id))  # of the rows that run
-    out = make_room(ids, mask, plan.max_length, pad_id)
+    out = make_room(prompts, for_teacher or prompts, plan.max_length, pad_id, device)
     student_cache = read_prompts(student, prompts, pad_id)
     if teacher:
         began = clock(device)
-        teacher_cache = read_prompts(teacher, prompts, pad_id)
+        teacher_cache = read_prompts(teacher, for_teacher or prompts, pad_id)
         out["teacher_seconds"] += clock(device) - began
     running = torch.arange(len(prompts), device=device)  # the rows in the caches, in their order
     settings = {"eos_ids": eos_ids, "pad_id": pad_id, "record_k": overlap_k, **sampling}
@@ -638,17 +640,15 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
     length = 0  # of the responses so far
     for border in plan.borders():
         # Write: the student samples up to the border
-        new_ids, student_topk, log_probs = generate(
+        ids, mask = read_so_far(out, "prompt", running, length)
+        new_ids, new_topk, log_probs = generate(
             student, ids, mask, student_cache, max_new_tokens=border - length, **settings
         )
         new_mask = mask_through_eos(new_ids, eos_ids)
         is_eos = torch.isin(new_ids, torch.tensor(sorted(eos_ids), device=device))
-        new_ids = new_ids.where(new_mask, pad_id)
-        ids = torch.cat([ids, new_ids], dim=1)
-        mask = torch.cat([mask, new_mask], dim=1)
         new = slice(length, length + new_ids.shape[1])
         length = new.stop
-        out["response_ids"][running, new] = new_ids
+        out["response_ids"][running, new] = new_ids.where(new_mask, pad_id)
         out["response_mask"][running, new] = new_mask
         out["log_probs"][running, length - 1] = log_probs.where(new_mask[:, -1], torch.nan)
         out["ended"][running] = is_eos.any(-1)
@@ -657,7 +657,8 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
         # logits, which are V / H times as large
         if teacher:
             began = clock(device)
-            hidden, overlap = judge(teacher, teacher_cache, ids, mask, student_topk, **head)
+            read = read_so_far(out, "teacher_prompt", running, length)
+            hidden, overlap = judge(teacher, teacher_cache, *read, new_topk, **head)
             out["overlap"][running, new] = overlap * new_mask
             for row, states, valid in zip(running.tolist(), hidden, new_mask):
                 out["teacher_hidden"][row].append(states[valid])  # a copy: a view keeps all of them
@@ -675,7 +676,6 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
             break
         if len(stays) < len(running):
             running = running[stays]
-            ids, mask = ids[stays], mask[stays]
             student_cache.batch_select_indices(stays)
             if teacher:
                 teacher_cache.batch_select_indices(stays)
@@ -923,6 +923,7 @@ def train(config, run):
         prompts = [problem["prompt_ids"] for problem in problems]
         plan = plan_rollout(config, step, run.cap)
         candidates = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
+        candidates["for_teacher"] = [teacher_prompt(problem) for problem in problems]
         rows = run.rows_at_once["rollout_batch_size"]
         out = rollout_in_groups(
             run.sampler, run.teacher, prompts, plan, rows, **candidates, **run.sampling
@@ -1057,7 +1058,7 @@ def evaluate(
 ):
     """Sample and grade num_samples answers to every problem, after seeding torch's global stream.
 
-    problems: dicts with prompt_ids and answer, perhaps with begun, ids that answers begin with.
+    problems: dicts with prompt_ids, answer, perhaps teacher_prompt_ids and begun, its first ids.
     sampling: vocab_size, eos_ids, stop_id, temperature and top_p, for rollout. With a
     teacher an answer has a reward, the mean of log q - log p over what was sampled, else NaN.
     -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]
@@ -1079,7 +1080,8 @@ def evaluate(
         out = rollout(model, None, prompts, Plan(max_length, segment_length), **sampling)
         rewards = [math.nan] * len(batch)
         if teacher:
-            log_q = response_log_probs(teacher, out, **head)
+            asked = [teacher_prompt(answer) + answer.get("begun", []) for answer in batch]
+            log_q = response_log_probs(teacher, behind(out, asked), **head)
             log_p = response_log_probs(model, out, **head)
             rewards = [(q - p).mean().item() for q, p in zip(log_q, log_p)]
 
@@ -1209,6 +1211,7 @@ def read_records(path):
 ANSWERS = ("answer", "final_answer", "ground_truth", "expected_answer")
 LABELS = ("label", "target", "gold")
 WORKED = ("solution", "assistant:")
+REASONED = ("rationale", "reasoning")  # steps alone, without an answer to be graded by
 # What data sets write where there is no answer
 NO_ANSWER = (
     r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/a|n\.a\.|none|null|nan|-?inf|unknown|not ?found"
@@ -1226,8 +1229,8 @@ def read_gold(value):
 
 
 def read_fields(record):
-    """A record of any kind of file -> its problem; its answer, "" where there is none; the turns of
-    a chat that are left out
+    """A record of any kind of file -> its problem; its answer and its worked solution, "" where
+    there is none; the turns of a chat that are left out
     """
     fields, left_out = dict(record), []
     if isinstance(record.get("reward_model"), dict):
@@ -1248,7 +1251,19 @@ def read_fields(record):
     boxed = [text for text in worked if re.search(r"\\boxed|####", str(text))]
     golds = [*given, *boxed, *labels] or worked
     problem = next(filter(None, values("problem", "question", "user:", "prompt")), "")
-    return problem, next(filter(None, map(read_gold, golds)), ""), left_out
+    answer = next(filter(None, map(read_gold, golds)), "")
+    # GSM8K's solutions are in its answers, before "####"
+    before = [text for text in given if "####" in str(text)]
+    solutions = [*values(*WORKED, *REASONED), *before]
+    return problem, answer, next(filter(None, map(read_solution, solutions)), ""), left_out
+
+
+def read_solution(value):
+    """A field -> the text of a worked solution, "" where it holds none: without GSM8K's <<1+1=2>>
+    and its line of the answer, and with a mark for halves of characters
+    """
+    text = value.strip() if isinstance(value, str) else ""
+    return re.sub(HALF, "\ufffd", re.sub(r"<<[^<>\n]*>>|####.*\Z", "", text)).strip()
 
 
 # What data sets add to a problem fights the template, and a grader of boxes. No .* is in here:
@@ -1267,7 +1282,8 @@ SHORT.maxdict = 99
 
 
 def load_problems(path, needs_answers=False):
-    """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, each once.
+    """A jsonl, json or parquet file -> list of {"problem": str, "answer" and "solution": str or
+    None}, each once.
     Knows the usual field names, chats, and golds in a box, in dollars or behind "####".
     OSError, ValueError or ImportError, with a line for the user.
     """
@@ -1275,7 +1291,7 @@ def load_problems(path, needs_answers=False):
     notes = collections.defaultdict(list)
     for number, record in enumerate(read_records(path), start=1):
         record = record if isinstance(record, dict) else {}
-        problem, answer, left_out = read_fields(record)
+        problem, answer, solution, left_out = read_fields(record)
         listed = SHORT.repr(record)
 
         # What cannot be used
@@ -1301,12 +1317,26 @@ def load_problems(path, needs_answers=False):
             notes["records have no answer"].append(listed)
         if problem in problems:
             notes["duplicates are left out"].append(problem)
-        problems[problem] = problems.get(problem) or answer or None
+        kept = problems.setdefault(problem, {"problem": problem, "answer": None, "solution": None})
+        kept["answer"] = kept["answer"] or answer or None
+        kept["solution"] = kept["solution"] or solution or None
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
     for what, examples in notes.items():
         warnings.warn(f"{path}: {len(examples)} {what}, such as {examples[0]!r:.120}", stacklevel=2)
-    return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
+    return list(problems.values())
+
+
+def fill_template(template, problem):
+    """{problem}, {answer} and {solution} in a template become those of a problem, a dict -> text,
+    or None where it lacks one. What looks like a name inside these is text.
+    """
+    parts = re.split(r"\{(problem|answer|solution)\}", template)  # every second one is a name
+    told = [problem[name] for name in parts[1::2]]
+    if None in told:
+        return None
+    parts[1::2] = told
+    return "".join(parts)
 
 
 def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):
@@ -1328,6 +1358,11 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
 
 def prompt_length(problem):
     return len(problem["prompt_ids"])
+
+
+def teacher_prompt(problem):
+    """The ids that the teacher reads: its own prompt, else what the student reads"""
+    return problem.get("teacher_prompt_ids", problem["prompt_ids"])
 
 
 def prompt_end(tokenizer, problem):
@@ -1622,12 +1657,13 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(f"{partial}/{name}")
         tokenizer.save_pretrained(f"{partial}/{name}")
-    # Problems without slips; training needs no solutions
+    # Problems and solutions without slips. Nobody reads these but --teacher_prompt_template
     for name, count in (("train", 2000), ("eval", 100)):
         rng = random.Random(f"{seed} {name}")
         for _ in range(count):
-            problem, _, _ = tiny_example(rng, rng.randint(4, 8), 0, 0)
-            append_json(f"{partial}/{name}.jsonl", problem)
+            problem, words, _ = tiny_example(rng, rng.randint(4, 8), 0, 0)
+            solution = " ".join(words[:-1])  # without <end>
+            append_json(f"{partial}/{name}.jsonl", {**problem, "solution": solution})
     os.replace(partial, folder)
 
 
@@ -1647,7 +1683,8 @@ class Config:
 
     # -- models and data
     student: str = ""  # model folder or hub name; without it and --teacher: the tiny world
-    teacher: str = ""  # model folder or hub name, with the student's token ids
+    teacher: str = ""  # model folder or hub name, with the student's token ids; may be left out
+    # beside --teacher_prompt_template: it is the student as it was first, a copy more in memory
     train_file: list[str] = ()  # problems to train on: jsonl, json, parquet; needs no answers
     mix: list[float] = ()  # the training files' shares of every step, such as 0.8 0.2
     eval_file: list[str] = ()  # problems with answers to evaluate on; one result per file
@@ -1655,6 +1692,8 @@ class Config:
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where the numbers go, too
     report: str = ""  # compare the runs below this folder: print a table, draw report.png, stop
     prompt_template: str = BOXED  # the user's message [Rethinking-OPD]
+    teacher_prompt_template: str = ""  # what the teacher reads instead, such as "{problem} Hint:
+    # {solution}"; also knows {answer}. Training problems that lack one are left out [OPSD]
     no_chat_template: bool = False  # give the message as it is
     enable_thinking: bool = False  # let Qwen3's chat template think
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: on a GPU bfloat16, with
@@ -1680,7 +1719,8 @@ class Config:
     # -- sampling
     batch_size: int = 64  # prompts per step [Rethinking-OPD]
     num_generations: int = 4  # candidates per prompt [Rethinking-OPD]
-    max_prompt_length: int = 1024  # longer training prompts are left out [Rethinking-OPD]
+    max_prompt_length: int = 1024  # longer training prompts, the teacher's too, are left out
+    # [Rethinking-OPD]
     max_new_tokens: int = 7168  # cap of a training response [Rethinking-OPD]
     temperature: float = 1.0  # divides the logits of both models, in sampling and loss [all: 1]
     no_merge_stops: bool = False  # keep stop tokens apart; else, where student and teacher have
@@ -1749,7 +1789,7 @@ TINY = Config(
     overlap_k=4,
     cold_start_learning_rate=2e-3,
     batch_size=16,
-    max_prompt_length=64,
+    max_prompt_length=96,
     max_new_tokens=96,
     segment_length=16,
     prefix_length=24,
@@ -1857,6 +1897,11 @@ def check_config(config):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
         raise ValueError("--prompt_template must say {problem} where the problem goes")
+    if config.teacher_prompt_template:
+        if "{problem}" not in config.teacher_prompt_template:
+            raise ValueError("--teacher_prompt_template must say {problem} where the problem goes")
+        if not config.student:
+            raise ValueError("--teacher_prompt_template needs --student and --train_file")
     if not config.cap_min <= config.cap_init <= config.cap_max:
         raise ValueError("--cap_init must lie between --cap_min and --cap_max")
     if config.batch_size < NUM_RANKS:
@@ -1874,14 +1919,14 @@ def check_config(config):
         if not whole or len(config.mix) != len(config.train_file):
             needs = "a share for each --train_file, worth a prompt of every step, and 1 in all"
             raise ValueError(f"--mix needs {needs}")
-    needed = [config.student, config.teacher, config.train_file]
-    given = [*needed, config.eval_file]
+    needed = [config.student, config.teacher or config.teacher_prompt_template, config.train_file]
+    given = [config.student, config.teacher, config.train_file, config.eval_file]
     if config.eval_only:
         needed = [config.student, config.eval_file]
     if any(given) and not all(needed):
         raise ValueError(
-            "give --student, --teacher and --train_file; with --eval_only --student and "
-            "--eval_file; or none of these four"
+            "give --student, --teacher (or --teacher_prompt_template) and --train_file; with "
+            "--eval_only --student and --eval_file; or none of these"
         )
 
 
@@ -1992,19 +2037,24 @@ def load(auto_class, path, **options):
 
 
 def read_files(config, run):
-    """The problems of the files that the flags name, each with its prompt_ids, into the run."""
+    """The problems of the files that the flags name, each with its prompt_ids, into the run; where
+    it has what --teacher_prompt_template names, with teacher_prompt_ids, too.
+    """
+    encode = functools.partial(
+        encode_prompt,
+        run.tokenizer,
+        chat_template=not config.no_chat_template,
+        enable_thinking=config.enable_thinking,
+    )
 
     def read(path, needs_answers=False):
         problems = load_problems(path, needs_answers)
         for problem in problems:
+            filled = fill_template(config.teacher_prompt_template, problem)
             try:
-                problem["prompt_ids"] = encode_prompt(
-                    run.tokenizer,
-                    problem["problem"],
-                    config.prompt_template,
-                    chat_template=not config.no_chat_template,
-                    enable_thinking=config.enable_thinking,
-                )
+                problem["prompt_ids"] = encode(problem["problem"], config.prompt_template)
+                if filled:
+                    problem["teacher_prompt_ids"] = encode(filled, "{problem}")
             except Exception as error:  # a chat template raises what it likes
                 why = f"{problem['problem']!r:.60}: {error}; see --no_chat_template"
                 raise ValueError(f"{path}: the chat template fails at {why}") from None
@@ -2016,7 +2066,18 @@ def read_files(config, run):
         run.evals[path if name in run.evals else name] = problems
     longest = config.max_prompt_length
     for path in config.train_file:
-        pool = [problem for problem in read(path) if len(problem["prompt_ids"]) <= longest]
+        pool = read(path)
+        if config.teacher_prompt_template:
+            told = [problem for problem in pool if "teacher_prompt_ids" in problem]
+            lacking = f"{len(pool) - len(told)} of {len(pool)} training problems lack what"
+            if not told:
+                raise ValueError(f"{path}: {lacking} --teacher_prompt_template names")
+            if len(told) < len(pool):
+                note = "--teacher_prompt_template names, and are left out"
+                warnings.warn(f"{path}: {lacking} {note}", stacklevel=2)
+            pool = told
+        pool = [problem for problem in pool if prompt_length(problem) <= longest]
+        pool = [problem for problem in pool if len(teacher_prompt(problem)) <= longest]
         if not pool:
             raise ValueError(f"{path}: all prompts are longer than --max_prompt_length {longest}")
         run.pools.append(pool)
@@ -2063,9 +2124,11 @@ def load_models(config, run, path):
         if bf16:
             # At a learning rate of 1e-6 most updates are smaller than bfloat16 can add
             run.student = load(AutoModelForCausalLM, path, dtype=torch.float32).to(config.device)
-        run.teacher_tokenizer = load(AutoTokenizer, config.teacher)
+        # Else the student as it was first, wherever it has been resumed from
+        teacher = config.teacher or config.student
+        run.teacher_tokenizer = load(AutoTokenizer, teacher)
         tokens = compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = load(AutoModelForCausalLM, config.teacher, **low).to(config.device)
+        run.teacher = load(AutoModelForCausalLM, teacher, **low).to(config.device)
         models.append(run.teacher)
         all_stops = eos_ids | stop_ids(run.teacher, run.teacher_tokenizer)
     merged = len(all_stops) > 1 and not config.no_merge_stops
@@ -2101,7 +2164,7 @@ def check_tokens(run):
     if run.teacher:
         stops |= stop_ids(run.teacher, run.teacher_tokenizer)
     problems = sum([*run.pools, *run.evals.values()], [])
-    asked = set().union(*[problem["prompt_ids"] for problem in problems])
+    asked = set().union(*[problem["prompt_ids"] + teacher_prompt(problem) for problem in problems])
     for what, ids in (("prompts have", asked), ("responses end in", stops)):
         if max(ids, default=0) >= run.vocab_size:
             token = f"{run.tokenizer.convert_ids_to_tokens(max(ids))!r} ({max(ids)})"
@@ -2127,18 +2190,21 @@ def position_limit(model):
 
 def work_at_most(config, run):
     """What this process meets in a step and in an evaluation -> dict: rows of a step, the longest
-    prompt and response in it, in tokens; answers, the longest question and answer
+    prompt and response in it, in tokens; answers, the longest question and answer; the longest
+    prompt and question of the teacher
     """
-    graded = sum(run.evals.values(), [])
+    trained, graded = sum(run.pools, []), sum(run.evals.values(), [])
     cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
     if config.extrapolate or config.cold_start_steps:  # they sample to the end in any method
         cap = config.max_new_tokens
     return {
         "rows": math.ceil(config.batch_size / NUM_RANKS) * config.num_generations,
-        "prompt": max(map(prompt_length, sum(run.pools, [])), default=0),
+        "prompt": max(map(prompt_length, trained), default=0),
+        "teacher_prompt": max(map(len, map(teacher_prompt, trained)), default=0),
         "response": cap if run.pools else 0,
         "answers": math.ceil(len(graded) * config.eval_samples / NUM_RANKS),
         "question": max(map(prompt_length, graded), default=0),
+        "teacher_question": max(map(len, map(teacher_prompt, graded)), default=0),
         "answer": config.eval_max_new_tokens if graded else 0,
     }
 
@@ -2150,12 +2216,14 @@ def check_lengths(run):
     lines, most = [], run.most
     for role, model in (("student", run.student), ("teacher", run.teacher)):
         limit, why = position_limit(model) if model else (math.inf, "")
+        own = "teacher_" if role == "teacher" else ""
         for prompt, response, flag in (
             ("prompt", "response", "max_new_tokens"),
             ("question", "answer", "eval_max_new_tokens"),
         ):
-            if most[prompt] + most[response] > limit:
-                sizes = f"a prompt of {most[prompt]} and a response of {most[response]} tokens"
+            longest = most[own + prompt]
+            if longest + most[response] > limit:
+                sizes = f"a prompt of {longest} and a response of {most[response]} tokens"
                 beyond = f"{sizes} (--{flag}) are more than the {limit} positions of the {role}"
                 if why:
                     raise ValueError(f"{beyond}, and {why}: use less")
@@ -2238,12 +2306,16 @@ def plan_phases(config, run):
         evaluation["segment"] = most["answer"]
     step["columns"] = most["prompt"] + most["response"]
     sampling = {**step, "cache": sum(run.cache_bytes), "segment": config.segment_length}
+    # Of both models as if both read the longer prompt
+    sampling["columns"] = max(most["prompt"], most["teacher_prompt"]) + most["response"]
+    teachers = {**evaluation, "cache": run.cache_bytes[-1]}
+    teachers["columns"] = max(most["question"], most["teacher_question"]) + most["answer"]
     few, many = (most["rows"], 1024) if run.device.type == "cuda" else (4, 32)
     return {
         "rollout_batch_size": ("rollout", most["rows"], sampling),
         "micro_batch_size": ("update", few, {**step, "kept": run.kept_bytes}),
         "eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[0]}),
-        "teacher_eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[-1]}),
+        "teacher_eval_batch_size": ("rollout", many, teachers),
     }
 
 
@@ -2296,8 +2368,8 @@ def try_update(config, run):
     """
     run.phase, most = "an update of the longest rows", run.most
     rows, T = run.rows_at_once["micro_batch_size"], most["response"]
-    ids = torch.zeros(rows, most["prompt"], dtype=torch.long, device=run.device)
-    batch = make_room(ids, ids == 0, T, 0)
+    prompts = [[0] * most["prompt"]] * rows
+    batch = make_room(prompts, prompts, T, 0, run.device)
     for name in ("response_mask", "loss_mask", "token_weight"):
         batch[name] = torch.ones_like(batch["response_mask"])
     # As many of the teacher's hidden states as a step has
@@ -2322,9 +2394,12 @@ def columns_at_most(run):
 def evaluated_first(config, run):
     """Whom to evaluate before the first step. By columns, not by seconds: that is repeatable."""
     columns = columns_at_most(run)
-    both = columns["student"] + columns["teacher"]
+    teachers = ["teacher"]
+    if config.teacher_prompt_template:
+        teachers.append("prompted_teacher")
+    both = columns["student"] + len(teachers) * columns["teacher"]
     cheap = both < 0.1 * config.max_steps * columns["step"]
-    whom = {"none": [], "student": ["student"], "both": ["teacher", "student"]}
+    whom = {"none": [], "student": ["student"], "both": [*teachers, "student"]}
     return whom.get(config.eval_first, whom["both" if cheap else "student"])
 
 
@@ -2356,6 +2431,7 @@ def plan_lines(config, run, out):
         plans[flag] = {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
     told = {
         **run.most,
+        "prompt": max(run.most["prompt"], run.most["teacher_prompt"]),
         **run.rows_at_once,
         **plans["rollout_batch_size"],
         "learned": plans["micro_batch_size"],
@@ -2382,6 +2458,28 @@ time at most, if tokens cost what the first did: {time}
 evaluated before step 1: {first}"""
 
 
+def own_prompt_lines(config, run, out, log_prob):
+    """What --teacher_prompt_template changes before any training -> lines, none without it
+
+    log_prob: the mean that the teacher, reading its own prompts, gives the responses of out.
+    """
+    if not config.teacher_prompt_template:
+        return []
+    alike = torch.cat(response_log_probs(run.teacher, out, run.vocab_size)).mean().item()
+    first = run.tokenizer.decode(run.pools[0][0]["teacher_prompt_ids"])
+    lines = [
+        f"the teacher's own first prompt: {first!r}",
+        f"the same tokens, teacher's mean log-prob: {log_prob:.2f} behind its own prompt, "
+        f"{alike:.2f} asked as the student is, a gap of {log_prob - alike:+.2f} nats a token; "
+        "where its prompt tells the teacher nothing, it is 0",
+    ]
+    if not config.teacher:
+        size = sum(weights.nbytes for weights in run.teacher.parameters())
+        told = "the teacher is the student as it was first, frozen: a copy more of its weights"
+        lines.append(f"{told}, {tqdm.format_sizeof(size)}B")
+    return lines
+
+
 def preflight(config, run):
     """What to look at before a run is paid for, and what ruins runs in silence -> list of lines"""
     # Can the answers be graded, and does the teacher make sense of what the student writes?
@@ -2389,14 +2487,15 @@ def preflight(config, run):
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
     train = sum(run.pools, [])
     rows = run.rows_at_once["rollout_batch_size"]
-    prompts = [problem["prompt_ids"] for problem in draw_prompts(config, run, step=1)[:rows]]
+    problems = draw_prompts(config, run, step=1)[:rows]
+    prompts = [problem["prompt_ids"] for problem in problems]
+    asked = [teacher_prompt(problem) for problem in problems]
     settings = {"overlap_k": config.overlap_k, **run.sampling}
     began = clock(run.device)
-    out = rollout(
-        run.sampler, run.teacher, prompts, Plan(min(32, config.max_new_tokens)), **settings
-    )
+    plan = Plan(min(32, config.max_new_tokens))
+    out = rollout(run.sampler, run.teacher, prompts, plan, asked, **settings)
     out["seconds"] = clock(run.device) - began
-    log_q = torch.cat(response_log_probs(run.teacher, out, **run.sampling))
+    log_q = torch.cat(response_log_probs(run.teacher, behind(out, asked), **run.sampling))
     overlap = out["overlap"][out["response_mask"]].mean().item()
 
     others = {"forward_kl": "KL(teacher || student)", "jsd": f"a mixture by {config.beta}"}
@@ -2408,6 +2507,7 @@ def preflight(config, run):
         f"{run.tokenizer.decode(train[0]['prompt_ids'])!r}",
         f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, "
         f"top-{config.overlap_k} overlap {overlap:.2f}",
+        *own_prompt_lines(config, run, out, log_q.mean().item()),
     ]
 
     # Do the two stop alike, and read alike?
@@ -2726,7 +2826,9 @@ STEP_LINE = (
 )
 
 
-def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generations=1, **settings):
+def rollout_in_groups(
+    student, teacher, prompts, plan, rows_at_once, num_generations=1, for_teacher=None, **settings
+):
     """rollout, of at most so many rows at once, or the candidates of one prompt -> its dict, of all
     rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to its own longest,
     so sort them by length. The plan's rule sees one group at a time.
@@ -2736,8 +2838,9 @@ def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generat
     began = clock(student.device)
     groups = []
     for start in range(0, len(prompts), size):
-        own = prompts[start : start + size]
-        groups.append(rollout(student, teacher, own, plan, **settings))
+        own = slice(start, start + size)
+        read = (for_teacher or prompts)[own]
+        groups.append(rollout(student, teacher, prompts[own], plan, read, **settings))
 
     # Row by row, padded anew
     out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
@@ -2751,7 +2854,7 @@ def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generat
         elif rows[0].dim() == 0:  # ended, kept
             out[name] = torch.stack(rows)
         else:
-            side = "left" if name.startswith("prompt") else "right"
+            side = "left" if "prompt" in name else "right"
             out[name] = pad_sequence(rows, batch_first=True, padding_side=side)
     return out
 
@@ -2783,13 +2886,11 @@ def response_log_probs(model, out, vocab_size, **head):
     return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
 
 
-def make_room(prompt_ids, prompt_mask, max_length, pad_id):
+def make_room(prompts, for_teacher, max_length, pad_id, device):
     """An empty rollout of B prompts, with room for the longest response; what is blank is masked"""
-    B = len(prompt_ids)
-    blank = torch.zeros(B, max_length, device=prompt_ids.device)
-    return {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
+    B = len(prompts)
+    blank = torch.zeros(B, max_length, device=device)
+    out = {
         "response_ids": torch.full_like(blank, pad_id, dtype=torch.long),
         "response_mask": torch.zeros_like(blank, dtype=torch.bool),
         "overlap": blank,
@@ -2799,6 +2900,26 @@ def make_room(prompt_ids, prompt_mask, max_length, pad_id):
         "teacher_hidden": [[] for _ in range(B)],
         "teacher_seconds": 0.0,
     }
+    out = behind(out, prompts, "prompt", pad_id)
+    return behind(out, for_teacher, "teacher_prompt", pad_id)
+
+
+def behind(out, prompts, name="prompt", pad_id=0):
+    """A rollout with these prompts, lists of ids, under this name -> dict"""
+    ids, mask = (part.to(out["ended"].device) for part in pad_left(prompts, pad_id))
+    return {**out, f"{name}_ids": ids, f"{name}_mask": mask}
+
+
+def read_so_far(out, name, rows, length):
+    """The prompts of some rows of a rollout, and their responses up to a length -> ids, mask (b, L)
+
+    name: of the prompts, prompt as the student reads them, or teacher_prompt.
+    """
+    parts = []
+    for part in ("ids", "mask"):
+        response = out[f"response_{part}"][rows, :length]
+        parts.append(torch.cat([out[f"{name}_{part}"][rows], response], dim=1))
+    return parts
 
 
 def cut_room(out, length):
@@ -2842,6 +2963,7 @@ def row_facts(config, batch):
     responses = [ids[valid].tolist() for ids, valid in zip(batch["response_ids"], mask)]
     facts = {
         "prompt_length": batch["prompt_mask"].sum(-1),
+        "teacher_prompt_length": batch["teacher_prompt_mask"].sum(-1),
         "response_length": mask.sum(-1),
         "trained_length": batch["loss_mask"].sum(-1),
         "reliable_length": reliable_length(reliability, mask),
@@ -2874,9 +2996,10 @@ def step_metrics(run, batch, rows, update):
     """Count what a step cost -> all its numbers, rows as row_facts gives them"""
     length, trained = rows["response_length"], rows["trained_length"]
     context, learned = rows["prompt_length"] + length, rows["prompt_length"] + trained
+    judged = rows["teacher_prompt_length"] + length
     sampled = int(length.sum())
     run.count(generated_tokens=sampled, teacher_tokens=sampled, trained_tokens=int(trained.sum()))
-    run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, context))
+    run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, judged))
     run.count(flops=3 * forward_flops(run.student, learned[trained > 0]))
     means = {name: fact.mean().item() for name, fact in rows.items()}
     return {
@@ -2903,12 +3026,16 @@ def evaluate_and_save(config, run):
 
 
 def evaluate_files(config, run, who):
-    """Evaluate who on every --eval_file -> {file: metrics}; they are shown and recorded"""
+    """Evaluate who on every --eval_file -> {file: metrics}; they are shown and recorded
+
+    The teacher is asked as the student is; the prompted_teacher reads its own prompts, of those
+    problems that have what they name.
+    """
     run.phase = f"evaluation after step {run.step}"
     began = clock(run.device)
     # Who answers, and who judges the answers
     model, judge_model = run.sampler, run.teacher
-    if who in ("teacher", "eval_only"):
+    if who in ("teacher", "prompted_teacher", "eval_only"):
         judge_model = None
     how = {
         **run.grading,
@@ -2918,12 +3045,17 @@ def evaluate_files(config, run, who):
         "max_length": config.eval_max_new_tokens,
         "rows_per_batch": run.rows_at_once["eval_batch_size"],
     }
-    if who == "teacher":
+    if who in ("teacher", "prompted_teacher"):
         model = run.teacher
         how["rows_per_batch"] = run.rows_at_once["teacher_eval_batch_size"]
         how["eos_ids"] = run.sampling["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
+    template = config.prompt_template
+    evals = run.evals
+    if who == "prompted_teacher":
+        template = config.teacher_prompt_template
+        evals = prompted_problems(run.evals)
     results, lines = {}, []
-    for name, problems in run.evals.items():
+    for name, problems in evals.items():
         more = {
             "num_samples": config.eval_samples,
             "teacher": judge_model,
@@ -2939,8 +3071,9 @@ def evaluate_files(config, run, who):
         results[name] = metrics
         for answer in answers:
             told = {key: value for key, value in answer.items() if not key.endswith("_ids")}
+            told.pop("solution", None)  # it is in the file, once
             lines.append({"step": run.step, "model": who, "eval": name, **told})
-    told = {"thinking": config.enable_thinking, "prompt_template": config.prompt_template}
+    told = {"thinking": config.enable_thinking, "prompt_template": template}
     told |= {"time_eval": clock(run.device) - began, **run.standing()}
     # All lines or none, at the end: what is broken off is done again on resume
     with whole_step(run):
@@ -2951,6 +3084,34 @@ def evaluate_files(config, run, who):
     return results
 
 
+def prompted_problems(evals):
+    """Of {file: problems} those with a prompt for the teacher, under it; files that have any"""
+    prompted = {}
+    for name, problems in evals.items():
+        for problem in problems:
+            if "teacher_prompt_ids" in problem:
+                own = {**problem, "prompt_ids": problem["teacher_prompt_ids"]}
+                prompted.setdefault(name, []).append(own)
+    return prompted
+
+
+def gap_lines(graded):
+    """How far the teacher is ahead with its own prompt -> lines, one a file. graded: {who: {file:
+    metrics}}, before the first step
+    """
+    lines = []
+    for name, informed in graded.get("prompted_teacher", {}).items():
+        student, alike = (graded[who][name] for who in ("student", "teacher"))
+        gap = informed["avg_at_n"] - student["avg_at_n"]
+        lines.append(
+            f"{name}: student {student['avg_at_n']:.1%}, teacher asked alike "
+            f"{alike['avg_at_n']:.1%}, with its own prompt {informed['avg_at_n']:.1%} (on "
+            f"{informed['num_problems']} of {student['num_problems']} problems): a gap of "
+            f"{100 * gap:+.1f} points, in which the gain is said to be linear (2605.30070)"
+        )
+    return lines
+
+
 def probe(config, run, answers, accuracy, how):
     """How much more often the teacher ends right, going on from answers cut at --probe_depths"""
     eos_ids = how["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
@@ -2959,7 +3120,7 @@ def probe(config, run, answers, accuracy, how):
         begun = []
         for answer in answers:
             kept = answer["response_ids"][: answer["length"] * depth // 100]
-            begun.append({**answer, "begun": kept})
+            begun.append({**answer, "prompt_ids": teacher_prompt(answer), "begun": kept})
         left = how["max_length"] - how["max_length"] * depth // 100  # not more in all
         onward = {**how, "eos_ids": eos_ids, "max_length": left, "title": f"teacher from {depth}%"}
         onward["rows_per_batch"] = run.rows_at_once["teacher_eval_batch_size"]
@@ -2999,12 +3160,14 @@ def cold_start_step(config, run, step):
     run.phase = f"cold start, step {step}"
     # The teacher writes; its right solutions, and those of unknown answer, are learned
     problems = draw_prompts(config, run, step)
-    prompts = [problem["prompt_ids"] for problem in problems]
+    asked = [teacher_prompt(problem) for problem in problems]
     plan = Plan(config.max_new_tokens, config.segment_length)
     rows = run.rows_at_once["rollout_batch_size"]
     out = rollout_in_groups(
-        run.teacher, None, prompts, plan, rows, config.num_generations, **run.sampling
+        run.teacher, None, asked, plan, rows, config.num_generations, **run.sampling
     )
+    # The student learns them behind its own prompt
+    out = behind(out, [problem["prompt_ids"] for problem in problems])
     run.phase = f"the update of cold start step {step}"
     mask, right = out["response_mask"], out["ended"].clone()
     for row, problem in enumerate(problems):
@@ -3027,10 +3190,10 @@ def cold_start_step(config, run, step):
 
     # What it cost
     rows = row_facts(config, out)
-    length, right = rows["prompt_length"] + rows["response_length"], rows["trained_length"] > 0
-    run.count(cold_start_tokens=int(rows["response_length"].sum()))
-    run.count(flops=forward_flops(run.teacher, length))
-    run.count(flops=3 * forward_flops(run.student, length[right]))
+    length, right = rows["response_length"], rows["trained_length"] > 0
+    run.count(cold_start_tokens=int(length.sum()))
+    run.count(flops=forward_flops(run.teacher, rows["teacher_prompt_length"] + length))
+    run.count(flops=3 * forward_flops(run.student, (rows["prompt_length"] + length)[right]))
     return right.double().mean().item()
 
 
@@ -3071,6 +3234,8 @@ def read_run(root, name):
         if record.get("eval"):
             who = record["model"]
             accuracy = np.mean([metrics["avg_at_n"] for metrics in record["eval"].values()])
+            if who == "prompted_teacher":  # as it teaches
+                who = "teacher"
             if who == "student":
                 run["curve"].append((record["generated_tokens"], seconds, accuracy))
                 who = "before"
@@ -3255,8 +3420,9 @@ def work(config, run):
         say(*preflight(config, run))
         if run.device.type == "cuda":
             try_update(config, run)
-        for who in evaluated_first(config, run):
-            evaluate_files(config, run, who)
+        graded = {who: evaluate_files(config, run, who) for who in evaluated_first(config, run)}
+        for line in gap_lines(graded):
+            say(line)
         for step in range(1, config.cold_start_steps + 1):
             right = cold_start_step(config, run, step)
             say(f"cold start: {right:.0%} of the solutions are right")

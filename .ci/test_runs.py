@@ -1069,11 +1069,10 @@ def test_torchrun_starts_ranks_and_ends_them_when_one_dies(world, tmp_path):
 
 @pytest.mark.parametrize("record, answer", RECORDS)
 def test_load_problems_reads_the_shape_of_the_usual_data_sets(tmp_path, record, answer):
-    expected = [{"problem": "2+3?", "answer": answer}]
-    assert opd.load_problems(write(tmp_path / "a.jsonl", record)) == expected
-    assert opd.load_problems(write(tmp_path / "a.json", text=json.dumps([record], indent=2))) == (
-        expected
-    )
+    lines = write(tmp_path / "a.jsonl", record)
+    for path in (lines, write(tmp_path / "a.json", text=json.dumps([record], indent=2))):
+        (problem,) = opd.load_problems(path)
+        assert (problem["problem"], problem["answer"]) == ("2+3?", answer)
 
 
 @pytest.mark.parametrize("value", NO_ANSWERS, ids=repr)
@@ -1145,7 +1144,8 @@ def test_duplicate_problems_are_left_out_and_counted(tmp_path):
 def test_of_duplicates_the_first_answer_stays_wherever_it_stands(answers, tmp_path):
     records = [{"problem": "2+3?", "answer": answer} for answer in answers]
     path = write(tmp_path / "a.jsonl", *records)
-    assert opd.load_problems(path) == [{"problem": "2+3?", "answer": "5"}]
+    (problem,) = opd.load_problems(path)
+    assert (problem["problem"], problem["answer"]) == ("2+3?", "5")
 
 
 def test_a_file_without_duplicates_is_read_without_a_word(tmp_path):
@@ -1195,7 +1195,7 @@ def test_a_parquet_file_is_read_row_by_row(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", package)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", package.parquet)
     path = write(tmp_path / "a.parquet", text='[{"problem": "1", "answer": 2}]')
-    assert opd.load_problems(path) == [{"problem": "1", "answer": "2"}]
+    assert opd.load_problems(path) == [{"problem": "1", "answer": "2", "solution": None}]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(world, tmp_path, monkeypatch, capfd):
@@ -2114,6 +2114,15 @@ def test_the_prompt_template_is_what_the_models_read_around_a_problem(world, tmp
     )
     prompt = run.tokenizer.convert_ids_to_tokens(run.pools[0][0]["prompt_ids"])
     assert prompt == ["<user>", "a", "1", "2", "3", "b", "<solve>"]
+
+
+def test_the_teachers_template_is_what_the_teacher_reads_around_a_problem(world, tmp_path):
+    flags = {"train_file": "{world}/unanswered.jsonl", "teacher_prompt_template": "a {problem} b"}
+    _, run = opened(world, tmp_path, **flags)
+    (problem,) = run.pools[0]
+    prompt = run.tokenizer.convert_ids_to_tokens(problem["teacher_prompt_ids"])
+    assert prompt == ["<user>", "a", "1", "2", "3", "b", "<solve>"]
+    assert len(problem["prompt_ids"]) == len(prompt) - 2
 
 
 def test_enable_thinking_reaches_the_template_of_every_prompt(world, tmp_path):
@@ -3929,10 +3938,11 @@ def test_repetition_is_the_share_of_four_grams_seen_before():
     assert opd.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
 
 
-# Two rows with prompts of 2 and 3 tokens and responses of 4 and 1; the first did not end, the other
-# was not kept
+# Two rows with prompts of 2 and 3 tokens, for the teacher of 1 and 4, and responses of 4 and 1; the
+# first did not end, the other was not kept
 STEP = {
     "prompt_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]).bool(),
+    "teacher_prompt_mask": torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]]).bool(),
     "response_ids": torch.tensor([[7, 7, 7, 7], [1, 0, 0, 0]]),
     "response_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]).bool(),
     "loss_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]).bool(),
@@ -3963,6 +3973,7 @@ def test_the_facts_of_each_row_by_hand():
     rows, _, _ = counted()
     assert {name: fact.tolist() for name, fact in rows.items()} == {
         "prompt_length": [2, 3],
+        "teacher_prompt_length": [1, 4],
         "response_length": [4, 1],
         "trained_length": [4, 0],
         "reliable_length": [2, 1],
@@ -3997,8 +4008,8 @@ def test_the_tokens_and_flops_of_a_step_are_added_to_those_before():
     _, metrics, run = counted()
     assert metrics["generated_tokens"] == metrics["teacher_tokens"] == 1005
     assert metrics["trained_tokens"] == 1004 and metrics["validation_tokens"] == 1000
-    contexts = 2 + 4 + 3 + 1
-    assert metrics["flops"] == 1000 + 2 * 10 * contexts + 2 * 100 * contexts + 3 * 2 * 10 * 6
+    written, judged = 2 + 4 + 3 + 1, 1 + 4 + 4 + 1
+    assert metrics["flops"] == 1000 + 2 * 10 * written + 2 * 100 * judged + 3 * 2 * 10 * 6
     assert run.counts["flops"] == metrics["flops"]
 
 
@@ -5071,6 +5082,9 @@ CASES = {
     "report_to": test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names,
     "report": test_one_group_is_a_table_of_one_row_without_ratios,
     "prompt_template": test_the_prompt_template_is_what_the_models_read_around_a_problem,
+    "teacher_prompt_template": (
+        test_the_teachers_template_is_what_the_teacher_reads_around_a_problem
+    ),
     "no_chat_template": test_no_chat_template_gives_the_message_as_it_is,
     "enable_thinking": test_enable_thinking_reaches_the_template_of_every_prompt,
     "dtype": test_in_bfloat16_both_models_sample_and_judge_in_it_and_float32_weights_learn,
