@@ -45,6 +45,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import html
 import inspect
 import json
 import math
@@ -56,6 +57,7 @@ import reprlib
 import select
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -890,6 +892,7 @@ def train(config, run):
             if config.method == "prune":
                 run.cap, run.misses = next_cap(config, run, rows["reliable_length"])
             metrics = step_metrics(run, out, rows, {**update, "max_length": plan.max_length})
+            run.shown = first_rows(config, run, problems, plan, out)
             if config.extrapolate and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
                 metrics |= extrapolate_student(config, run)
             run.step = step
@@ -1592,6 +1595,7 @@ class Config:
     output_dir: str = "out"  # for metrics.jsonl, samples.jsonl, checkpoints, the tiny world
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where the numbers go, too
     report: str = ""  # compare the runs below this folder: print a table, draw report.png, stop
+    no_view: bool = False  # write no rollouts.html, the last step token by token
     prompt_template: str = BOXED  # the user's message [Rethinking-OPD]
     no_chat_template: bool = False  # give the message as it is
     enable_thinking: bool = False  # let Qwen3's chat template think
@@ -1855,6 +1859,8 @@ class Run:
     misses: int = 0  # prune: in a row
     anchor: dict = field(default_factory=dict)  # EffOPD: the weights accepted the last time
     counts: dict = field(default_factory=dict)  # tokens and FLOPs so far
+
+    shown: list = field(default_factory=list)  # rows of the last step, for rollouts.html
 
     # For the last words
     phase: str = "set-up"
@@ -2482,7 +2488,7 @@ def read_checkpoint(folder, flags):
     # rollout_batch_size changes what is drawn, and selects within other groups: the user's choice
     may_change = (
         "resume output_dir max_steps save_every keep_checkpoints device micro_batch_size report_to "
-        "eval_batch_size rollout_batch_size"
+        "eval_batch_size rollout_batch_size no_view"
     ).split()
     try:
         digests = read_records(f"{folder}/digests.json")[0]
@@ -2520,7 +2526,8 @@ def prepare_files(config, run, checkpoint):
     os.makedirs(config.output_dir, exist_ok=True)
     own = checkpoint and os.path.samefile(f"{checkpoint}/..", config.output_dir)
     # What goes aside
-    aside = [path for path in run.files if os.path.exists(path)]
+    page = [] if checkpoint else [f"{config.output_dir}/rollouts.html"]
+    aside = [path for path in [*run.files, *page] if os.path.exists(path)]
     for path in list_checkpoints(config.output_dir):
         if not own or int(path.rsplit("-", 1)[1]) > run.step:
             aside.append(path)
@@ -2807,6 +2814,7 @@ def evaluate_and_save(config, run):
     """The evaluation and the checkpoint that are due after this step, and not done yet."""
     last = run.step >= config.max_steps
     if run.step > run.graded and (last or run.step % (config.eval_every or config.max_steps) == 0):
+        write_view(config, run)
         evaluate_files(config, run, "student")
     if run.step and (last or run.step % (config.save_every or config.max_steps) == 0):
         save_checkpoint(config, run)
@@ -2946,7 +2954,237 @@ def cold_start_step(config, run, step):
 
 
 # --------------------------------------------------------------------------------------------------
-# 17. Report
+# 17. rollouts.html: rows of the last step, token by token
+
+
+def why_stopped(config, run, out, row):
+    """Why a row of a step stops where it does -> str"""
+    length = out["response_mask"].sum(-1)  # (B,)
+    if out["ended"][row] or out["kept"][row]:
+        return "ended" if out["ended"][row] else "cut"
+    if config.method == "prune":
+        bad = out["overlap"][row, : length[row]] < config.drift_threshold
+        return f"drifted by {bad.sum()} bad events, the last at {bad.nonzero().max() + 1}, cut"
+    if config.method != "prefix-guided" or config.select == "random":
+        return "not selected"
+    # Against its own group, by rows that went on; those below it were the best of their prompts
+    score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
+    size = max(1, run.rows_at_once["rollout_batch_size"] // config.num_generations)
+    group = torch.arange(len(score), device=score.device) // (size * config.num_generations)
+    above = out["kept"] & (length > config.prefix) & (group == group[row]) & (score >= score[row])
+    return f"not selected: overlap {score[row]:.3f}, the least kept {score[above].min():.3f}, cut"
+
+
+def first_rows(config, run, problems, plan, out, prompts=4):
+    """What the page shows of a step's first prompts -> list of dicts, without a tensor"""
+    if config.no_view or not is_main():
+        return []
+    values = {"response_ids": out["response_ids"], "overlap": out["overlap"]}
+    values["weight"] = out["token_weight"] * out["loss_mask"]
+    rows = []
+    for row, problem in enumerate(problems[: prompts * config.num_generations]):
+        valid = out["response_mask"][row]
+        told = {name: value[row][valid].tolist() for name, value in values.items()}
+        told |= {"problem": problem, "borders": plan.borders()}
+        rows.append({**told, "stopped": why_stopped(config, run, out, row)})
+    return rows
+
+
+@torch.no_grad()
+def ask_both(config, run, row, k=5):
+    """What both models say at each of a row's T tokens -> dict: tokens (T, 1 + 2k), the sampled one
+    and the k likeliest of student and teacher; probs (T, 2k); kl, advantage (T,)
+    """
+    head = {"vocab_size": run.vocab_size, "temperature": config.temperature}
+    models, prompt = (run.sampler, run.teacher), row["problem"]["prompt_ids"]
+    prompts = (prompt, row["problem"].get("teacher_prompt_ids", prompt))
+    columns = [torch.tensor(row["response_ids"], device=run.device)]
+    for model, own in zip(models, prompts):
+        ids = torch.tensor([own + row["response_ids"]], device=run.device)
+        columns += hidden_states(model, ids, torch.ones_like(ids), len(row["response_ids"]))
+    size = tokens_at_once(run.vocab_size)  # never (T, V)
+    chunks = []
+    for sampled, *states in zip(*[column.split(size) for column in columns]):
+        logits = [head_logits(model, own, **head) for model, own in zip(models, states)]
+        log_probs = torch.stack(logits).log_softmax(-1)  # (2, n, V)
+        log_p, log_q = log_probs.gather(-1, sampled.expand(2, -1)[..., None])[..., 0]
+        values, likeliest = log_probs.topk(min(k, run.vocab_size))
+        told = {"kl": reverse_kl(*logits), "advantage": log_q - log_p}
+        told["tokens"] = torch.cat([sampled[:, None], *likeliest], dim=1)
+        chunks.append({**told, "probs": torch.cat([*values.exp()], dim=1)})
+    return concatenate(chunks)
+
+
+def token_texts(tokenizer, ids):
+    """The text of each token -> list. A character of several tokens is at the last, ◌ before it"""
+    # Behind another token: from the first of a text many a tokenizer takes the blank
+    first = tokenizer.encode("a", add_special_tokens=False)
+    start = len(tokenizer.decode(first))
+    texts, part = [], []
+    for token in ids:
+        part.append(token)
+        text = tokenizer.decode(first + part, clean_up_tokenization_spaces=False)[start:]
+        if "\ufffd" not in text or len(part) == 4:  # no character has more
+            part = []
+        texts.append("◌" if part or not text else text.replace("\n", "↵\n"))
+    return texts
+
+
+def row_html(config, run, row):
+    """The headline of a row of run.shown, and a span for each token -> str"""
+    ids, gold, verdict = row["response_ids"], row["problem"]["answer"], ""
+    if gold is not None:
+        text = run.tokenizer.decode(ids, skip_special_tokens=True)
+        text = prompt_end(run.tokenizer, row["problem"]) + text
+        verdict = "right" if is_correct(text, gold) else "wrong"
+    spans = []
+    for place, text in enumerate(token_texts(run.tokenizer, ids)):
+        bad = config.method == "prune" and row["overlap"][place] < config.drift_threshold
+        kind = "border " * (place in row["borders"]) + "bad" * bad
+        spans.append(f'<span class="{kind}">{html.escape(text)}</span>')
+    told = f'<b class="{verdict}">{verdict}</b> {row["stopped"]} after {len(ids)} tokens'
+    return f'<h3>{told}</h3><p class="row">{"".join(spans)}</p>'
+
+
+PAGE = """\
+<!doctype html><html lang="en"><meta charset="utf-8"><title>Rollouts of step $step</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --paper: light-dark(#fbfbf9, #14161b);
+  --ink: light-dark(#1b1d22, #eceef2); --soft: light-dark(#5a6070, #a4abb8);
+  --warm: light-dark(#f3a24d, #a3540c); --cool: light-dark(#84b8ec, #1f64a8); }
+body { max-width: 1060px; margin: auto; padding: 24px 16px 300px; overflow-wrap: anywhere;
+  background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { margin: 0; font-size: 26px; } p, h3 { margin: 0; font: inherit; color: var(--soft); }
+h2, .row, #tip { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; color: var(--ink); }
+h2 { margin: 32px 0 0; font-weight: 700; } h3 { margin-top: 14px; font-size: 13px; }
+nav { position: sticky; top: 0; padding: 10px 0; background: var(--paper); }
+label { margin-right: 14px; } code { font: 13px ui-monospace, monospace; }
+i { display: inline-block; width: 90px; height: 12px; border-radius: 3px;
+  background: linear-gradient(to right, var(--warm), transparent, var(--cool)); }
+.row span { padding: 3px 0; border-radius: 3px; margin-right: 1px; scroll-margin: 80px 0 300px; }
+.row .border { border-left: 2px solid var(--ink); } .bad { text-decoration: wavy underline; }
+.row span:focus, .row span:hover { outline: 2px solid var(--ink); }
+.right, .wrong { padding: 1px 8px; border-radius: 9px; background: var(--cool); color: var(--ink); }
+.wrong { background: var(--warm); }
+#tip { position: absolute; width: 400px; padding: 12px; background: var(--paper); line-height: 1.6;
+  border: 1px solid var(--soft); border-radius: 8px; box-shadow: 0 8px 30px #0005; }
+#tip { pointer-events: none; } ol { margin: 0; padding: 0; list-style: none; overflow: hidden; }
+ol { float: left; width: 48%; margin-right: 2%; } ol :nth-child(n + 2) { margin-top: 3px;
+  background: linear-gradient(to right, var(--cool) var(--p), transparent 0); }
+@media (max-width: 600px) { #tip { position: fixed; inset: auto 0 0 0 !important; width: auto; } }
+</style><h1>What the student wrote, and what both models say of it</h1>
+<p>Step $step of <code>$run</code>, method $method <code>$flags</code></p>
+<p>Point at a token, or go with the arrow keys: both models' likeliest tokens there, the student's
+after this step. ▏ segment border; <span class="bad">bad event</span></p>
+<nav>Colour: <label><input type="radio" name="by" value="overlap" data-low="0" data-high="1" checked>
+top-$k overlap</label><label><input type="radio" name="by" value="advantage" data-low="-2"
+data-high="2"> log q − log p</label><label><input type="radio" name="by" value="weight" data-low="0"
+data-high="$top"> loss weight</label> <b id="low"></b> <i></i> <b id="high"></b></nav>
+$body<div id="tip" role="status" hidden></div><script type="application/json" id="data">$data</script>
+<script>
+const find = id => document.getElementById(id), data = JSON.parse(find("data").textContent);
+const rows = [...document.querySelectorAll(".row")], tip = find("tip");
+const spans = rows.flatMap(row => [...row.children]);
+const place = new Map(spans.map((span, i) => [span, i]));
+let at = spans[0];
+function paint() {
+  const by = document.querySelector("input:checked"), {low, high} = by.dataset;
+  find("low").textContent = low, find("high").textContent = high;
+  spans.forEach((span, i) => {
+    const x = 2 * (data[by.value][i] / 1000 - low) / (high - low) - 1;
+    span.style.background = "color-mix(in srgb, transparent, var(--" + (x < 0 ? "warm" : "cool")
+      + ") " + Math.min(100, Math.round(100 * Math.abs(x))) + "%)";
+  });
+}
+function add(parent, kind, text) {
+  const child = parent.appendChild(document.createElement(kind));
+  child.textContent = text;
+  return child;
+}
+function show(span) {
+  const i = place.get(span), [sampled, ...tokens] = data.tokens[i], box = span.getBoundingClientRect();
+  const told = {KL: "kl", overlap: "overlap", "log q − log p": "advantage", weight: "weight"};
+  tip.textContent = Object.keys(told).map(k => k + " " + data[told[k]][i] / 1000).join("   ");
+  ["student", "teacher"].forEach((who, side) => {
+    const list = add(tip, "ol", ""), k = tokens.length / 2;
+    add(list, "li", who);
+    for (let n = side * k; n < side * k + k; n++) {
+      const mark = tokens[n] == sampled ? "▸" : " ", share = data.probs[i][n] / 10 + "%";
+      add(list, "li", mark + data.words[tokens[n]] + " " + share).style.setProperty("--p", share);
+    }
+  });
+  tip.hidden = false;
+  tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 24)) + "px";
+  tip.style.top = box.bottom + scrollY + 8 + "px";
+}
+function go(span) {
+  if (!span) return;
+  at.tabIndex = -1, at = span, at.tabIndex = 0, at.focus();
+}
+addEventListener("mouseover", e => place.has(e.target) ? show(e.target) : tip.hidden = true);
+addEventListener("focusin", e => place.has(e.target) && show(e.target));
+addEventListener("click", e => place.has(e.target) && go(e.target));
+addEventListener("change", paint);
+addEventListener("keydown", e => {
+  if (e.key == "Escape") tip.hidden = true;
+  if (e.target != at) return;
+  const row = rows.indexOf(at.parentNode), i = place.get(at);
+  const next = {ArrowLeft: spans[i - 1], ArrowRight: spans[i + 1],
+    ArrowUp: rows[row - 1]?.firstChild, ArrowDown: rows[row + 1]?.firstChild};
+  if (e.key in next) e.preventDefault(), go(next[e.key]);
+});
+at.tabIndex = 0, paint();
+</script>
+"""
+
+
+def write_view(config, run):
+    """Write rollouts.html of run.shown, and what both models say now. OSError, and no half file"""
+    if not run.shown:
+        return
+    run.phase, path = f"rollouts.html of step {run.step}", f"{config.output_dir}/rollouts.html"
+    body, told = [], []
+    for index, row in enumerate(run.shown):
+        if index % config.num_generations == 0:
+            prompt = "".join(token_texts(run.tokenizer, row["problem"]["prompt_ids"]))
+            answer = row["problem"]["answer"] or "unknown"
+            body.append(f"<h2>{html.escape(prompt)}</h2><p>answer: {html.escape(answer)}</p>")
+        body.append(row_html(config, run, row))
+        known = {name: torch.tensor(row[name], device=run.device) for name in ("overlap", "weight")}
+        told.append(known | ask_both(config, run, row))
+
+    # Numbers in thousandths, tokens as places in a table of their texts: a third of the size
+    told = concatenate(told)
+    used, told["tokens"] = told["tokens"].unique(return_inverse=True)
+    data = {"words": [token_texts(run.tokenizer, [token])[0] for token in used.tolist()]}
+    for name, values in told.items():
+        scale = 1 if name == "tokens" else 1000
+        data[name] = (scale * values).clamp(-1e6, 1e6).round().int().tolist()
+    defaults, flags = Config() if config.student else TINY, []
+    for name, value in vars(config).items():
+        if value != getattr(defaults, name):
+            flags.append(f"--{name} {value}")
+    page = string.Template(PAGE).substitute(
+        step=run.step,
+        run=html.escape(config.output_dir),
+        method=config.method,
+        k=config.overlap_k,
+        top=1 + config.w_base if config.method == "prune" else 1,
+        flags=html.escape(" ".join(flags)),
+        body="".join(body),
+        data=json.dumps(data, separators=(",", ":")).replace("<", r"\u003c"),
+    )
+    try:
+        with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
+            file.write(page)
+        os.replace(f"{path}.partial", path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.partial")
+
+
+# --------------------------------------------------------------------------------------------------
+# 18. Report
 
 TITLES = """\
                                       opd at as
@@ -3096,7 +3334,7 @@ def report(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# 18. Main
+# 19. Main
 
 
 def open_world(config):
@@ -3180,6 +3418,8 @@ def work(config, run):
         return run.standing()
     ended, checkpoint = read_run("", config.output_dir), list_checkpoints(config.output_dir)[-1]
     say(*report_table([ended]), f"checkpoint in {checkpoint}")
+    if run.shown:
+        say(f"the last step, token by token: {config.output_dir}/rollouts.html")
     return {**run.standing(), "checkpoint": checkpoint, **ended}
 
 
