@@ -2964,15 +2964,17 @@ def why_stopped(config, run, out, row):
         return "ended" if out["ended"][row] else "cut"
     if config.method == "prune":
         bad = out["overlap"][row, : length[row]] < config.drift_threshold
-        return f"drifted by {bad.sum()} bad events, the last at {bad.nonzero().max() + 1}, cut"
+        return f"drifted: {bad.sum()} bad events, the last at token {bad.nonzero().max() + 1}"
     if config.method != "prefix-guided" or config.select == "random":
         return "not selected"
-    # Against its own group, by rows that went on; those below it were the best of their prompts
+    # Rows compete in their group, and a score below another loser's was kept as a prompt's best
     score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
     size = max(1, run.rows_at_once["rollout_batch_size"] // config.num_generations)
     group = torch.arange(len(score), device=score.device) // (size * config.num_generations)
-    above = out["kept"] & (length > config.prefix) & (group == group[row]) & (score >= score[row])
-    return f"not selected: overlap {score[row]:.3f}, the least kept {score[above].min():.3f}, cut"
+    rivals = group == group[row]
+    best_loser = score[rivals & ~out["kept"]].max()
+    above = rivals & out["kept"] & (length > config.prefix) & (score >= best_loser)
+    return f"not selected: the least kept {score[above].min():.3f}"
 
 
 def first_rows(config, run, problems, plan, out, prompts=4):
@@ -2991,21 +2993,26 @@ def first_rows(config, run, problems, plan, out, prompts=4):
 
 
 @torch.no_grad()
-def ask_both(config, run, row, k=5):
-    """What both models say at each of a row's T tokens -> dict: tokens (T, 1 + 2k), the sampled one
-    and the k likeliest of student and teacher; probs (T, 2k); kl, advantage (T,)
+def ask_both(config, run, rows, k=5):
+    """What both models say at each of the rows' N tokens -> dict: tokens (N, 1 + 2k), the sampled
+    one and the k likeliest of student and teacher; probs (N, 2k); kl, advantage (N,)
     """
     head = {"vocab_size": run.vocab_size, "temperature": config.temperature}
-    models, prompt = (run.sampler, run.teacher), row["problem"]["prompt_ids"]
-    prompts = (prompt, row["problem"].get("teacher_prompt_ids", prompt))
-    columns = [torch.tensor(row["response_ids"], device=run.device)]
-    for model, own in zip(models, prompts):
-        ids = torch.tensor([own + row["response_ids"]], device=run.device)
-        columns += hidden_states(model, ids, torch.ones_like(ids), len(row["response_ids"]))
-    size = tokens_at_once(run.vocab_size)  # never (T, V)
+    models = {"prompt_ids": run.sampler, "teacher_prompt_ids": run.teacher}
+    responses = [torch.tensor(row["response_ids"]) for row in rows]
+    ids = pad_sequence(responses, batch_first=True)  # (B, T)
+    mask = pad_sequence([torch.ones_like(own) for own in responses], batch_first=True).bool()
+    columns = [torch.cat(responses).to(run.device)]  # (N,), and (N, H) of each model
+    for name, model in models.items():
+        prompts = [row["problem"].get(name, row["problem"]["prompt_ids"]) for row in rows]
+        before, valid = pad_left(prompts, 0)
+        context = torch.cat([before, ids], dim=1).to(run.device)
+        valid = torch.cat([valid, mask], dim=1).to(run.device)
+        columns.append(hidden_states(model, context, valid, ids.shape[1])[mask.to(run.device)])
+    size = tokens_at_once(run.vocab_size)  # never (N, V)
     chunks = []
     for sampled, *states in zip(*[column.split(size) for column in columns]):
-        logits = [head_logits(model, own, **head) for model, own in zip(models, states)]
+        logits = [head_logits(model, own, **head) for model, own in zip(models.values(), states)]
         log_probs = torch.stack(logits).log_softmax(-1)  # (2, n, V)
         log_p, log_q = log_probs.gather(-1, sampled.expand(2, -1)[..., None])[..., 0]
         values, likeliest = log_probs.topk(min(k, run.vocab_size))
@@ -3037,13 +3044,19 @@ def row_html(config, run, row):
         text = run.tokenizer.decode(ids, skip_special_tokens=True)
         text = prompt_end(run.tokenizer, row["problem"]) + text
         verdict = "right" if is_correct(text, gold) else "wrong"
+        verdict = verdict if last_boxed(text) else "no answer"
+    window = config.probe_window if config.method == "prefix-guided" else len(ids)
+    overlap = f"overlap {np.mean(row['overlap'][:window]):.3f} in the first {window}"
+    headline = f'<b class="{verdict}">{verdict}</b> {len(ids)} tokens, {overlap}, {row["stopped"]}'
     spans = []
     for place, text in enumerate(token_texts(run.tokenizer, ids)):
         bad = config.method == "prune" and row["overlap"][place] < config.drift_threshold
         kind = "border " * (place in row["borders"]) + "bad" * bad
-        spans.append(f'<span class="{kind}">{html.escape(text)}</span>')
-    told = f'<b class="{verdict}">{verdict}</b> {row["stopped"]} after {len(ids)} tokens'
-    return f'<h3>{told}</h3><p class="row">{"".join(spans)}</p>'
+        ink = text.lstrip(" ") or text  # blanks stand between the spans
+        blank = text.removesuffix(ink)
+        spans.append(f'{blank}<span class="{kind}">{html.escape(ink)}</span>')
+    kind = "row" if row["stopped"] == "ended" else "row cut"
+    return f'<h3>{headline}</h3><div class="{kind}">{"".join(spans).lstrip(" ")}</div>'
 
 
 PAGE = """\
@@ -3052,40 +3065,43 @@ PAGE = """\
 :root { color-scheme: light dark; --paper: light-dark(#fbfbf9, #14161b);
   --ink: light-dark(#1b1d22, #eceef2); --soft: light-dark(#5a6070, #a4abb8);
   --warm: light-dark(#f3a24d, #a3540c); --cool: light-dark(#84b8ec, #1f64a8); }
-body { max-width: 1060px; margin: auto; padding: 24px 16px 300px; overflow-wrap: anywhere;
+body { max-width: 1060px; margin: auto; padding: 24px 16px 320px; overflow-wrap: anywhere;
   background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 26px; } p, h3 { margin: 0; font: inherit; color: var(--soft); }
-h2, .row, #tip { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; color: var(--ink); }
-h2 { margin: 32px 0 0; font-weight: 700; } h3 { margin-top: 14px; font-size: 13px; }
-nav { position: sticky; top: 0; padding: 10px 0; background: var(--paper); }
-label { margin-right: 14px; } code { font: 13px ui-monospace, monospace; }
-i { display: inline-block; width: 90px; height: 12px; border-radius: 3px;
+h1 { margin: 0 0 4px; font-size: 26px; } p { margin: 0; } p, h3, small { color: var(--soft); }
+h2, code, .row, #tip { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; }
+h2 { margin: 24px 0 0; font-weight: 700; } h3 { margin: 12px 0 0; font: inherit; font-size: 13px; }
+nav { position: sticky; top: 0; padding: 10px 0; background: var(--paper); z-index: 1; }
+label { margin-right: 14px; } i { display: inline-block; width: 90px; height: 12px;
   background: linear-gradient(to right, var(--warm), transparent, var(--cool)); }
-.row span { padding: 3px 0; border-radius: 3px; margin-right: 1px; scroll-margin: 80px 0 300px; }
+.row span { padding: 3px 1px; margin: 1px; border-radius: 3px; scroll-margin: 80px 0 320px; }
 .row .border { border-left: 2px solid var(--ink); } .bad { text-decoration: wavy underline; }
 .row span:focus, .row span:hover { outline: 2px solid var(--ink); }
-.right, .wrong { padding: 1px 8px; border-radius: 9px; background: var(--cool); color: var(--ink); }
-.wrong { background: var(--warm); }
-#tip { position: absolute; width: 400px; padding: 12px; background: var(--paper); line-height: 1.6;
-  border: 1px solid var(--soft); border-radius: 8px; box-shadow: 0 8px 30px #0005; }
-#tip { pointer-events: none; } ol { margin: 0; padding: 0; list-style: none; overflow: hidden; }
-ol { float: left; width: 48%; margin-right: 2%; } ol :nth-child(n + 2) { margin-top: 3px;
+h3 b { padding: 1px 8px; border-radius: 9px; color: var(--ink); border: 1px solid var(--soft); }
+.right { background: var(--cool); } .wrong { background: var(--warm); }
+#tip { position: absolute; width: 430px; padding: 10px 14px; border-radius: 8px; z-index: 2;
+  background: var(--paper); border: 1px solid var(--soft); box-shadow: 0 8px 30px #0006; }
+#tip:not([hidden]) { display: grid; grid: auto / 1fr 1fr; gap: 0 14px; pointer-events: none; }
+#tip p { grid-column: 1 / 3; font-size: 12px; } ol { margin: 0; padding: 0; overflow: hidden; }
+li { margin-top: 2px; list-style: none; line-height: 1.6; } li + li { padding-left: 4px;
   background: linear-gradient(to right, var(--cool) var(--p), transparent 0); }
+li small { float: right; color: var(--ink); font-size: inherit; }
+.cut::after { content: " ✂"; color: var(--soft); font-size: 18px; }
 @media (max-width: 600px) { #tip { position: fixed; inset: auto 0 0 0 !important; width: auto; } }
 </style><h1>What the student wrote, and what both models say of it</h1>
 <p>Step $step of <code>$run</code>, method $method <code>$flags</code></p>
-<p>Point at a token, or go with the arrow keys: both models' likeliest tokens there, the student's
-after this step. ▏ segment border; <span class="bad">bad event</span></p>
-<nav>Colour: <label><input type="radio" name="by" value="overlap" data-low="0" data-high="1" checked>
-top-$k overlap</label><label><input type="radio" name="by" value="advantage" data-low="-2"
-data-high="2"> log q − log p</label><label><input type="radio" name="by" value="weight" data-low="0"
-data-high="$top"> loss weight</label> <b id="low"></b> <i></i> <b id="high"></b></nav>
-$body<div id="tip" role="status" hidden></div><script type="application/json" id="data">$data</script>
-<script>
+<p>Point at a token, or walk with the arrow keys, to see what each model would have said there, the
+student after this step. Blue: they agree; orange: they part. │ is a segment border$bad.</p>
+<nav>Colour by <label><input type="radio" name="by" value="overlap" data-low="0" data-high="1"
+checked> top-$k overlap</label><label><input type="radio" name="by" value="advantage" data-low="-2"
+data-high="2"> log q − log p</label><label><input type="radio" name="by" value="weight"
+data-low="0" data-high="$top"> loss weight</label><b id="low"></b> <i></i> <b id="high"></b></nav>
+$body<div id="tip" role="status" hidden></div>
+<script type="application/json" id="data">$data</script><script>
 const find = id => document.getElementById(id), data = JSON.parse(find("data").textContent);
 const rows = [...document.querySelectorAll(".row")], tip = find("tip");
 const spans = rows.flatMap(row => [...row.children]);
 const place = new Map(spans.map((span, i) => [span, i]));
+const blank = data.words.every(word => word[0] == " ") ? "" : "␣";
 let at = spans[0];
 function paint() {
   const by = document.querySelector("input:checked"), {low, high} = by.dataset;
@@ -3102,17 +3118,21 @@ function add(parent, kind, text) {
   return child;
 }
 function show(span) {
-  const i = place.get(span), [sampled, ...tokens] = data.tokens[i], box = span.getBoundingClientRect();
-  const told = {KL: "kl", overlap: "overlap", "log q − log p": "advantage", weight: "weight"};
-  tip.textContent = Object.keys(told).map(k => k + " " + data[told[k]][i] / 1000).join("   ");
+  const i = place.get(span), [sampled, ...tokens] = data.tokens[i], k = tokens.length / 2;
+  const told = ["kl", "overlap", "advantage", "weight"].map(name => data[name][i] / 1000);
+  tip.replaceChildren();
+  add(tip, "p", "KL " + told[0] + ", overlap " + told[1] + ", log q − log p " + told[2]
+    + ", weight " + told[3]);
   ["student", "teacher"].forEach((who, side) => {
-    const list = add(tip, "ol", ""), k = tokens.length / 2;
+    const list = add(tip, "ol", "");
     add(list, "li", who);
     for (let n = side * k; n < side * k + k; n++) {
-      const mark = tokens[n] == sampled ? "▸" : " ", share = data.probs[i][n] / 10 + "%";
-      add(list, "li", mark + data.words[tokens[n]] + " " + share).style.setProperty("--p", share);
+      const share = (data.probs[i][n] / 10).toFixed(1) + "%", word = data.words[tokens[n]];
+      const line = add(list, "li", (tokens[n] == sampled ? "▸" : " ") + word.replace(/ /g, blank));
+      line.style.setProperty("--p", share), add(line, "small", share);
     }
   });
+  const box = span.getBoundingClientRect();
   tip.hidden = false;
   tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 24)) + "px";
   tip.style.top = box.bottom + scrollY + 8 + "px";
@@ -3127,11 +3147,10 @@ addEventListener("click", e => place.has(e.target) && go(e.target));
 addEventListener("change", paint);
 addEventListener("keydown", e => {
   if (e.key == "Escape") tip.hidden = true;
-  if (e.target != at) return;
   const row = rows.indexOf(at.parentNode), i = place.get(at);
   const next = {ArrowLeft: spans[i - 1], ArrowRight: spans[i + 1],
-    ArrowUp: rows[row - 1]?.firstChild, ArrowDown: rows[row + 1]?.firstChild};
-  if (e.key in next) e.preventDefault(), go(next[e.key]);
+    ArrowUp: rows[row - 1]?.children[0], ArrowDown: rows[row + 1]?.children[0]};
+  if (e.target == at && e.key in next) e.preventDefault(), go(next[e.key]);
 });
 at.tabIndex = 0, paint();
 </script>
@@ -3143,32 +3162,38 @@ def write_view(config, run):
     if not run.shown:
         return
     run.phase, path = f"rollouts.html of step {run.step}", f"{config.output_dir}/rollouts.html"
-    body, told = [], []
+    # Numbers in thousandths, tokens as places in a table of their texts: a third of the size
+    longest = max(prompt_length(row["problem"]) + len(row["response_ids"]) for row in run.shown)
+    size = max(1, 2**15 // longest)
+    batches = [run.shown[start : start + size] for start in range(0, len(run.shown), size)]
+    told = concatenate([ask_both(config, run, rows) for rows in batches])
+    used, told["tokens"] = told["tokens"].unique(return_inverse=True)
+    data = {"words": [token_texts(run.tokenizer, [token])[0] for token in used.tolist()]}
+    for name in ("overlap", "weight"):
+        told[name] = torch.tensor(sum([row[name] for row in run.shown], []))
+    for name, values in told.items():
+        scale = 1 if name == "tokens" else 1000
+        data[name] = (scale * values).clamp(-1e6, 1e6).round().int().tolist()
+
+    # The page
+    body = []
     for index, row in enumerate(run.shown):
         if index % config.num_generations == 0:
             prompt = "".join(token_texts(run.tokenizer, row["problem"]["prompt_ids"]))
             answer = row["problem"]["answer"] or "unknown"
-            body.append(f"<h2>{html.escape(prompt)}</h2><p>answer: {html.escape(answer)}</p>")
+            prompt, answer = html.escape(prompt.lstrip()), html.escape(answer)
+            body.append(f"<h2>{prompt} <small>answer {answer}</small></h2>")
         body.append(row_html(config, run, row))
-        known = {name: torch.tensor(row[name], device=run.device) for name in ("overlap", "weight")}
-        told.append(known | ask_both(config, run, row))
-
-    # Numbers in thousandths, tokens as places in a table of their texts: a third of the size
-    told = concatenate(told)
-    used, told["tokens"] = told["tokens"].unique(return_inverse=True)
-    data = {"words": [token_texts(run.tokenizer, [token])[0] for token in used.tolist()]}
-    for name, values in told.items():
-        scale = 1 if name == "tokens" else 1000
-        data[name] = (scale * values).clamp(-1e6, 1e6).round().int().tolist()
     defaults, flags = Config() if config.student else TINY, []
     for name, value in vars(config).items():
-        if value != getattr(defaults, name):
+        if value != getattr(defaults, name) and name not in ("output_dir", "method"):
             flags.append(f"--{name} {value}")
     page = string.Template(PAGE).substitute(
         step=run.step,
         run=html.escape(config.output_dir),
         method=config.method,
         k=config.overlap_k,
+        bad=", a wavy line a bad event" if config.method == "prune" else "",
         top=1 + config.w_base if config.method == "prune" else 1,
         flags=html.escape(" ".join(flags)),
         body="".join(body),
