@@ -57,7 +57,6 @@ import reprlib
 import select
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import time
@@ -903,7 +902,6 @@ def train(config, run):
 
 # --------------------------------------------------------------------------------------------------
 # 9. Evaluation
-
 
 THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # and all, where they go on: no answer yet
 
@@ -2967,14 +2965,14 @@ def why_stopped(config, run, out, row):
         return f"drifted: {bad.sum()} bad events, the last at token {bad.nonzero().max() + 1}"
     if config.method != "prefix-guided" or config.select == "random":
         return "not selected"
-    # Rows compete in their group, and a score below another loser's was kept as a prompt's best
+    # Rows compete in their group; what was kept below another loser was the best of its prompt
     score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
     size = max(1, run.rows_at_once["rollout_batch_size"] // config.num_generations)
     group = torch.arange(len(score), device=score.device) // (size * config.num_generations)
     rivals = group == group[row]
-    best_loser = score[rivals & ~out["kept"]].max()
-    above = rivals & out["kept"] & (length > config.prefix) & (score >= best_loser)
-    return f"not selected: the least kept {score[above].min():.3f}"
+    went_on = rivals & out["kept"] & (length > config.prefix)
+    least = score[went_on & (score >= score[rivals & ~out["kept"]].max())].min()
+    return f"not selected: the least kept {least:.3f}"
 
 
 def first_rows(config, run, problems, plan, out, prompts=4):
@@ -3031,7 +3029,7 @@ def token_texts(tokenizer, ids):
     for token in ids:
         part.append(token)
         text = tokenizer.decode(first + part, clean_up_tokenization_spaces=False)[start:]
-        if "\ufffd" not in text or len(part) == 4:  # no character has more
+        if not text.endswith("\ufffd") or len(part) == 4:  # no character has more
             part = []
         texts.append("◌" if part or not text else text.replace("\n", "↵\n"))
     return texts
@@ -3039,7 +3037,8 @@ def token_texts(tokenizer, ids):
 
 def row_html(config, run, row):
     """The headline of a row of run.shown, and a span for each token -> str"""
-    ids, gold, verdict = row["response_ids"], row["problem"]["answer"], ""
+    ids, gold = row["response_ids"], row["problem"]["answer"]
+    verdict = ""
     if gold is not None:
         text = run.tokenizer.decode(ids, skip_special_tokens=True)
         text = prompt_end(run.tokenizer, row["problem"]) + text
@@ -3052,15 +3051,16 @@ def row_html(config, run, row):
     for place, text in enumerate(token_texts(run.tokenizer, ids)):
         bad = config.method == "prune" and row["overlap"][place] < config.drift_threshold
         kind = "border " * (place in row["borders"]) + "bad" * bad
-        ink = text.lstrip(" ") or text  # blanks stand between the spans
+        ink = text.lstrip(" ") or text  # a blank in front stands in front of the span
         blank = text.removesuffix(ink)
-        spans.append(f'{blank}<span class="{kind}">{html.escape(ink)}</span>')
+        mark = f' class="{kind}"' if kind else ""
+        spans.append(f"{blank}<span{mark}>{html.escape(ink)}</span>")
     kind = "row" if row["stopped"] == "ended" else "row cut"
     return f'<h3>{headline}</h3><div class="{kind}">{"".join(spans).lstrip(" ")}</div>'
 
 
 PAGE = """\
-<!doctype html><html lang="en"><meta charset="utf-8"><title>Rollouts of step $step</title>
+<!doctype html><html lang="en"><meta charset="utf-8"><title>Rollouts of step %(step)s</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root { color-scheme: light dark; --paper: light-dark(#fbfbf9, #14161b);
   --ink: light-dark(#1b1d22, #eceef2); --soft: light-dark(#5a6070, #a4abb8);
@@ -3088,15 +3088,17 @@ li small { float: right; color: var(--ink); font-size: inherit; }
 .cut::after { content: " ✂"; color: var(--soft); font-size: 18px; }
 @media (max-width: 600px) { #tip { position: fixed; inset: auto 0 0 0 !important; width: auto; } }
 </style><h1>What the student wrote, and what both models say of it</h1>
-<p>Step $step of <code>$run</code>, method $method <code>$flags</code></p>
+<p>Step %(step)s of <code>%(run)s</code>, method %(method)s <code>%(flags)s</code></p>
 <p>Point at a token, or walk with the arrow keys, to see what each model would have said there, the
-student after this step. Blue: they agree; orange: they part. │ is a segment border$bad.</p>
+student after this step. Blue: they agree; orange: they part. │ is a segment border, ✂ a row that
+was stopped, a wavy line a bad event of prune.</p>
 <nav>Colour by <label><input type="radio" name="by" value="overlap" data-low="0" data-high="1"
-checked> top-$k overlap</label><label><input type="radio" name="by" value="advantage" data-low="-2"
-data-high="2"> log q − log p</label><label><input type="radio" name="by" value="weight"
-data-low="0" data-high="$top"> loss weight</label><b id="low"></b> <i></i> <b id="high"></b></nav>
-$body<div id="tip" role="status" hidden></div>
-<script type="application/json" id="data">$data</script><script>
+checked> top-%(k)s overlap</label><label><input type="radio" name="by" value="advantage"
+data-low="-2" data-high="2"> log q − log p</label><label><input type="radio" name="by"
+value="weight" data-low="0" data-high="%(top)s"> loss weight</label><b id="low"></b> <i></i>
+<b id="high"></b></nav>
+%(body)s<div id="tip" role="status" hidden></div>
+<script type="application/json" id="data">%(data)s</script><script>
 const find = id => document.getElementById(id), data = JSON.parse(find("data").textContent);
 const rows = [...document.querySelectorAll(".row")], tip = find("tip");
 const spans = rows.flatMap(row => [...row.children]);
@@ -3109,7 +3111,7 @@ function paint() {
   spans.forEach((span, i) => {
     const x = 2 * (data[by.value][i] / 1000 - low) / (high - low) - 1;
     span.style.background = "color-mix(in srgb, transparent, var(--" + (x < 0 ? "warm" : "cool")
-      + ") " + Math.min(100, Math.round(100 * Math.abs(x))) + "%)";
+      + ") " + Math.min(100, Math.round(100 * Math.abs(x))) + "%%)";
   });
 }
 function add(parent, kind, text) {
@@ -3127,7 +3129,7 @@ function show(span) {
     const list = add(tip, "ol", "");
     add(list, "li", who);
     for (let n = side * k; n < side * k + k; n++) {
-      const share = (data.probs[i][n] / 10).toFixed(1) + "%", word = data.words[tokens[n]];
+      const share = (data.probs[i][n] / 10).toFixed(1) + "%%", word = data.words[tokens[n]];
       const line = add(list, "li", (tokens[n] == sampled ? "▸" : " ") + word.replace(/ /g, blank));
       line.style.setProperty("--p", share), add(line, "small", share);
     }
@@ -3135,7 +3137,9 @@ function show(span) {
   const box = span.getBoundingClientRect();
   tip.hidden = false;
   tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 24)) + "px";
-  tip.style.top = box.bottom + scrollY + 8 + "px";
+  const below = box.bottom + 8, above = box.top - tip.offsetHeight - 8;
+  const fits = above < 0 || below + tip.offsetHeight < innerHeight;
+  tip.style.top = scrollY + (fits ? below : above) + "px";
 }
 function go(span) {
   if (!span) return;
@@ -3158,7 +3162,7 @@ at.tabIndex = 0, paint();
 
 
 def write_view(config, run):
-    """Write rollouts.html of run.shown, and what both models say now. OSError, and no half file"""
+    """Write rollouts.html of run.shown, with what both models say now. OSError, and no half file"""
     if not run.shown:
         return
     run.phase, path = f"rollouts.html of step {run.step}", f"{config.output_dir}/rollouts.html"
@@ -3167,42 +3171,40 @@ def write_view(config, run):
     size = max(1, 2**15 // longest)
     batches = [run.shown[start : start + size] for start in range(0, len(run.shown), size)]
     told = concatenate([ask_both(config, run, rows) for rows in batches])
-    used, told["tokens"] = told["tokens"].unique(return_inverse=True)
-    data = {"words": [token_texts(run.tokenizer, [token])[0] for token in used.tolist()]}
     for name in ("overlap", "weight"):
         told[name] = torch.tensor(sum([row[name] for row in run.shown], []))
+    used, places = told.pop("tokens").unique(return_inverse=True)
+    data = {"tokens": places.tolist()}
+    data["words"] = [token_texts(run.tokenizer, [token])[0] for token in used.tolist()]
     for name, values in told.items():
-        scale = 1 if name == "tokens" else 1000
-        data[name] = (scale * values).clamp(-1e6, 1e6).round().int().tolist()
+        data[name] = (1000 * values).clamp(-1e6, 1e6).round().int().tolist()
 
-    # The page
+    # The rows, each prompt above its candidates
     body = []
     for index, row in enumerate(run.shown):
         if index % config.num_generations == 0:
-            prompt = "".join(token_texts(run.tokenizer, row["problem"]["prompt_ids"]))
-            answer = row["problem"]["answer"] or "unknown"
-            prompt, answer = html.escape(prompt.lstrip()), html.escape(answer)
-            body.append(f"<h2>{prompt} <small>answer {answer}</small></h2>")
+            prompt = "".join(token_texts(run.tokenizer, row["problem"]["prompt_ids"])).lstrip()
+            answer = html.escape(row["problem"]["answer"] or "unknown")
+            body.append(f"<h2>{html.escape(prompt)} <small>answer {answer}</small></h2>")
         body.append(row_html(config, run, row))
-    defaults, flags = Config() if config.student else TINY, []
+    flags, defaults = [], Config() if config.student else TINY
     for name, value in vars(config).items():
         if value != getattr(defaults, name) and name not in ("output_dir", "method"):
             flags.append(f"--{name} {value}")
-    page = string.Template(PAGE).substitute(
-        step=run.step,
-        run=html.escape(config.output_dir),
-        method=config.method,
-        k=config.overlap_k,
-        bad=", a wavy line a bad event" if config.method == "prune" else "",
-        top=1 + config.w_base if config.method == "prune" else 1,
-        flags=html.escape(" ".join(flags)),
-        body="".join(body),
-        data=json.dumps(data, separators=(",", ":")).replace("<", r"\u003c"),
-    )
+    page = PAGE % {
+        "step": run.step,
+        "run": html.escape(config.output_dir),
+        "method": config.method,
+        "flags": html.escape(" ".join(flags)),
+        "k": config.overlap_k,
+        "top": 1 + config.w_base if config.method == "prune" else 1,
+        "body": "".join(body),
+        "data": json.dumps(data, separators=(",", ":")).replace("<", r"\u003c"),
+    }
     try:
         with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
             file.write(page)
-        os.replace(f"{path}.partial", path)
+        os.replace(f"{path}.partial", path)  # whole or not at all
     finally:
         with contextlib.suppress(OSError):
             os.remove(f"{path}.partial")
