@@ -3085,7 +3085,7 @@ h3 b { padding: 1px 8px; border-radius: 9px; color: var(--ink); border: 1px soli
 li { margin-top: 2px; list-style: none; line-height: 1.6; } li + li { padding-left: 4px;
   background: linear-gradient(to right, var(--cool) var(--p), transparent 0); }
 li small { float: right; color: var(--ink); font-size: inherit; }
-.cut::after { content: " ✂"; color: var(--soft); font-size: 18px; }
+.cut::after { content: " ✂"; color: var(--soft); font-size: 18px; line-height: 1; }
 @media (max-width: 600px) { #tip { position: fixed; inset: auto 0 0 0 !important; width: auto; } }
 </style><h1>What the student wrote, and what both models say of it</h1>
 <p>Step %(step)s of <code>%(run)s</code>, method %(method)s <code>%(flags)s</code></p>
