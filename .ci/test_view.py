@@ -128,9 +128,9 @@ def byte_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core)
 
 
-def said(text, folder, length=None):
+def said(text, folder, length=None, tokenizer=None):
     """The page of one response that is this text, in bytes; of a length, repeated -> Page"""
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     ids = tokenizer.encode(text) if isinstance(text, str) else text
     ids = (ids * (length or 1))[: length or len(ids)]
     row = {"response_ids": ids, "overlap": [0.5] * len(ids), "weight": [1.0] * len(ids)}
@@ -367,6 +367,22 @@ def test_what_a_model_writes_is_text_and_never_markup(tmp_path):
     joined = "".join(text for text, _ in hostile.rows[0])
     assert joined.replace("↵\n", "\n") == HOSTILE
     assert "<b>&" in hostile.texts["h2"][0] and "</h2>" in hostile.texts["h2"][0]
+
+
+def test_a_token_that_is_markup_is_text_in_the_row_and_in_the_table(tmp_path):
+    words = [
+        "</script><script>x=1</script>",
+        "<img/src=x/onerror=y>",
+        "&lt;",
+        "\"'><!--",
+        "</span>",
+    ]
+    filler = [f"w{index}" for index in range(251)]
+    plain = said("a", tmp_path)
+    page = said(" ".join(words), tmp_path, tokenizer=opd.tiny_tokenizer(words + filler))
+    assert {*page.tags} == {*plain.tags} and page.tags.count("script") == 2
+    assert texts(page.rows) == [words] and page.handlers == []
+    assert {f" {word}" for word in words} <= {*page.data["words"]}
 
 
 def test_nothing_is_fetched_and_nothing_is_handled_inline(tmp_path):
