@@ -47,6 +47,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import html
 import inspect
 import json
 import math
@@ -948,6 +949,7 @@ def train(config, run):
             if config.method == "prune":
                 run.cap, run.misses = next_cap(config, run, rows["reliable_length"])
             metrics = step_metrics(run, out, rows, {**update, "max_length": plan.max_length})
+            run.shown = first_rows(config, run, problems, plan, out)
             if config.extrapolate and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
                 metrics |= extrapolate_student(config, run)
             run.step = step
@@ -958,7 +960,6 @@ def train(config, run):
 
 # --------------------------------------------------------------------------------------------------
 # 9. Evaluation
-
 
 THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # and all, where they go on: no answer yet
 
@@ -1691,6 +1692,7 @@ class Config:
     output_dir: str = "out"  # for metrics.jsonl, samples.jsonl, checkpoints, the tiny world
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where the numbers go, too
     report: str = ""  # compare the runs below this folder: print a table, draw report.png, stop
+    no_view: bool = False  # write no rollouts.html, the last step token by token
     prompt_template: str = BOXED  # the user's message [Rethinking-OPD]
     teacher_prompt_template: str = ""  # what the teacher reads instead, such as "{problem} Hint:
     # {solution}"; also knows {answer}. Training problems that lack one are left out [OPSD]
@@ -1967,6 +1969,8 @@ class Run:
     misses: int = 0  # prune: in a row
     anchor: dict = field(default_factory=dict)  # EffOPD: the weights accepted the last time
     counts: dict = field(default_factory=dict)  # tokens and FLOPs so far
+
+    shown: list = field(default_factory=list)  # rows of the last step, for rollouts.html
 
     # For the last words
     phase: str = "set-up"
@@ -2672,7 +2676,7 @@ def read_checkpoint(folder, flags):
     may_change = (
         "resume output_dir max_steps save_every keep_checkpoints device micro_batch_size report_to "
         "eval_batch_size rollout_batch_size gradient_checkpointing no_gradient_checkpointing "
-        "eval_first"
+        "eval_first no_view"
     ).split()
     try:
         digests = read_records(f"{folder}/digests.json")[0]
@@ -2709,7 +2713,8 @@ def prepare_files(config, run, checkpoint):
     os.makedirs(config.output_dir, exist_ok=True)
     own = checkpoint and os.path.samefile(f"{checkpoint}/..", config.output_dir)
     # What goes aside
-    aside = [path for path in run.files if os.path.exists(path)]
+    page = [] if checkpoint else [f"{config.output_dir}/rollouts.html"]
+    aside = [path for path in [*run.files, *page] if os.path.exists(path)]
     for path in list_checkpoints(config.output_dir):
         if not own or step_of(path) > run.step:
             aside.append(path)
@@ -3020,6 +3025,7 @@ def evaluate_and_save(config, run):
     """The evaluation and the checkpoint that are due after this step, and not done yet."""
     last = run.step >= config.max_steps
     if run.step > run.graded and (last or run.step % (config.eval_every or config.max_steps) == 0):
+        write_view(config, run)
         evaluate_files(config, run, "student")
     if run.step and (last or run.step % (config.save_every or config.max_steps) == 0):
         save_checkpoint(config, run)
@@ -3198,7 +3204,266 @@ def cold_start_step(config, run, step):
 
 
 # --------------------------------------------------------------------------------------------------
-# 17. Report
+# 17. rollouts.html: rows of the last step, token by token
+
+
+def why_stopped(config, run, out, row):
+    """Why a row of a step stops where it does -> str"""
+    length = out["response_mask"].sum(-1)  # (B,)
+    if out["ended"][row] or out["kept"][row]:
+        return "ended" if out["ended"][row] else "cut"
+    if config.method == "prune":
+        bad = out["overlap"][row, : length[row]] < config.drift_threshold
+        return f"drifted: {bad.sum()} bad events, the last at token {bad.nonzero().max() + 1}"
+    if config.method != "prefix-guided" or config.select == "random":
+        return "not selected"
+    # Rows compete in their group; what was kept below another loser was the best of its prompt
+    score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
+    size = max(1, run.rows_at_once["rollout_batch_size"] // config.num_generations)
+    group = torch.arange(len(score), device=score.device) // (size * config.num_generations)
+    rivals = group == group[row]
+    went_on = rivals & out["kept"] & (length > config.prefix)
+    least = score[went_on & (score >= score[rivals & ~out["kept"]].max())].min()
+    return f"not selected: the least kept {least:.3f}"
+
+
+def first_rows(config, run, problems, plan, out, prompts=4):
+    """What the page shows of a step's first prompts -> list of dicts, without a tensor"""
+    if config.no_view or not is_main():
+        return []
+    values = {"response_ids": out["response_ids"], "overlap": out["overlap"]}
+    values["weight"] = out["token_weight"] * out["loss_mask"]
+    rows = []
+    for row, problem in enumerate(problems[: prompts * config.num_generations]):
+        valid = out["response_mask"][row]
+        told = {name: value[row][valid].tolist() for name, value in values.items()}
+        told |= {"problem": problem, "borders": plan.borders()}
+        rows.append({**told, "stopped": why_stopped(config, run, out, row)})
+    return rows
+
+
+@torch.no_grad()
+def ask_both(config, run, rows, k=5):
+    """What both models say at each of the rows' N tokens -> dict: tokens (N, 1 + 2k), the sampled
+    one and the k likeliest of student and teacher; probs (N, 2k); kl, advantage (N,)
+    """
+    head = {"vocab_size": run.vocab_size, "temperature": config.temperature}
+    models = {"prompt_ids": run.sampler, "teacher_prompt_ids": run.teacher}
+    responses = [torch.tensor(row["response_ids"]) for row in rows]
+    ids = pad_sequence(responses, batch_first=True)  # (B, T)
+    mask = pad_sequence([torch.ones_like(own) for own in responses], batch_first=True).bool()
+    columns = [torch.cat(responses).to(run.device)]  # (N,), and (N, H) of each model
+    for name, model in models.items():
+        prompts = [row["problem"].get(name, row["problem"]["prompt_ids"]) for row in rows]
+        before, valid = pad_left(prompts, 0)
+        context = torch.cat([before, ids], dim=1).to(run.device)
+        valid = torch.cat([valid, mask], dim=1).to(run.device)
+        columns.append(hidden_states(model, context, valid, ids.shape[1])[mask.to(run.device)])
+    size = tokens_at_once(run.vocab_size)  # never (N, V)
+    chunks = []
+    for sampled, *states in zip(*[column.split(size) for column in columns]):
+        logits = [head_logits(model, own, **head) for model, own in zip(models.values(), states)]
+        log_probs = torch.stack(logits).log_softmax(-1)  # (2, n, V)
+        log_p, log_q = log_probs.gather(-1, sampled.expand(2, -1)[..., None])[..., 0]
+        values, likeliest = log_probs.topk(min(k, run.vocab_size))
+        told = {"kl": reverse_kl(*logits), "advantage": log_q - log_p}
+        told["tokens"] = torch.cat([sampled[:, None], *likeliest], dim=1)
+        chunks.append({**told, "probs": torch.cat([*values.exp()], dim=1)})
+    return concatenate(chunks)
+
+
+def token_texts(tokenizer, ids):
+    """The text of each token -> list. A character of several tokens is at the last, ◌ before it"""
+    # Behind another token: from the first of a text many a tokenizer takes the blank
+    first = tokenizer.encode("a", add_special_tokens=False)
+    start = len(tokenizer.decode(first))
+    texts, part = [], []
+    for token in ids:
+        part.append(token)
+        text = tokenizer.decode(first + part, clean_up_tokenization_spaces=False)[start:]
+        if not text.endswith("\ufffd") or len(part) == 4:  # no character has more
+            part = []
+        texts.append("◌" if part or not text else text.replace("\n", "↵\n"))
+    return texts
+
+
+def row_html(config, run, row):
+    """The headline of a row of run.shown, and a span for each token -> str"""
+    ids, gold = row["response_ids"], row["problem"]["answer"]
+    verdict = ""
+    if gold is not None:
+        text = run.tokenizer.decode(ids, skip_special_tokens=True)
+        text = prompt_end(run.tokenizer, row["problem"]) + text
+        verdict = "right" if is_correct(text, gold) else "wrong"
+        verdict = verdict if last_boxed(text) else "no answer"
+    window = config.probe_window if config.method == "prefix-guided" else len(ids)
+    overlap = f"overlap {np.mean(row['overlap'][:window]):.3f} in the first {window}"
+    headline = f'<b class="{verdict}">{verdict}</b> {len(ids)} tokens, {overlap}, {row["stopped"]}'
+    spans = []
+    for place, text in enumerate(token_texts(run.tokenizer, ids)):
+        bad = config.method == "prune" and row["overlap"][place] < config.drift_threshold
+        kind = "border " * (place in row["borders"]) + "bad" * bad
+        ink = text.lstrip(" ") or text  # a blank in front stands in front of the span
+        blank = text.removesuffix(ink)
+        mark = f' class="{kind}"' if kind else ""
+        spans.append(f"{blank}<span{mark}>{html.escape(ink)}</span>")
+    kind = "row" if row["stopped"] == "ended" else "row cut"
+    return f'<h3>{headline}</h3><div class="{kind}">{"".join(spans).lstrip(" ")}</div>'
+
+
+PAGE = """\
+<!doctype html><html lang="en"><meta charset="utf-8"><title>Rollouts of step %(step)s</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; --paper: light-dark(#fbfbf9, #14161b);
+  --ink: light-dark(#1b1d22, #eceef2); --soft: light-dark(#5a6070, #a4abb8);
+  --warm: light-dark(#f3a24d, #a3540c); --cool: light-dark(#84b8ec, #1f64a8); }
+body { max-width: 1060px; margin: auto; padding: 24px 16px 320px; overflow-wrap: anywhere;
+  background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { margin: 0 0 4px; font-size: 26px; } p { margin: 0; } p, h3, small { color: var(--soft); }
+h2, code, .row, #tip { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; }
+h2 { margin: 24px 0 0; font-weight: 700; } h3 { margin: 12px 0 0; font: inherit; font-size: 13px; }
+nav { position: sticky; top: 0; padding: 10px 0; background: var(--paper); z-index: 1; }
+label { margin-right: 14px; } i { display: inline-block; width: 90px; height: 12px;
+  background: linear-gradient(to right, var(--warm), transparent, var(--cool)); }
+.row span { padding: 3px 1px; margin: 1px; border-radius: 3px; scroll-margin: 80px 0 320px; }
+.row .border { border-left: 2px solid var(--ink); } .bad { text-decoration: wavy underline; }
+.row span:focus, .row span:hover { outline: 2px solid var(--ink); }
+h3 b { padding: 1px 8px; border-radius: 9px; color: var(--ink); border: 1px solid var(--soft); }
+.right { background: var(--cool); } .wrong { background: var(--warm); }
+#tip { position: absolute; width: 430px; padding: 10px 14px; border-radius: 8px; z-index: 2;
+  background: var(--paper); border: 1px solid var(--soft); box-shadow: 0 8px 30px #0006; }
+#tip:not([hidden]) { display: grid; grid: auto / 1fr 1fr; gap: 0 14px; pointer-events: none; }
+#tip p { grid-column: 1 / 3; font-size: 12px; } ol { margin: 0; padding: 0; overflow: hidden; }
+li { margin-top: 2px; list-style: none; line-height: 1.6; } li + li { padding-left: 4px;
+  background: linear-gradient(to right, var(--cool) var(--p), transparent 0); }
+li small { float: right; color: var(--ink); font-size: inherit; }
+.cut::after { content: " ✂"; color: var(--soft); font-size: 18px; line-height: 1; }
+@media (max-width: 600px) { #tip { position: fixed; inset: auto 0 0 0 !important; width: auto; } }
+</style><h1>What the student wrote, and what both models say of it</h1>
+<p>Step %(step)s of <code>%(run)s</code>, method %(method)s <code>%(flags)s</code></p>
+<p>Point at a token, or walk with the arrow keys, to see what each model would have said there, the
+student after this step. Blue: they agree; orange: they part. │ is a segment border, ✂ a row that
+was stopped, a wavy line a bad event of prune.</p>
+<nav>Colour by <label><input type="radio" name="by" value="overlap" data-low="0" data-high="1"
+checked> top-%(k)s overlap</label><label><input type="radio" name="by" value="advantage"
+data-low="-2" data-high="2"> log q − log p</label><label><input type="radio" name="by"
+value="weight" data-low="0" data-high="%(top)s"> loss weight</label><b id="low"></b> <i></i>
+<b id="high"></b></nav>
+%(body)s<div id="tip" role="status" hidden></div>
+<script type="application/json" id="data">%(data)s</script><script>
+const find = id => document.getElementById(id), data = JSON.parse(find("data").textContent);
+const rows = [...document.querySelectorAll(".row")], tip = find("tip");
+const spans = rows.flatMap(row => [...row.children]);
+const place = new Map(spans.map((span, i) => [span, i]));
+const blank = data.words.every(word => word[0] == " ") ? "" : "␣";
+let at = spans[0];
+function paint() {
+  const by = document.querySelector("input:checked"), {low, high} = by.dataset;
+  find("low").textContent = low, find("high").textContent = high;
+  spans.forEach((span, i) => {
+    const x = 2 * (data[by.value][i] / 1000 - low) / (high - low) - 1;
+    span.style.background = "color-mix(in srgb, transparent, var(--" + (x < 0 ? "warm" : "cool")
+      + ") " + Math.min(100, Math.round(100 * Math.abs(x))) + "%%)";
+  });
+}
+function add(parent, kind, text) {
+  const child = parent.appendChild(document.createElement(kind));
+  child.textContent = text;
+  return child;
+}
+function show(span) {
+  const i = place.get(span), [sampled, ...tokens] = data.tokens[i], k = tokens.length / 2;
+  const told = ["kl", "overlap", "advantage", "weight"].map(name => data[name][i] / 1000);
+  tip.replaceChildren();
+  add(tip, "p", "KL " + told[0] + ", overlap " + told[1] + ", log q − log p " + told[2]
+    + ", weight " + told[3]);
+  ["student", "teacher"].forEach((who, side) => {
+    const list = add(tip, "ol", "");
+    add(list, "li", who);
+    for (let n = side * k; n < side * k + k; n++) {
+      const share = (data.probs[i][n] / 10).toFixed(1) + "%%", word = data.words[tokens[n]];
+      const line = add(list, "li", (tokens[n] == sampled ? "▸" : " ") + word.replace(/ /g, blank));
+      line.style.setProperty("--p", share), add(line, "small", share);
+    }
+  });
+  const box = span.getBoundingClientRect();
+  tip.hidden = false;
+  tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 24)) + "px";
+  const below = box.bottom + 8, above = box.top - tip.offsetHeight - 8;
+  const fits = above < 0 || below + tip.offsetHeight < innerHeight;
+  tip.style.top = scrollY + (fits ? below : above) + "px";
+}
+function go(span) {
+  if (!span) return;
+  at.tabIndex = -1, at = span, at.tabIndex = 0, at.focus();
+}
+addEventListener("mouseover", e => place.has(e.target) ? show(e.target) : tip.hidden = true);
+addEventListener("focusin", e => place.has(e.target) && show(e.target));
+addEventListener("click", e => place.has(e.target) && go(e.target));
+addEventListener("change", paint);
+addEventListener("keydown", e => {
+  if (e.key == "Escape") tip.hidden = true;
+  const row = rows.indexOf(at.parentNode), i = place.get(at);
+  const next = {ArrowLeft: spans[i - 1], ArrowRight: spans[i + 1],
+    ArrowUp: rows[row - 1]?.children[0], ArrowDown: rows[row + 1]?.children[0]};
+  if (e.target == at && e.key in next) e.preventDefault(), go(next[e.key]);
+});
+at.tabIndex = 0, paint();
+</script>
+"""
+
+
+def write_view(config, run):
+    """Write rollouts.html of run.shown, with what both models say now. OSError, and no half file"""
+    if not run.shown:
+        return
+    run.phase, path = f"rollouts.html of step {run.step}", f"{config.output_dir}/rollouts.html"
+    # Numbers in thousandths, tokens as places in a table of their texts: a third of the size
+    longest = max(prompt_length(row["problem"]) + len(row["response_ids"]) for row in run.shown)
+    size = max(1, 2**15 // longest)
+    batches = [run.shown[start : start + size] for start in range(0, len(run.shown), size)]
+    told = concatenate([ask_both(config, run, rows) for rows in batches])
+    for name in ("overlap", "weight"):
+        told[name] = torch.tensor(sum([row[name] for row in run.shown], []))
+    used, places = told.pop("tokens").unique(return_inverse=True)
+    data = {"tokens": places.tolist()}
+    data["words"] = [token_texts(run.tokenizer, [token])[0] for token in used.tolist()]
+    for name, values in told.items():
+        data[name] = (1000 * values).clamp(-1e6, 1e6).round().int().tolist()
+
+    # The rows, each prompt above its candidates
+    body = []
+    for index, row in enumerate(run.shown):
+        if index % config.num_generations == 0:
+            prompt = "".join(token_texts(run.tokenizer, row["problem"]["prompt_ids"])).lstrip()
+            answer = html.escape(row["problem"]["answer"] or "unknown")
+            body.append(f"<h2>{html.escape(prompt)} <small>answer {answer}</small></h2>")
+        body.append(row_html(config, run, row))
+    flags, defaults = [], Config() if config.student else TINY
+    for name, value in vars(config).items():
+        if value != getattr(defaults, name) and name not in ("output_dir", "method"):
+            flags.append(f"--{name} {value}")
+    page = PAGE % {
+        "step": run.step,
+        "run": html.escape(config.output_dir),
+        "method": config.method,
+        "flags": html.escape(" ".join(flags)),
+        "k": config.overlap_k,
+        "top": 1 + config.w_base if config.method == "prune" else 1,
+        "body": "".join(body),
+        "data": json.dumps(data, separators=(",", ":")).replace("<", r"\u003c"),
+    }
+    try:
+        with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
+            file.write(page)
+        os.replace(f"{path}.partial", path)  # whole or not at all
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.partial")
+
+
+# --------------------------------------------------------------------------------------------------
+# 18. Report
 
 TITLES = """\
                                       opd at as
@@ -3350,7 +3615,7 @@ def report(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# 18. Main
+# 19. Main
 
 
 def open_world(config):
@@ -3435,6 +3700,8 @@ def work(config, run):
         return run.standing()
     ended, checkpoint = read_run("", config.output_dir), list_checkpoints(config.output_dir)[-1]
     say(*report_table([ended]), f"checkpoint in {checkpoint}")
+    if run.shown:
+        say(f"the last step, token by token: {config.output_dir}/rollouts.html")
     return {**run.standing(), "checkpoint": checkpoint, **ended}
 
 

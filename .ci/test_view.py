@@ -1,0 +1,577 @@
+"""
+What guards rollouts.html, section 17 of opd.py: what it shows of a step, that a model's text is
+never markup, that a run is the same without it. The page is read by html.parser; what its script
+does with the numbers was looked at in a browser.
+"""
+
+import torch
+
+torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
+
+import errno
+import html.parser
+import json
+import os
+import re
+import sys
+import time
+
+import pytest
+import tokenizers
+import transformers
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import opd
+import test_opd
+from test_opd import (
+    END,
+    STUDENT,
+    TEACHER,
+    WORDS,
+    V,
+    close,
+    command,
+    flags,
+    make_batch,
+    outcome,
+    rows_of,
+    train,
+    without_padding,
+)
+
+# --------------------------------------------------------------------------------------------------
+# Helpers, all of them
+
+world = test_opd.world
+runs = test_opd.runs
+TOKENIZER = opd.tiny_tokenizer(WORDS)
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see: rows of (text, classes) per token, headlines, the numbers."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.rows, self.texts = [], [], [], {}
+        self.handlers, self.inside, self.scripts = [], [], []
+        self.feed(text)
+        self.data = json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        self.links += [attributes[name] for name in ("src", "href") if name in attributes]
+        self.handlers += [name for name in attributes if name.startswith("on")]
+        if tag == "div" and "row" in attributes.get("class", ""):
+            self.rows.append([])
+        if tag == "span" and self.inside[-1:] == ["div"]:
+            self.rows[-1].append(["", attributes.get("class", "").split()])
+        if tag not in ("meta", "input"):
+            self.inside.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+        self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        while self.inside.pop() != tag:
+            pass
+
+    def handle_data(self, text):
+        tag = (self.inside or ["html"])[-1]
+        if tag == "script":
+            self.scripts[-1] += text
+        elif tag == "span" and self.rows:
+            self.rows[-1][-1][0] += text
+        for tag in {*self.inside}:
+            self.texts[tag][-1] += text
+
+
+def page_of(folder):
+    return Page((folder / "rollouts.html").read_text(encoding="utf-8"))
+
+
+def run_of(folder, problems, out, tokenizer=TOKENIZER, plan=None, **changes):
+    """-> (config, run) after a step of which out is the rollout."""
+    changes = {"student": "s", "teacher": "t", "output_dir": str(folder), **changes}
+    config = flags(**changes)
+    run = opd.Run({}, [], student=STUDENT, sampler=STUDENT, teacher=TEACHER, step=7)
+    run.tokenizer, run.device, run.vocab_size = tokenizer, torch.device("cpu"), V
+    run.rows_at_once = {"rollout_batch_size": len(problems)}
+    if out:
+        plan = plan or opd.plan_rollout(config, 7, cap=12)
+        out["token_weight"], out["loss_mask"] = opd.token_weights(config, out)
+        run.shown = opd.first_rows(config, run, problems, plan, out)
+    return config, run
+
+
+def shown(folder, **changes):
+    """The page of a rollout of four prompts, one candidate each -> (Page, its rollout)"""
+    out = make_batch(STUDENT, TEACHER, max_length=12)
+    prompts = without_padding(out["prompt_ids"], out["prompt_mask"])
+    problems = [{"prompt_ids": ids, "answer": None, "problem": ""} for ids in prompts]
+    opd.write_view(*run_of(folder, problems, out, num_generations=1, **changes))
+    return page_of(folder), out
+
+
+def texts(rows):
+    return [[text for text, _ in row] for row in rows]
+
+
+def byte_tokenizer():
+    """One token per byte, as byte-level BPE has it before any merge."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
+    )
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def said(text, folder, length=None, tokenizer=None):
+    """The page of one response that is this text, in bytes; of a length, repeated -> Page"""
+    tokenizer = tokenizer or byte_tokenizer()
+    ids = tokenizer.encode(text) if isinstance(text, str) else text
+    ids = (ids * (length or 1))[: length or len(ids)]
+    row = {"response_ids": ids, "overlap": [0.5] * len(ids), "weight": [1.0] * len(ids)}
+    problem = {"prompt_ids": tokenizer.encode("<b>&"), "answer": "</h2>", "problem": ""}
+    row |= {"problem": problem, "borders": [], "stopped": "ended"}
+    config, run = run_of(folder, [], None, tokenizer)
+    run.vocab_size = 256
+    run.sampler = run.student = run.teacher = test_opd.tiny_llama(
+        1, vocab_size=256, max_position_embeddings=8192
+    )
+    run.shown = [row]
+    opd.write_view(config, run)
+    return page_of(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# What it shows
+
+
+def test_every_token_of_a_response_is_a_span(tmp_path):
+    page, out = shown(tmp_path)
+    expected = without_padding(out["response_ids"], out["response_mask"])
+    assert texts(page.rows) == [[WORDS[token] for token in row] for row in expected]
+
+
+def test_the_numbers_of_a_token_are_those_of_its_rollout(tmp_path):
+    page, out = shown(tmp_path, method="prune", w_drop=0.1)
+    mask = out["response_mask"]
+    for name, values in (("overlap", out["overlap"]), ("weight", out["token_weight"])):
+        close(torch.tensor(page.data[name]) / 1000, values[mask], atol=6e-4, rtol=0)
+
+
+def test_what_is_not_trained_on_has_no_weight(tmp_path):
+    changes = {"method": "prefix-guided", "prefix_length": 6, "probe_window": 4}
+    page, out = shown(tmp_path, **changes)
+    assert {*page.data["weight"]} == {1000}
+    out = make_batch(STUDENT, TEACHER)
+    out["kept"][1] = False
+    config = flags(**changes)
+    run = opd.Run({}, [], rows_at_once={"rollout_batch_size": 4})
+    out["token_weight"], out["loss_mask"] = opd.token_weights(config, out)
+    problems = [{"prompt_ids": [5], "answer": None}] * 4
+    rows = opd.first_rows(config, run, problems, opd.Plan(12, 4), out, prompts=1)
+    assert len(rows) == 2 and {*rows[1]["weight"]} == {0.0} and {*rows[0]["weight"]} == {1.0}
+
+
+def test_both_models_likeliest_tokens_and_their_kl_are_those_of_plain_forwards(tmp_path):
+    page, out = shown(tmp_path)
+    place = 0
+    for ids, prompt in rows_of(out):
+        p = STUDENT(ids).logits[0, prompt - 1 : -1].log_softmax(-1)
+        q = TEACHER(ids).logits[0, prompt - 1 : -1, :V].log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1)
+        for t, token in enumerate(ids[0, prompt:].tolist()):
+            close(page.data["kl"][place] / 1000, kl[t].item(), atol=6e-4, rtol=0)
+            advantage = (q - p)[t, token].item()
+            close(page.data["advantage"][place] / 1000, advantage, atol=6e-4, rtol=0)
+            words = [page.data["words"][index].strip() for index in page.data["tokens"][place]]
+            best = [*p[t].topk(5).indices.tolist(), *q[t].topk(5).indices.tolist()]
+            assert words == [WORDS[index] for index in [token, *best]]
+            probs = torch.cat([p[t].topk(5).values, q[t].topk(5).values]).exp()
+            close(torch.tensor(page.data["probs"][place]) / 1000, probs, atol=6e-4, rtol=0)
+            place += 1
+    assert place == len(page.data["kl"]) == sum(map(len, page.rows))
+
+
+def test_a_temperature_divides_the_logits_of_both_models(tmp_path):
+    page, out = shown(tmp_path, temperature=3.0)
+    ids, prompt = rows_of(out)[0]
+    for model, at in ((STUDENT, 0), (TEACHER, 5)):
+        best = (model(ids).logits[0, prompt - 1, :V] / 3).softmax(-1).max().item()
+        close(page.data["probs"][0][at] / 1000, best, atol=6e-4, rtol=0)
+
+
+def test_a_teacher_with_a_prompt_of_its_own_reads_that(tmp_path):
+    out = make_batch(STUDENT, TEACHER)
+    own = [7, 8, 9, 10, 11, 12, 13]
+    prompts = without_padding(out["prompt_ids"], out["prompt_mask"])
+    problems = [{"prompt_ids": p, "answer": None, "teacher_prompt_ids": own} for p in prompts]
+    opd.write_view(*run_of(tmp_path, problems, out, num_generations=1))
+    ids = torch.tensor([own + out["response_ids"][0][out["response_mask"][0]].tolist()])
+    q = TEACHER(ids).logits[0, len(own) - 1, :V].softmax(-1)
+    best = page_of(tmp_path).data["probs"][0][5] / 1000
+    close(best, q.max().item(), atol=6e-4, rtol=0)
+
+
+@pytest.mark.parametrize("elements", [V, 7 * V])
+def test_the_logits_of_all_tokens_never_exist_at_once(elements, tmp_path, monkeypatch):
+    plain, _ = shown(tmp_path)
+    monkeypatch.setattr(opd, "tokens_at_once", lambda size: elements // size)
+    widths = []
+    real = opd.head_logits
+
+    def noted(model, states, *args, **kwargs):
+        widths.append(len(states))
+        return real(model, states, *args, **kwargs)
+
+    out = make_batch(STUDENT, TEACHER)
+    monkeypatch.setattr(opd, "head_logits", noted)
+    prompts = without_padding(out["prompt_ids"], out["prompt_mask"])
+    problems = [{"prompt_ids": ids, "answer": None, "problem": ""} for ids in prompts]
+    opd.write_view(*run_of(tmp_path, problems, out, num_generations=1))
+    assert max(widths) == elements // V and page_of(tmp_path).data["tokens"] == plain.data["tokens"]
+
+
+def test_segment_borders_and_bad_events_are_marked(tmp_path):
+    page, out = shown(tmp_path, method="prune", drift_threshold=0.4)
+    for row, spans in enumerate(page.rows):
+        borders = [place for place, (_, kind) in enumerate(spans) if "border" in kind]
+        assert borders == [place for place in (4, 8) if place < len(spans)]
+        bad = [place for place, (_, kind) in enumerate(spans) if "bad" in kind]
+        low = out["overlap"][row, : len(spans)] < 0.4
+        assert bad == low.nonzero().flatten().tolist()
+    assert any("bad" in kind for row in page.rows for _, kind in row)
+
+
+def headline(out, row, **changes):
+    """What is said of a row of a made-up rollout, of 2 prompts with 3 candidates."""
+    config = flags(num_generations=3, **changes)
+    run = opd.Run({}, [], rows_at_once={"rollout_batch_size": changes.pop("at_once", 6)})
+    return opd.why_stopped(config, run, out, row)
+
+
+def made_rollout(scores, kept, ended=(), lengths=None):
+    """Rows whose overlap is the same all along."""
+    overlap = torch.tensor(scores)[:, None].expand(len(scores), 12).clone()
+    lengths = lengths or [12 if keep else 6 for keep in kept]
+    mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+    ends = torch.tensor([row in ended for row in range(len(scores))])
+    return {
+        "overlap": overlap * mask,
+        "response_mask": mask,
+        "kept": torch.tensor(kept).bool(),
+        "ended": ends,
+    }
+
+
+GUIDED = {"method": "prefix-guided", "prefix_length": 6, "probe_window": 4}
+
+
+def test_a_row_that_ended_and_one_that_was_cut_say_so():
+    out = made_rollout([0.5, 0.5], [1, 1], ended=[0])
+    assert headline(out, 0) == "ended" and headline(out, 1) == "cut"
+
+
+def test_a_row_that_was_not_selected_names_the_least_score_that_was_kept():
+    out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [1, 1, 0, 1, 0, 0])
+    for row in (2, 4, 5):
+        assert headline(out, row, **GUIDED) == "not selected: the least kept 0.800"
+
+
+def test_a_row_that_ended_before_the_prefix_was_not_kept_for_its_score():
+    out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.75, 0.4], [1, 1, 0, 1, 1, 0], ended=[4])
+    out["response_mask"][4, 5:] = False
+    assert headline(out, 2, **GUIDED).endswith("the least kept 0.800")
+
+
+def test_rows_compete_within_the_group_that_was_sampled_with_them():
+    out = made_rollout([0.9, 0.8, 0.7, 0.75, 0.5, 0.4], [1, 1, 0, 1, 0, 0])
+    config = flags(num_generations=3, **GUIDED)
+    run = opd.Run({}, [], rows_at_once={"rollout_batch_size": 3})
+    assert opd.why_stopped(config, run, out, 2).endswith("0.800")
+    assert opd.why_stopped(config, run, out, 4).endswith("0.750")
+
+
+def test_chance_has_no_score():
+    out = made_rollout([0.9, 0.8, 0.7], [1, 0, 1])
+    assert headline(out, 1, **GUIDED, select="random") == "not selected"
+
+
+def test_a_row_that_drifted_names_its_bad_events():
+    out = made_rollout([0.9, 0.9], [1, 0], lengths=[12, 8])
+    out["overlap"][1, [2, 5]] = 0.1
+    told = headline(out, 1, method="prune")
+    assert told == "drifted: 2 bad events, the last at token 6"
+
+
+def test_the_rule_really_used_is_the_one_that_is_told(world, tmp_path):
+    changes = {**GUIDED, "num_generations": 4, "keep_ratio": 0.5, "max_steps": 1}
+    opd.main(command(world, tmp_path, **changes))
+    lines = page_of(tmp_path).texts["h3"]
+    least = {re.search(r"the least kept (\S+)", line)[1] for line in lines if "kept" in line}
+    scores = [float(re.search(r"overlap (\S+) in the first 4", line)[1]) for line in lines]
+    lost = [score for score, line in zip(scores, lines) if "not selected" in line]
+    assert len(least) == 1 and len(lost) >= 2 and max(lost) <= float(*least)
+    assert float(*least) in [s for s, line in zip(scores, lines) if "not selected" not in line]
+
+
+@pytest.mark.parametrize(
+    "answer, text, verdict",
+    [
+        ("3", "\\boxed{ 3 }", "right"),
+        ("3", "\\boxed{ 4 }", "wrong"),
+        ("3", "4", "no answer"),
+        (None, "\\boxed{ 3 }", ""),
+    ],
+)
+def test_right_and_wrong_are_told_where_the_gold_is_known(answer, text, verdict, tmp_path):
+    ids = TOKENIZER.encode(text) + [END]
+    row = {"response_ids": ids, "overlap": [1.0] * len(ids), "weight": [1.0] * len(ids)}
+    row |= {"problem": {"prompt_ids": [5], "answer": answer}, "borders": [], "stopped": "ended"}
+    config, run = run_of(tmp_path, [], None)
+    run.shown = [row]
+    opd.write_view(config, run)
+    assert page_of(tmp_path).texts["h3"] == [
+        f"{verdict} {len(ids)} tokens, overlap 1.000 in the first {len(ids)}, ended"
+    ]
+
+
+def test_the_first_four_prompts_have_all_their_candidates(world, tmp_path):
+    opd.main(command(world, tmp_path, batch_size=5, num_generations=3, max_steps=1))
+    page = page_of(tmp_path)
+    assert len(page.texts["h2"]) == 4 and len(page.rows) == 12
+
+
+def test_the_header_tells_the_step_the_method_and_the_flags_that_differ(tmp_path):
+    page, _ = shown(tmp_path, method="prune")
+    told = " ".join(page.texts["p"])
+    assert "Step 7" in told and "method prune" in told and str(tmp_path) in told
+    assert "--max_new_tokens 12" in told and "--seed" not in told
+
+
+# --------------------------------------------------------------------------------------------------
+# What a model writes is never markup
+
+HOSTILE = (
+    "</script><script>x=1</script><img src=http://a/ onerror=x>&lt;&amp; \"'`$body %s {0}\n\n<!--"
+)
+
+
+def test_what_a_model_writes_is_text_and_never_markup(tmp_path):
+    plain, hostile = said("a", tmp_path), said(HOSTILE, tmp_path)
+    assert {*hostile.tags} == {*plain.tags} and hostile.tags.count("script") == 2
+    joined = "".join(text for text, _ in hostile.rows[0])
+    assert joined.replace("↵\n", "\n") == HOSTILE
+    assert "<b>&" in hostile.texts["h2"][0] and "</h2>" in hostile.texts["h2"][0]
+
+
+def test_a_token_that_is_markup_is_text_in_the_row_and_in_the_table(tmp_path):
+    words = [
+        "</script><script>x=1</script>",
+        "<img/src=x/onerror=y>",
+        "&lt;",
+        "\"'><!--",
+        "</span>",
+    ]
+    filler = [f"w{index}" for index in range(251)]
+    plain = said("a", tmp_path)
+    page = said(" ".join(words), tmp_path, tokenizer=opd.tiny_tokenizer(words + filler))
+    assert {*page.tags} == {*plain.tags} and page.tags.count("script") == 2
+    assert texts(page.rows) == [words] and page.handlers == []
+    assert {f" {word}" for word in words} <= {*page.data["words"]}
+
+
+def test_nothing_is_fetched_and_nothing_is_handled_inline(tmp_path):
+    page = said(HOSTILE, tmp_path)
+    source = (tmp_path / "rollouts.html").read_text()
+    style = source[source.index("<style>") : source.index("</style>")]
+    assert page.links == [] and page.handlers == []
+    assert not {*page.tags} & {"link", "img", "iframe"}
+    assert "url(" not in style and "@import" not in style
+    assert "http" not in page.scripts[1] and "innerHTML" not in page.scripts[1]
+
+
+def test_a_character_of_several_tokens_is_whole_at_the_last(tmp_path):
+    page = said("x日🙂y", tmp_path)
+    assert texts(page.rows) == [["x", "◌", "◌", "日", "◌", "◌", "◌", "🙂", "y"]]
+
+
+def test_half_a_character_is_shown_and_harms_nothing(tmp_path):
+    tokenizer = byte_tokenizer()
+    halves = tokenizer.encode("日")[:2]
+    assert texts(said(halves, tmp_path).rows) == [["◌", "◌"]]
+    row = texts(said(halves * 5 + tokenizer.encode("ok"), tmp_path).rows)[0]
+    assert len(row) == 12 and row[-2].endswith("o") and row[-1] == "k"
+
+
+def test_newlines_and_blanks_are_seen(tmp_path):
+    page = said("a  b\n c", tmp_path)
+    assert texts(page.rows)[0].count("↵\n") == 1
+    source = (tmp_path / "rollouts.html").read_text()
+    assert "white-space: pre-wrap" in source and texts(page.rows)[0].count(" ") == 3
+
+
+def test_byte_level_tokens_keep_the_blank_in_front_of_a_word():
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    core.train_from_iterator(["the cat and the dog"] * 9, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+    got = opd.token_texts(tokenizer, tokenizer.encode("the cat the"))
+    assert "".join(got) == "the cat the" and " the" in got
+
+
+def test_metaspace_tokens_keep_the_blank_in_front_of_a_word():
+    vocab = [("<unk>", 0.0), ("▁a", -1.0), ("▁the", -1.0), ("re", -1.0), ("▁", -2.0)]
+    core = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=0))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    core.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+    assert opd.token_texts(tokenizer, [2, 3, 2]) == [" the", "re", " the"]
+
+
+def test_a_row_of_seven_thousand_tokens_is_written_in_seconds(tmp_path):
+    began = time.perf_counter()
+    page = said(HOSTILE + "日", tmp_path, length=7000)
+    seconds = time.perf_counter() - began
+    size = os.path.getsize(tmp_path / "rollouts.html")
+    assert len(page.rows[0]) == 7000 and seconds < 20
+    assert size < 15e6 / 16  # of 16 such rows 15 MB
+
+
+def luminance(colour):
+    """Of #rrggbb, as WCAG 2 has it."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    dark, light = sorted([luminance(one), luminance(other)])
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_text_has_a_contrast_of_four_and_a_half_in_light_and_dark(scheme):
+    named = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", opd.PAGE)
+    colours = {name: pair[scheme] for name, *pair in named}
+    for text, behind in (("ink", "paper"), ("soft", "paper"), ("ink", "warm"), ("ink", "cool")):
+        assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
+
+
+# --------------------------------------------------------------------------------------------------
+# A run and its page
+
+
+def test_a_run_is_the_same_with_and_without_its_page(world, tmp_path):
+    changes = {"max_steps": 3, "eval_every": 1, "method": "prefix-guided", "num_generations": 4}
+    train(world, tmp_path / "with", **changes)
+    train(world, tmp_path / "without", **changes, no_view=True)
+    assert outcome(tmp_path / "with") == outcome(tmp_path / "without")
+    assert (tmp_path / "with" / "rollouts.html").exists()
+    assert not (tmp_path / "without" / "rollouts.html").exists()
+
+
+def test_the_page_draws_nothing_and_leaves_both_models_in_eval_mode(tmp_path):
+    out = make_batch(STUDENT, TEACHER)
+    problems = [{"prompt_ids": [5, 6], "answer": "1"}] * 4
+    config, run = run_of(tmp_path, problems, out)
+    before = torch.get_rng_state()
+    opd.write_view(config, run)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not STUDENT.training and not TEACHER.training
+
+
+def test_the_page_is_written_at_every_evaluation_after_a_step(world, tmp_path, monkeypatch):
+    seen = []
+    real = opd.write_view
+    monkeypatch.setattr(opd, "write_view", lambda c, r: (seen.append(r.step), real(c, r)))
+    opd.main(command(world, tmp_path, max_steps=5, eval_every=2))
+    assert [step for step in seen if step] == [2, 4, 5]
+    assert "Step 5" in " ".join(page_of(tmp_path).texts["p"])
+
+
+def test_the_rows_are_those_of_the_last_step(world, tmp_path, monkeypatch):
+    seen = []
+    test_opd.watch_updates(monkeypatch, seen)
+    opd.main(command(world, tmp_path, max_steps=2, eval_every=2))
+    batch = seen[-1][1]
+    expected = without_padding(batch["response_ids"], batch["response_mask"])
+    assert texts(page_of(tmp_path).rows) == [[WORDS[t] for t in row] for row in expected]
+
+
+def test_what_is_kept_of_a_step_is_no_tensor_and_nobodys_hidden_states(world, tmp_path, runs):
+    opd.main(command(world, tmp_path))
+    kept = test_opd.tree_leaves(runs[0].shown)
+    assert kept and not any(isinstance(value, torch.Tensor) for value in kept)
+
+
+def test_a_resumed_run_without_a_last_step_writes_no_page(world, tmp_path, monkeypatch):
+    changes = {"max_steps": 2, "eval_every": 1, "save_every": 1}
+    opd.main(command(world, tmp_path, **changes))
+    (tmp_path / "rollouts.html").unlink()
+    # As if it had been broken off in the evaluation
+    real = opd.read_checkpoint
+    monkeypatch.setattr(opd, "read_checkpoint", lambda *a: {**real(*a), "graded": 1})
+    opd.main(command(world, tmp_path, **changes, resume=True))
+    assert (
+        len(test_opd.read(tmp_path / "metrics.jsonl")) and not (tmp_path / "rollouts.html").exists()
+    )
+
+
+def test_a_resumed_run_may_leave_the_page_out(world, tmp_path):
+    opd.main(command(world, tmp_path, max_steps=1))
+    opd.main(command(world, tmp_path, max_steps=2, resume=True, no_view=True))
+    assert "Step 1" in " ".join(page_of(tmp_path).texts["p"])
+
+
+def test_a_new_run_puts_the_page_of_another_aside(world, tmp_path):
+    opd.main(command(world, tmp_path, max_steps=1))
+    opd.main(command(world, tmp_path, max_steps=1, no_view=True))
+    assert not (tmp_path / "rollouts.html").exists()
+    assert (tmp_path / "rollouts.html.old").exists()
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_page_whole(tmp_path, monkeypatch):
+    class FullFile:
+        def __init__(self, *args, **kwargs):
+            self.file = open(*args, **kwargs)  # noqa: SIM115
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, text):
+            self.file.write(text[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    shown(tmp_path)
+    before = (tmp_path / "rollouts.html").read_bytes()
+    out = make_batch(STUDENT, TEACHER)
+    config, run = run_of(tmp_path, [{"prompt_ids": [5], "answer": None}] * 4, out)
+    monkeypatch.setattr(opd, "open", FullFile, raising=False)
+    with pytest.raises(OSError, match="No space") as error:
+        opd.write_view(config, run)
+    assert opd.explain(error.value, run.phase, {"a": 1})[1] == 2
+    assert (tmp_path / "rollouts.html").read_bytes() == before
+    assert os.listdir(tmp_path) == ["rollouts.html"]
+
+
+def test_only_the_first_rank_keeps_rows(monkeypatch):
+    out = make_batch(STUDENT, TEACHER)
+    monkeypatch.setattr(opd, "RANK", 1)
+    assert opd.first_rows(flags(), None, [{"prompt_ids": [5], "answer": None}], None, out) == []
+
+
+def test_the_last_line_of_a_run_says_where_the_page_is(world, tmp_path, capsys):
+    opd.main(command(world, tmp_path))
+    assert f"{tmp_path}/rollouts.html" in capsys.readouterr().out.splitlines()[-1]
