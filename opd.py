@@ -28,6 +28,8 @@ Papers, by the tags used below
     [Prune-OPD]       2605.07804   weigh down and stop what drifts, and move the length cap
     [EffOPD]          2605.11739   extrapolate the update, judged on a small validation set
     [vOPD]            2605.07865   a closed-form baseline for the sampled-token loss
+    [EOS]             2609.20511   all tokens that end a response count as one
+    [OPSD]            2601.18734   a teacher that reads the solution: the student itself
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row
 p * G + g), S prompt length, T response length, V vocabulary, K the top k, H hidden size, N response
@@ -158,34 +160,42 @@ def is_among(tokens, others):
     return (tokens[..., :, None] == others[..., None, :]).any(-1)
 
 
+def topk_support(log_p, log_q, k, support):
+    """The tokens of a support S of top-k tokens. log-probs (..., V) -> candidates (..., J), and
+    which of them are in S (..., J) bool. Needs is_among.
+
+    support: "student", "teacher": whose top k; "intersection" of both (may be empty), or "union".
+    ValueError for others.
+    """
+    student_topk = log_p.topk(k, dim=-1).indices  # (..., K)
+    teacher_topk = log_q.topk(k, dim=-1).indices
+    candidates = teacher_topk if support == "teacher" else student_topk
+    inside = torch.ones_like(candidates, dtype=torch.bool)
+    if support == "intersection":
+        inside = is_among(student_topk, teacher_topk)
+    elif support == "union":
+        candidates = torch.cat([student_topk, teacher_topk], dim=-1)  # (..., 2K)
+        new = ~is_among(teacher_topk, student_topk)  # none counts twice
+        inside = torch.cat([inside, new], dim=-1)
+    elif support not in ("student", "teacher"):
+        raise ValueError(f"support {support!r}; use student, teacher, intersection or union")
+    return candidates, inside
+
+
 def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     """Reverse KL on a support S of top-k tokens. (B, T, V), (B, T, V) -> (B, T)
                                                                    [Rethinking-OPD, released code]
         value       sum_S p_bar (log p - log q),    p_bar = p / P_S,   P_S = sum_S p
         gradient    of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
 
-    support: "student", "teacher": whose top k; "intersection" of both (0 where empty), or "union".
-    This is the gradient of the released code, not that of the renormalised KL which the paper
-    prints: it also moves mass into S and out of it. ValueError for other supports. Needs is_among.
+    support: as in topk_support, which it needs; 0 where S is empty. This is the gradient of the
+    released code, not that of the renormalised KL which the paper prints: it also moves mass into S
+    and out of it.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
-    student_topk = log_p.topk(k, dim=-1).indices  # (B, T, K)
-    teacher_topk = log_q.topk(k, dim=-1).indices  # (B, T, K)
-
-    # The candidates, and which of them belong to S
-    candidates = teacher_topk if support == "teacher" else student_topk
-    inside = torch.ones_like(candidates, dtype=torch.bool)
-    if support == "intersection":
-        inside = is_among(student_topk, teacher_topk)
-    elif support == "union":
-        candidates = torch.cat([student_topk, teacher_topk], dim=-1)  # (B, T, 2K)
-        new = ~is_among(teacher_topk, student_topk)  # none counts twice
-        inside = torch.cat([inside, new], dim=-1)
-    elif support not in ("student", "teacher"):
-        raise ValueError(f"support {support!r}; use student, teacher, intersection or union")
-
+    candidates, inside = topk_support(log_p, log_q, k, support)
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
     p_bar = log_p.masked_fill(~inside, -torch.inf).softmax(-1).nan_to_num(0)  # NaN: S is empty
     # The gradient flows through the importance ratio alone, which is 1 on-policy. Through p rho it
@@ -193,6 +203,29 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     # S even at p = q
     ratio = (log_p - log_p.detach()).exp()
     return ((p_bar * (log_p - log_q)).detach() * ratio).sum(-1)
+
+
+def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
+    """Reverse KL of k + 1 classes: the support S of reverse_kl_topk, and all others as one more.
+
+        sum_S p (log p - log q) + p_rest (log p_rest - log q_rest),    p_rest = 1 - sum_S p
+
+    It is at most reverse_kl, and equal to it where S is everything. Nothing is renormalised, so it
+    is differentiated as it stands, and moves mass between S and the rest. Needs topk_support.
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
+    candidates, inside = topk_support(log_p, log_q, k, support)
+    log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
+    log_p = log_p.masked_fill(~inside, -1e30)  # p = 0
+    log_q = log_q.masked_fill(~inside, -1e30)
+    # A rest below the grain of 1 - sum_S p is that grain
+    least = torch.finfo(dtype).eps
+    p_rest = (1 - log_p.exp().sum(-1)).clamp(min=least)
+    q_rest = (1 - log_q.exp().sum(-1)).clamp(min=least)
+    on_support = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return on_support + p_rest * (p_rest / q_rest).log()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -383,6 +416,24 @@ def mask_through_eos(ids, eos_ids):
     return is_eos.cumsum(-1) - is_eos.long() == 0  # no EOS strictly before
 
 
+def merge_stops(logits, stop_ids, stop_id):
+    """All tokens that end a response as the one class stop_id. (..., V) -> (..., V), new      [EOS]
+
+        z'(stop_id) = log sum_E exp z(v),   z' = -1e30 at the others of E, the stop_ids,   else z
+
+    Where a base student ends with one token and a chat teacher with another, the teacher finds the
+    student's end unlikely, and the student unlearns to stop. Merged before any softmax, top k and
+    draw, it is one action to both. Finite, since -inf of both models would make NaN of 0 * log.
+    """
+    least = max(torch.finfo(logits.dtype).min, -1e30)
+    ids = sorted({*stop_ids, stop_id})
+    together = logits[..., ids].clamp(min=least).logsumexp(-1)
+    merged = logits.clone()
+    merged[..., ids] = least
+    merged[..., stop_id] = together
+    return merged
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -393,6 +444,7 @@ def generate(
     max_new_tokens,
     vocab_size,
     eos_ids,
+    stop_id=None,
     pad_id=0,
     temperature=1.0,
     top_p=1.0,
@@ -401,22 +453,25 @@ def generate(
     """Sample up to max_new_tokens further tokens of each row, from what the losses score.
 
     input_ids, attention_mask: (B, L), padded on the left. cache: of the columns 0 to L - 2, as the
-    last call left it, or None; it grows in place. temperature 0 is greedy. pad_id: what rows that
-    ended go on with, any id that has an embedding; when all have ended, there are no more columns.
+    last call left it, or None; it grows in place. temperature 0 is greedy. stop_id: what stands for
+    any of the eos_ids, see merge_stops; None: each for itself. pad_id: what rows that ended go on
+    with, any id that has an embedding; when all have ended, there are no more columns.
     -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
        log-prob of each row's last new token (B,), before top_p; meaningless if the row ended before
     """
     topk, scores = [], []
 
-    def within_vocabulary(_, head_scores):  # (B, rows of the head), float32
-        within = head_scores[:, :vocab_size]  # the other rows are no tokens
+    def as_scored(_, head_scores):  # (B, rows of the head), float32
+        within = head_scores[:, :vocab_size] / (temperature or 1)  # the other rows are no tokens
+        if stop_id is not None:
+            within = merge_stops(within, eos_ids, stop_id)
         scores[:] = [*scores[-1:], within]
         topk.append(within.topk(record_k).indices)  # (B, K)
         return within
 
     draw = {"do_sample": False}
     if temperature:
-        draw = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        draw = {"do_sample": True, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **draw
     )
@@ -429,7 +484,7 @@ def generate(
             attention_mask=attention_mask.long(),
             past_key_values=DynamicCache(config=model.config) if cache is None else cache,
             generation_config=config,
-            logits_processor=[within_vocabulary],
+            logits_processor=[as_scored],
         )
     finally:
         model.generation_config = shipped
@@ -437,7 +492,7 @@ def generate(
     new_ids = ids[:, input_ids.shape[1] :]  # (B, n)
     # Where transformers looks late whether all have ended (mps), it takes the last step back
     taken_back = len(topk) - new_ids.shape[1]
-    last_scores = scores[-1 - taken_back] / (temperature or 1)
+    last_scores = scores[-1 - taken_back]
     # The pad of a row that ended may be no token
     last_ids = new_ids[:, -1:].clamp(max=vocab_size - 1)
     log_probs = F.log_softmax(last_scores, dim=-1).gather(-1, last_ids)
@@ -471,14 +526,16 @@ def hidden_states(model, ids, mask, num_last, cache=None):
     return torch.cat(states, dim=1)[:, -num_last:]
 
 
-def head_logits(model, hidden, vocab_size, temperature=1.0):
+def head_logits(model, hidden, vocab_size, temperature=1.0, eos_ids=(), stop_id=None):
     """Hidden states (..., H) -> logits (..., vocab_size), in float32 or better.
 
-    Rows of the head that are no tokens are cut off before any softmax. Set-up refuses models that
-    do more than this behind their hidden states (Gemma 2's softcap, Cohere's factor).
+    Rows of the head that are no tokens are cut off before any softmax, and with a stop_id all
+    eos_ids are merged into it. Set-up refuses models that do more than this behind their hidden
+    states (Gemma 2's softcap, Cohere's factor).
     """
     logits = model.get_output_embeddings()(hidden)[..., :vocab_size]  # the module: adapters count
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1)
+    return logits if stop_id is None else merge_stops(logits, eos_ids, stop_id)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -539,9 +596,9 @@ def read_prompts(model, prompts, pad_id):
     return cache
 
 
-def judge(teacher, cache, ids, mask, student_topk, vocab_size):
+def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
     """The teacher reads the last n columns of ids, mask (b, L) -> its hidden states (b, n, H), and
-    the share of student_topk (b, n, K) that is in its own top k (b, n)
+    the share of student_topk (b, n, K) that is in its own top k (b, n). head: for head_logits
     """
     num_new, k = student_topk.shape[1:]
     hidden = hidden_states(teacher, ids, mask, num_new, cache)
@@ -550,49 +607,49 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size):
     for states, topk in zip(
         hidden.flatten(0, 1).split(size), student_topk.flatten(0, 1).split(size)
     ):
-        teacher_topk = head_logits(teacher, states, vocab_size).topk(k).indices
+        teacher_topk = head_logits(teacher, states, vocab_size, **head).topk(k).indices
         overlap.append(is_among(topk, teacher_topk).float().mean(-1))
     return hidden, torch.cat(overlap).view(-1, num_new)
 
 
 @torch.no_grad()
-def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, **sampling):
+def rollout(
+    student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=0, **sampling
+):
     """Sample responses to B prompts, lists of ids; no column passes through either model twice.
 
-    teacher: None in evaluation; with one, overlap_k must be 1 or more. sampling: vocab_size,
-    temperature and top_p, for generate. Both models must be in eval mode.
-    -> dict, T the longest response: prompt_ids, prompt_mask (B, S); response_ids, response_mask,
-       overlap (B, T), 0 off the mask; log_probs (B, T), as sampled, of each segment's last token,
-       else NaN; ended (has an EOS), kept (was not stopped by the plan) (B,); teacher_hidden: B of
-       (length, H), or of None; teacher_seconds
+    teacher: None in evaluation, else overlap_k >= 1. for_teacher: what it reads instead      [OPSD]
+    sampling: vocab_size, stop_id, temperature and top_p, for generate. Both models in eval mode.
+    -> dict, T the longest response: prompt_ids, prompt_mask (B, S), teacher_prompt_ids and _mask;
+       response_ids, response_mask, overlap (B, T), 0 off the mask; log_probs (B, T), as sampled, of
+       each segment's last token, else NaN; ended (has an EOS), kept (was not stopped by the plan)
+       (B,); teacher_hidden: B of (length, H), or of None; teacher_seconds
     """
     device = student.device
-    ids, mask = (part.to(device) for part in pad_left(prompts, pad_id))  # of the rows that run
-    out = make_room(ids, mask, plan.max_length, pad_id)
+    out = make_room(prompts, for_teacher or prompts, plan.max_length, pad_id, device)
     student_cache = read_prompts(student, prompts, pad_id)
     if teacher:
         began = clock(device)
-        teacher_cache = read_prompts(teacher, prompts, pad_id)
+        teacher_cache = read_prompts(teacher, for_teacher or prompts, pad_id)
         out["teacher_seconds"] += clock(device) - began
     running = torch.arange(len(prompts), device=device)  # the rows in the caches, in their order
     settings = {"eos_ids": eos_ids, "pad_id": pad_id, "record_k": overlap_k, **sampling}
-    V = sampling["vocab_size"]
+    head = {"eos_ids": eos_ids, **sampling}
+    head.pop("top_p", None)  # it cuts what is drawn, not what is scored
 
     # Between segments each cache holds every column but the last, whose token nobody has read yet
     length = 0  # of the responses so far
     for border in plan.borders():
         # Write: the student samples up to the border
-        new_ids, student_topk, log_probs = generate(
+        ids, mask = read_so_far(out, "prompt", running, length)
+        new_ids, new_topk, log_probs = generate(
             student, ids, mask, student_cache, max_new_tokens=border - length, **settings
         )
         new_mask = mask_through_eos(new_ids, eos_ids)
         is_eos = torch.isin(new_ids, torch.tensor(sorted(eos_ids), device=device))
-        new_ids = new_ids.where(new_mask, pad_id)
-        ids = torch.cat([ids, new_ids], dim=1)
-        mask = torch.cat([mask, new_mask], dim=1)
         new = slice(length, length + new_ids.shape[1])
         length = new.stop
-        out["response_ids"][running, new] = new_ids
+        out["response_ids"][running, new] = new_ids.where(new_mask, pad_id)
         out["response_mask"][running, new] = new_mask
         out["log_probs"][running, length - 1] = log_probs.where(new_mask[:, -1], torch.nan)
         out["ended"][running] = is_eos.any(-1)
@@ -601,7 +658,8 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
         # logits, which are V / H times as large
         if teacher:
             began = clock(device)
-            hidden, overlap = judge(teacher, teacher_cache, ids, mask, student_topk, V)
+            read = read_so_far(out, "teacher_prompt", running, length)
+            hidden, overlap = judge(teacher, teacher_cache, *read, new_topk, **head)
             out["overlap"][running, new] = overlap * new_mask
             for row, states, valid in zip(running.tolist(), hidden, new_mask):
                 out["teacher_hidden"][row].append(states[valid])  # a copy: a view keeps all of them
@@ -619,7 +677,6 @@ def rollout(student, teacher, prompts, plan, *, eos_ids, pad_id=0, overlap_k=0, 
             break
         if len(stays) < len(running):
             running = running[stays]
-            ids, mask = ids[stays], mask[stays]
             student_cache.batch_select_indices(stays)
             if teacher:
                 teacher_cache.batch_select_indices(stays)
@@ -837,7 +894,8 @@ def update_settings(config, run):
         if config.loss == "jsd":
             return jsd(student_logits, teacher_logits, config.beta)
         if config.loss == "topk":
-            return reverse_kl_topk(student_logits, teacher_logits, config.overlap_k, config.support)
+            on_support = reverse_kl_tail if config.tail else reverse_kl_topk
+            return on_support(student_logits, teacher_logits, config.overlap_k, config.support)
         return reverse_kl_sampled(student_logits, teacher_logits, response_ids, config.baseline)
 
     def measure(student_logits, teacher_logits, response_ids, log_probs):
@@ -846,10 +904,9 @@ def update_settings(config, run):
         now = student_logits.log_softmax(-1).gather(-1, response_ids[:, None])[:, 0]
         return {**measures, "sampling_mismatch": (now - log_probs).abs()}
 
-    head = {"vocab_size": run.vocab_size, "temperature": config.temperature}
     return {
-        "student_head": functools.partial(head_logits, run.student, **head),
-        "teacher_head": functools.partial(head_logits, run.teacher, **head),
+        "student_head": functools.partial(head_logits, run.student, **run.sampling),
+        "teacher_head": functools.partial(head_logits, run.teacher, **run.sampling),
         "token_loss": token_loss,
         "measure": measure,
         "chunk_tokens": tokens_at_once(run.vocab_size),
@@ -867,6 +924,7 @@ def train(config, run):
         prompts = [problem["prompt_ids"] for problem in problems]
         plan = plan_rollout(config, step, run.cap)
         candidates = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
+        candidates["for_teacher"] = [teacher_prompt(problem) for problem in problems]
         rows = run.rows_at_once["rollout_batch_size"]
         out = rollout_in_groups(
             run.sampler, run.teacher, prompts, plan, rows, **candidates, **run.sampling
@@ -961,6 +1019,7 @@ def summarise(answers, num_samples):
         return float(np.mean(values(key)))
 
     correct = np.array(values("correct")).reshape(-1, num_samples)
+    stopped = ~np.array(values("truncated")).reshape(-1, num_samples)
     by_problem = correct.mean(1)
     error = math.nan
     if len(correct) > 1:
@@ -972,6 +1031,9 @@ def summarise(answers, num_samples):
         "pass_at_n": float(correct.any(1).mean()),
         "n": num_samples,
         "num_problems": len(correct),
+        "stopped_fraction": float(stopped.mean()),
+        "answered_fraction": 1 - mean("no_box"),
+        "avg_of_stopped": float(correct[stopped].mean()) if stopped.any() else math.nan,
         "truncated_fraction": mean("truncated"),
         "no_box_fraction": mean("no_box"),
         "mean_length": mean("length"),
@@ -997,8 +1059,8 @@ def evaluate(
 ):
     """Sample and grade num_samples answers to every problem, after seeding torch's global stream.
 
-    problems: dicts with prompt_ids and answer, perhaps with begun, ids that answers begin with.
-    sampling: vocab_size, eos_ids, temperature and top_p (1 unless given), for rollout. With a
+    problems: dicts with prompt_ids, answer, perhaps teacher_prompt_ids and begun, its first ids.
+    sampling: vocab_size, eos_ids, stop_id, temperature and top_p, for rollout. With a
     teacher an answer has a reward, the mean of log q - log p over what was sampled, else NaN.
     -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]
     """
@@ -1010,6 +1072,7 @@ def evaluate(
     own = share(sorted(answers, key=prompt_length))
     seed_sampling(seed)  # not restored: every step of training seeds for itself
     starts = range(0, len(own), rows_per_batch)
+    head = {name: sampling.get(name) for name in ("vocab_size", "eos_ids", "stop_id")}
     # No bar without a title: inside whole_step a terminal that is gone must not raise
     for start in tqdm(starts, title, leave=False, disable=not (title and is_main())):
         # Sample, and let the teacher judge what was sampled
@@ -1018,8 +1081,9 @@ def evaluate(
         out = rollout(model, None, prompts, Plan(max_length, segment_length), **sampling)
         rewards = [math.nan] * len(batch)
         if teacher:
-            log_q = response_log_probs(teacher, out, sampling["vocab_size"])
-            log_p = response_log_probs(model, out, sampling["vocab_size"])
+            asked = [teacher_prompt(answer) + answer.get("begun", []) for answer in batch]
+            log_q = response_log_probs(teacher, behind(out, asked), **head)
+            log_p = response_log_probs(model, out, **head)
             rewards = [(q - p).mean().item() for q, p in zip(log_q, log_p)]
 
         # Grade the text, without the tokens that end it
@@ -1148,6 +1212,7 @@ def read_records(path):
 ANSWERS = ("answer", "final_answer", "ground_truth", "expected_answer")
 LABELS = ("label", "target", "gold")
 WORKED = ("solution", "assistant:")
+REASONED = ("rationale", "reasoning")  # steps alone, without an answer to be graded by
 # What data sets write where there is no answer
 NO_ANSWER = (
     r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/a|n\.a\.|none|null|nan|-?inf|unknown|not ?found"
@@ -1165,8 +1230,8 @@ def read_gold(value):
 
 
 def read_fields(record):
-    """A record of any kind of file -> its problem; its answer, "" where there is none; the turns of
-    a chat that are left out
+    """A record of any kind of file -> its problem; its answer and its worked solution, "" where
+    there is none; the turns of a chat that are left out
     """
     fields, left_out = dict(record), []
     if isinstance(record.get("reward_model"), dict):
@@ -1187,7 +1252,19 @@ def read_fields(record):
     boxed = [text for text in worked if re.search(r"\\boxed|####", str(text))]
     golds = [*given, *boxed, *labels] or worked
     problem = next(filter(None, values("problem", "question", "user:", "prompt")), "")
-    return problem, next(filter(None, map(read_gold, golds)), ""), left_out
+    answer = next(filter(None, map(read_gold, golds)), "")
+    # GSM8K's solutions are in its answers, before "####"
+    before = [text for text in given if "####" in str(text)]
+    solutions = [*values(*WORKED, *REASONED), *before]
+    return problem, answer, next(filter(None, map(read_solution, solutions)), ""), left_out
+
+
+def read_solution(value):
+    """A field -> the text of a worked solution, "" where it holds none: without GSM8K's <<1+1=2>>
+    and its line of the answer, and with a mark for halves of characters
+    """
+    text = value.strip() if isinstance(value, str) else ""
+    return re.sub(HALF, "\ufffd", re.sub(r"<<[^<>\n]*>>|####.*\Z", "", text)).strip()
 
 
 # What data sets add to a problem fights the template, and a grader of boxes. No .* is in here:
@@ -1206,7 +1283,8 @@ SHORT.maxdict = 99
 
 
 def load_problems(path, needs_answers=False):
-    """A jsonl, json or parquet file -> list of {"problem": str, "answer": str or None}, each once.
+    """A jsonl, json or parquet file -> list of {"problem": str, "answer" and "solution": str or
+    None}, each once.
     Knows the usual field names, chats, and golds in a box, in dollars or behind "####".
     OSError, ValueError or ImportError, with a line for the user.
     """
@@ -1214,7 +1292,7 @@ def load_problems(path, needs_answers=False):
     notes = collections.defaultdict(list)
     for number, record in enumerate(read_records(path), start=1):
         record = record if isinstance(record, dict) else {}
-        problem, answer, left_out = read_fields(record)
+        problem, answer, solution, left_out = read_fields(record)
         listed = SHORT.repr(record)
 
         # What cannot be used
@@ -1240,12 +1318,26 @@ def load_problems(path, needs_answers=False):
             notes["records have no answer"].append(listed)
         if problem in problems:
             notes["duplicates are left out"].append(problem)
-        problems[problem] = problems.get(problem) or answer or None
+        kept = problems.setdefault(problem, {"problem": problem, "answer": None, "solution": None})
+        kept["answer"] = kept["answer"] or answer or None
+        kept["solution"] = kept["solution"] or solution or None
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
     for what, examples in notes.items():
         warnings.warn(f"{path}: {len(examples)} {what}, such as {examples[0]!r:.120}", stacklevel=2)
-    return [{"problem": problem, "answer": answer} for problem, answer in problems.items()]
+    return list(problems.values())
+
+
+def fill_template(template, problem):
+    """{problem}, {answer} and {solution} in a template become those of a problem, a dict -> text,
+    or None where it lacks one. What looks like a name inside these is text.
+    """
+    parts = re.split(r"\{(problem|answer|solution)\}", template)  # every second one is a name
+    told = [problem[name] for name in parts[1::2]]
+    if None in told:
+        return None
+    parts[1::2] = told
+    return "".join(parts)
 
 
 def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):
@@ -1267,6 +1359,11 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
 
 def prompt_length(problem):
     return len(problem["prompt_ids"])
+
+
+def teacher_prompt(problem):
+    """The ids that the teacher reads: its own prompt, else what the student reads"""
+    return problem.get("teacher_prompt_ids", problem["prompt_ids"])
 
 
 def prompt_end(tokenizer, problem):
@@ -1561,12 +1658,13 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(f"{partial}/{name}")
         tokenizer.save_pretrained(f"{partial}/{name}")
-    # Problems without slips; training needs no solutions
+    # Problems and solutions without slips. Nobody reads these but --teacher_prompt_template
     for name, count in (("train", 2000), ("eval", 100)):
         rng = random.Random(f"{seed} {name}")
         for _ in range(count):
-            problem, _, _ = tiny_example(rng, rng.randint(4, 8), 0, 0)
-            append_json(f"{partial}/{name}.jsonl", problem)
+            problem, words, _ = tiny_example(rng, rng.randint(4, 8), 0, 0)
+            solution = " ".join(words[:-1])  # without <end>
+            append_json(f"{partial}/{name}.jsonl", {**problem, "solution": solution})
     os.replace(partial, folder)
 
 
@@ -1586,7 +1684,8 @@ class Config:
 
     # -- models and data
     student: str = ""  # model folder or hub name; without it and --teacher: the tiny world
-    teacher: str = ""  # model folder or hub name, with the student's token ids
+    teacher: str = ""  # model folder or hub name, with the student's token ids; may be left out
+    # beside --teacher_prompt_template: it is the student as it was first, a copy more in memory
     train_file: list[str] = ()  # problems to train on: jsonl, json, parquet; needs no answers
     mix: list[float] = ()  # the training files' shares of every step, such as 0.8 0.2
     eval_file: list[str] = ()  # problems with answers to evaluate on; one result per file
@@ -1595,6 +1694,8 @@ class Config:
     report: str = ""  # compare the runs below this folder: print a table, draw report.png, stop
     no_view: bool = False  # write no rollouts.html, the last step token by token
     prompt_template: str = BOXED  # the user's message [Rethinking-OPD]
+    teacher_prompt_template: str = ""  # what the teacher reads instead, such as "{problem} Hint:
+    # {solution}"; also knows {answer}. Training problems that lack one are left out [OPSD]
     no_chat_template: bool = False  # give the message as it is
     enable_thinking: bool = False  # let Qwen3's chat template think
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: on a GPU bfloat16, with
@@ -1611,6 +1712,7 @@ class Config:
     # forward_kl: KL(teacher || student) [GKD]. jsd: between the two, as --beta has it [GKD]
     beta: float = 0.5  # of --loss jsd: the teacher's share of the mixture (our choice)
     support: Support = "student"  # whose top k --loss topk sums over [Rethinking-OPD]
+    tail: bool = False  # --loss topk: the rest of the vocabulary as one more class (TRL's form)
     baseline: bool = False  # subtract the closed-form baseline in --loss sampled [vOPD]
     overlap_k: int = 16  # the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]
     cold_start_steps: int = 0  # first learn the teacher's own right solutions [Rethinking-OPD]
@@ -1619,9 +1721,12 @@ class Config:
     # -- sampling
     batch_size: int = 64  # prompts per step [Rethinking-OPD]
     num_generations: int = 4  # candidates per prompt [Rethinking-OPD]
-    max_prompt_length: int = 1024  # longer training prompts are left out [Rethinking-OPD]
+    max_prompt_length: int = 1024  # longer training prompts, the teacher's too, are left out
+    # [Rethinking-OPD]
     max_new_tokens: int = 7168  # cap of a training response [Rethinking-OPD]
     temperature: float = 1.0  # divides the logits of both models, in sampling and loss [all: 1]
+    no_merge_stops: bool = False  # keep stop tokens apart; else, where student and teacher have
+    # several, they count as one [EOS]
     segment_length: int = 512  # tokens between two looks at who goes on (our choice)
     rollout_batch_size: int = 0  # rows a process samples at once; 0: on a GPU what fits, else all
     prefix_length: int = 0  # tokens of the prefix; 0: 1024 in prefix (our choice), 128 in
@@ -1686,7 +1791,7 @@ TINY = Config(
     overlap_k=4,
     cold_start_learning_rate=2e-3,
     batch_size=16,
-    max_prompt_length=64,
+    max_prompt_length=96,
     max_new_tokens=96,
     segment_length=16,
     prefix_length=24,
@@ -1783,6 +1888,8 @@ def check_config(config):
     if not 0 < config.beta < 1:
         ends = "for the ends there are --loss reverse_kl and forward_kl"
         raise ValueError(f"--beta {config.beta} must lie between 0 and 1; {ends}")
+    if config.tail and config.loss != "topk":
+        raise ValueError(f"--tail is of --loss topk alone, and --loss is {config.loss}")
     if not {*config.probe_depths} <= {*range(100)}:
         raise ValueError(f"--probe_depths {config.probe_depths}: percentages from 0 to 99")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -1792,6 +1899,11 @@ def check_config(config):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
         raise ValueError("--prompt_template must say {problem} where the problem goes")
+    if config.teacher_prompt_template:
+        if "{problem}" not in config.teacher_prompt_template:
+            raise ValueError("--teacher_prompt_template must say {problem} where the problem goes")
+        if not config.student:
+            raise ValueError("--teacher_prompt_template needs --student and --train_file")
     if not config.cap_min <= config.cap_init <= config.cap_max:
         raise ValueError("--cap_init must lie between --cap_min and --cap_max")
     if config.batch_size < NUM_RANKS:
@@ -1809,14 +1921,14 @@ def check_config(config):
         if not whole or len(config.mix) != len(config.train_file):
             needs = "a share for each --train_file, worth a prompt of every step, and 1 in all"
             raise ValueError(f"--mix needs {needs}")
-    needed = [config.student, config.teacher, config.train_file]
-    given = [*needed, config.eval_file]
+    needed = [config.student, config.teacher or config.teacher_prompt_template, config.train_file]
+    given = [config.student, config.teacher, config.train_file, config.eval_file]
     if config.eval_only:
         needed = [config.student, config.eval_file]
     if any(given) and not all(needed):
         raise ValueError(
-            "give --student, --teacher and --train_file; with --eval_only --student and "
-            "--eval_file; or none of these four"
+            "give --student, --teacher (or --teacher_prompt_template) and --train_file; with "
+            "--eval_only --student and --eval_file; or none of these"
         )
 
 
@@ -1840,7 +1952,7 @@ class Run:
     teacher_tokenizer: object = None  # for its stop ids and its template
     optimizer: object = None
     vocab_size: int = 0  # tokens that both models have; other rows of their heads are cut off
-    sampling: dict = None  # vocab_size, eos_ids and temperature, for rollout
+    sampling: dict = None  # vocab_size, eos_ids, stop_id, temperature: for rollout and head_logits
     grading: dict = None  # what evaluate needs beside it and does not change
     cache_bytes: list = None  # what the caches of sampler and teacher keep of a token
     kept_bytes: int = 0  # what the student's forward keeps of a token for backward
@@ -1929,19 +2041,24 @@ def load(auto_class, path, **options):
 
 
 def read_files(config, run):
-    """The problems of the files that the flags name, each with its prompt_ids, into the run."""
+    """The problems of the files that the flags name, each with its prompt_ids, into the run; where
+    it has what --teacher_prompt_template names, with teacher_prompt_ids, too.
+    """
+    encode = functools.partial(
+        encode_prompt,
+        run.tokenizer,
+        chat_template=not config.no_chat_template,
+        enable_thinking=config.enable_thinking,
+    )
 
     def read(path, needs_answers=False):
         problems = load_problems(path, needs_answers)
         for problem in problems:
+            filled = fill_template(config.teacher_prompt_template, problem)
             try:
-                problem["prompt_ids"] = encode_prompt(
-                    run.tokenizer,
-                    problem["problem"],
-                    config.prompt_template,
-                    chat_template=not config.no_chat_template,
-                    enable_thinking=config.enable_thinking,
-                )
+                problem["prompt_ids"] = encode(problem["problem"], config.prompt_template)
+                if filled:
+                    problem["teacher_prompt_ids"] = encode(filled, "{problem}")
             except Exception as error:  # a chat template raises what it likes
                 why = f"{problem['problem']!r:.60}: {error}; see --no_chat_template"
                 raise ValueError(f"{path}: the chat template fails at {why}") from None
@@ -1953,7 +2070,18 @@ def read_files(config, run):
         run.evals[path if name in run.evals else name] = problems
     longest = config.max_prompt_length
     for path in config.train_file:
-        pool = [problem for problem in read(path) if len(problem["prompt_ids"]) <= longest]
+        pool = read(path)
+        if config.teacher_prompt_template:
+            told = [problem for problem in pool if "teacher_prompt_ids" in problem]
+            lacking = f"{len(pool) - len(told)} of {len(pool)} training problems lack what"
+            if not told:
+                raise ValueError(f"{path}: {lacking} --teacher_prompt_template names")
+            if len(told) < len(pool):
+                note = "--teacher_prompt_template names, and are left out"
+                warnings.warn(f"{path}: {lacking} {note}", stacklevel=2)
+            pool = told
+        pool = [problem for problem in pool if prompt_length(problem) <= longest]
+        pool = [problem for problem in pool if len(teacher_prompt(problem)) <= longest]
         if not pool:
             raise ValueError(f"{path}: all prompts are longer than --max_prompt_length {longest}")
         run.pools.append(pool)
@@ -1994,18 +2122,22 @@ def load_models(config, run, path):
     low = {"dtype": torch.bfloat16 if bf16 else torch.float32}
     run.sampler = run.student = load(AutoModelForCausalLM, path, **low).to(config.device)
     models, eos_ids = [run.sampler], stop_ids(run.student, run.tokenizer)
+    all_stops = eos_ids
     tokens = max(run.tokenizer.get_vocab().values()) + 1
     if not config.eval_only:
         if bf16:
             # At a learning rate of 1e-6 most updates are smaller than bfloat16 can add
             run.student = load(AutoModelForCausalLM, path, dtype=torch.float32).to(config.device)
-        run.teacher_tokenizer = load(AutoTokenizer, config.teacher)
+        # Else the student as it was first, wherever it has been resumed from
+        teacher = config.teacher or config.student
+        run.teacher_tokenizer = load(AutoTokenizer, teacher)
         tokens = compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = load(AutoModelForCausalLM, config.teacher, **low).to(config.device)
+        run.teacher = load(AutoModelForCausalLM, teacher, **low).to(config.device)
         models.append(run.teacher)
-        if config.cold_start_steps:  # it teaches the teacher's stop token, too
-            eos_ids |= stop_ids(run.teacher, run.teacher_tokenizer)
-            run.student.generation_config.eos_token_id = sorted(eos_ids)
+        all_stops = eos_ids | stop_ids(run.teacher, run.teacher_tokenizer)
+    merged = len(all_stops) > 1 and not config.no_merge_stops
+    if merged or config.cold_start_steps:  # which teaches the teacher's stop token, too
+        eos_ids = all_stops
 
     run.cache_bytes = [check_model(model, config.eval_only) for model in models]
     # Both heads may have rows beyond the tokens that exist
@@ -2016,6 +2148,7 @@ def load_models(config, run, path):
     run.sampling = {
         "vocab_size": run.vocab_size,
         "eos_ids": eos_ids,
+        "stop_id": min(eos_ids, key=lambda i: i != run.tokenizer.eos_token_id) if merged else None,
         "temperature": config.temperature,
     }
     run.device = run.sampler.device
@@ -2035,7 +2168,7 @@ def check_tokens(run):
     if run.teacher:
         stops |= stop_ids(run.teacher, run.teacher_tokenizer)
     problems = sum([*run.pools, *run.evals.values()], [])
-    asked = set().union(*[problem["prompt_ids"] for problem in problems])
+    asked = set().union(*[problem["prompt_ids"] + teacher_prompt(problem) for problem in problems])
     for what, ids in (("prompts have", asked), ("responses end in", stops)):
         if max(ids, default=0) >= run.vocab_size:
             token = f"{run.tokenizer.convert_ids_to_tokens(max(ids))!r} ({max(ids)})"
@@ -2061,18 +2194,21 @@ def position_limit(model):
 
 def work_at_most(config, run):
     """What this process meets in a step and in an evaluation -> dict: rows of a step, the longest
-    prompt and response in it, in tokens; answers, the longest question and answer
+    prompt and response in it, in tokens; answers, the longest question and answer; the longest
+    prompt and question of the teacher
     """
-    graded = sum(run.evals.values(), [])
+    trained, graded = sum(run.pools, []), sum(run.evals.values(), [])
     cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
     if config.extrapolate or config.cold_start_steps:  # they sample to the end in any method
         cap = config.max_new_tokens
     return {
         "rows": math.ceil(config.batch_size / NUM_RANKS) * config.num_generations,
-        "prompt": max(map(prompt_length, sum(run.pools, [])), default=0),
+        "prompt": max(map(prompt_length, trained), default=0),
+        "teacher_prompt": max(map(len, map(teacher_prompt, trained)), default=0),
         "response": cap if run.pools else 0,
         "answers": math.ceil(len(graded) * config.eval_samples / NUM_RANKS),
         "question": max(map(prompt_length, graded), default=0),
+        "teacher_question": max(map(len, map(teacher_prompt, graded)), default=0),
         "answer": config.eval_max_new_tokens if graded else 0,
     }
 
@@ -2084,12 +2220,14 @@ def check_lengths(run):
     lines, most = [], run.most
     for role, model in (("student", run.student), ("teacher", run.teacher)):
         limit, why = position_limit(model) if model else (math.inf, "")
+        own = "teacher_" if role == "teacher" else ""
         for prompt, response, flag in (
             ("prompt", "response", "max_new_tokens"),
             ("question", "answer", "eval_max_new_tokens"),
         ):
-            if most[prompt] + most[response] > limit:
-                sizes = f"a prompt of {most[prompt]} and a response of {most[response]} tokens"
+            longest = most[own + prompt]
+            if longest + most[response] > limit:
+                sizes = f"a prompt of {longest} and a response of {most[response]} tokens"
                 beyond = f"{sizes} (--{flag}) are more than the {limit} positions of the {role}"
                 if why:
                     raise ValueError(f"{beyond}, and {why}: use less")
@@ -2172,12 +2310,16 @@ def plan_phases(config, run):
         evaluation["segment"] = most["answer"]
     step["columns"] = most["prompt"] + most["response"]
     sampling = {**step, "cache": sum(run.cache_bytes), "segment": config.segment_length}
+    # Of both models as if both read the longer prompt
+    sampling["columns"] = max(most["prompt"], most["teacher_prompt"]) + most["response"]
+    teachers = {**evaluation, "cache": run.cache_bytes[-1]}
+    teachers["columns"] = max(most["question"], most["teacher_question"]) + most["answer"]
     few, many = (most["rows"], 1024) if run.device.type == "cuda" else (4, 32)
     return {
         "rollout_batch_size": ("rollout", most["rows"], sampling),
         "micro_batch_size": ("update", few, {**step, "kept": run.kept_bytes}),
         "eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[0]}),
-        "teacher_eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[-1]}),
+        "teacher_eval_batch_size": ("rollout", many, teachers),
     }
 
 
@@ -2188,7 +2330,7 @@ def rows_that_fit(config, run):
     free = math.inf
     if run.device.type == "cuda":
         free = torch.cuda.mem_get_info(run.device)[0]
-    rows = {}
+    rows, less = {}, []
     for flag, (phase, fits, sizes) in plan_phases(config, run).items():
 
         def left(count, phase=phase, sizes=sizes):
@@ -2200,11 +2342,11 @@ def rows_that_fit(config, run):
         while fits > 1 and left(fits) < 0.2 * left(0):
             fits -= 1
         before = run.rows_at_once.get(flag, 0)
-        if left(before) < 0:  # another GPU
-            before = 0
+        if left(before) >= 0:  # else this is another GPU
+            fits = before or fits
         asked = getattr(config, flag.removeprefix("teacher_"))
         least = config.num_generations if flag == "rollout_batch_size" else 1
-        count = max(asked or before or fits, least)
+        count = max(asked or fits, least)
         if left(count) < 0:
             instead = f"lower --{'eval_' if 'eval' in flag else ''}max_new_tokens"
             if asked > least:
@@ -2217,6 +2359,10 @@ def rows_that_fit(config, run):
                 f"{lacks}; {instead}, or use smaller models"
             )
         rows[flag] = min(gather([count]))
+        if rows[flag] < before and not asked:
+            less.append(f"--{flag.removeprefix('teacher_')} was {before} and is {rows[flag]}")
+    if less:
+        warnings.warn(f"this GPU holds less: {'; '.join(less)}", stacklevel=2)
     return rows
 
 
@@ -2226,8 +2372,8 @@ def try_update(config, run):
     """
     run.phase, most = "an update of the longest rows", run.most
     rows, T = run.rows_at_once["micro_batch_size"], most["response"]
-    ids = torch.zeros(rows, most["prompt"], dtype=torch.long, device=run.device)
-    batch = make_room(ids, ids == 0, T, 0)
+    prompts = [[0] * most["prompt"]] * rows
+    batch = make_room(prompts, prompts, T, 0, run.device)
     for name in ("response_mask", "loss_mask", "token_weight"):
         batch[name] = torch.ones_like(batch["response_mask"])
     # As many of the teacher's hidden states as a step has
@@ -2252,9 +2398,12 @@ def columns_at_most(run):
 def evaluated_first(config, run):
     """Whom to evaluate before the first step. By columns, not by seconds: that is repeatable."""
     columns = columns_at_most(run)
-    both = columns["student"] + columns["teacher"]
+    teachers = ["teacher"]
+    if config.teacher_prompt_template:
+        teachers.append("prompted_teacher")
+    both = columns["student"] + len(teachers) * columns["teacher"]
     cheap = both < 0.1 * config.max_steps * columns["step"]
-    whom = {"none": [], "student": ["student"], "both": ["teacher", "student"]}
+    whom = {"none": [], "student": ["student"], "both": [*teachers, "student"]}
     return whom.get(config.eval_first, whom["both" if cheap else "student"])
 
 
@@ -2286,6 +2435,7 @@ def plan_lines(config, run, out):
         plans[flag] = {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
     told = {
         **run.most,
+        "prompt": max(run.most["prompt"], run.most["teacher_prompt"]),
         **run.rows_at_once,
         **plans["rollout_batch_size"],
         "learned": plans["micro_batch_size"],
@@ -2312,6 +2462,28 @@ time at most, if tokens cost what the first did: {time}
 evaluated before step 1: {first}"""
 
 
+def own_prompt_lines(config, run, out, log_prob):
+    """What --teacher_prompt_template changes before any training -> lines, none without it
+
+    log_prob: the mean that the teacher, reading its own prompts, gives the responses of out.
+    """
+    if not config.teacher_prompt_template:
+        return []
+    alike = torch.cat(response_log_probs(run.teacher, out, run.vocab_size)).mean().item()
+    first = run.tokenizer.decode(run.pools[0][0]["teacher_prompt_ids"])
+    lines = [
+        f"the teacher's own first prompt: {first!r}",
+        f"the same tokens, teacher's mean log-prob: {log_prob:.2f} behind its own prompt, "
+        f"{alike:.2f} asked as the student is, a gap of {log_prob - alike:+.2f} nats a token; "
+        "where its prompt tells the teacher nothing, it is 0",
+    ]
+    if not config.teacher:
+        size = sum(weights.nbytes for weights in run.teacher.parameters())
+        told = "the teacher is the student as it was first, frozen: a copy more of its weights"
+        lines.append(f"{told}, {tqdm.format_sizeof(size)}B")
+    return lines
+
+
 def preflight(config, run):
     """What to look at before a run is paid for, and what ruins runs in silence -> list of lines"""
     # Can the answers be graded, and does the teacher make sense of what the student writes?
@@ -2319,14 +2491,15 @@ def preflight(config, run):
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
     train = sum(run.pools, [])
     rows = run.rows_at_once["rollout_batch_size"]
-    prompts = [problem["prompt_ids"] for problem in draw_prompts(config, run, step=1)[:rows]]
+    problems = draw_prompts(config, run, step=1)[:rows]
+    prompts = [problem["prompt_ids"] for problem in problems]
+    asked = [teacher_prompt(problem) for problem in problems]
     settings = {"overlap_k": config.overlap_k, **run.sampling}
     began = clock(run.device)
-    out = rollout(
-        run.sampler, run.teacher, prompts, Plan(min(32, config.max_new_tokens)), **settings
-    )
+    plan = Plan(min(32, config.max_new_tokens))
+    out = rollout(run.sampler, run.teacher, prompts, plan, asked, **settings)
     out["seconds"] = clock(run.device) - began
-    log_q = torch.cat(response_log_probs(run.teacher, out, run.vocab_size))
+    log_q = torch.cat(response_log_probs(run.teacher, behind(out, asked), **run.sampling))
     overlap = out["overlap"][out["response_mask"]].mean().item()
 
     others = {"forward_kl": "KL(teacher || student)", "jsd": f"a mixture by {config.beta}"}
@@ -2338,6 +2511,7 @@ def preflight(config, run):
         f"{run.tokenizer.decode(train[0]['prompt_ids'])!r}",
         f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, "
         f"top-{config.overlap_k} overlap {overlap:.2f}",
+        *own_prompt_lines(config, run, out, log_q.mean().item()),
     ]
 
     # Do the two stop alike, and read alike?
@@ -2353,7 +2527,11 @@ def preflight(config, run):
     lines += [f"warning: {line}" for line in check_lengths(run)]
     if log_q.mean() < -3:
         lines.append("warning: to the teacher the student's text is very unlikely; compare prompts")
-    if stops[0] != stops[1]:
+    stop_id = run.sampling["stop_id"]
+    if stop_id is not None:
+        ids = sorted(run.sampling["eos_ids"])
+        lines.append(f"stops: {ids} count as one, written as {stop_id}; see --no_merge_stops")
+    elif stops[0] != stops[1]:
         lines.append(
             f"warning: student stops at {stops[0]}, teacher at {stops[1]}: it may unlearn it"
         )
@@ -2400,11 +2578,15 @@ def own_folder(config):
             os.rmdir(config.output_dir)
 
 
-def append_json(path, record):
-    """One more line of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
-    record = json.loads(json.dumps(record), parse_constant=lambda _: None)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def append_json(path, *records):
+    """More lines of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
+    text = ""
+    for record in records:
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        text += json.dumps(record) + "\n"
+    # With a buffer for all, it is one write: a kill must not leave half a line
+    with open(path, "a", buffering=len(text) + 1, encoding="utf-8") as file:
+        file.write(text)
 
 
 def open_tracker(kind, folder, flags, step):
@@ -2427,11 +2609,16 @@ def open_tracker(kind, folder, flags, step):
     return None
 
 
+def step_of(path):
+    """The step that a checkpoint's name tells, None for a folder of another name"""
+    name = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.normpath(path)))
+    return int(name[1]) if name else None
+
+
 def list_checkpoints(folder):
     """The paths of the checkpoints in a folder, which need not exist, in the order of steps"""
     paths = glob.glob(f"{glob.escape(folder)}/checkpoint-*")
-    paths = [path for path in paths if re.fullmatch(r"checkpoint-\d+", os.path.basename(path))]
-    return sorted(paths, key=lambda path: int(path.rsplit("-", 1)[1]))
+    return sorted([path for path in paths if step_of(path) is not None], key=step_of)
 
 
 def digest(path):
@@ -2460,6 +2647,8 @@ def save_checkpoint(config, run):
             tensors += moments.values()
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise FloatingPointError("not all weights and moments of Adam are finite")
+        # Whoever loads it stops where it has learned to
+        run.student.generation_config.eos_token_id = sorted(run.sampling["eos_ids"])
         run.student.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
         state = {name: getattr(run, name) for name in STANDING}
@@ -2486,7 +2675,8 @@ def read_checkpoint(folder, flags):
     # rollout_batch_size changes what is drawn, and selects within other groups: the user's choice
     may_change = (
         "resume output_dir max_steps save_every keep_checkpoints device micro_batch_size report_to "
-        "eval_batch_size rollout_batch_size no_view"
+        "eval_batch_size rollout_batch_size gradient_checkpointing no_gradient_checkpointing "
+        "eval_first no_view"
     ).split()
     try:
         digests = read_records(f"{folder}/digests.json")[0]
@@ -2494,8 +2684,7 @@ def read_checkpoint(folder, flags):
             if digest(f"{folder}/{name}") != saved:
                 raise ValueError(f"{name} is not as it was saved; resume from another")
         state = torch.load(f"{folder}/trainer_state.pt", map_location="cpu", weights_only=True)
-        number = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.normpath(folder)))
-        if number and int(number[1]) != state["step"]:
+        if step_of(folder) not in (None, state["step"]):
             raise ValueError(f"it is of step {state['step']}; name it so")
     except Exception as error:  # a torn list of digests has errors of its own
         raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
@@ -2527,7 +2716,7 @@ def prepare_files(config, run, checkpoint):
     page = [] if checkpoint else [f"{config.output_dir}/rollouts.html"]
     aside = [path for path in [*run.files, *page] if os.path.exists(path)]
     for path in list_checkpoints(config.output_dir):
-        if not own or int(path.rsplit("-", 1)[1]) > run.step:
+        if not own or step_of(path) > run.step:
             aside.append(path)
     for path in aside:
         shutil.rmtree(f"{path}.old", ignore_errors=True)
@@ -2637,12 +2826,14 @@ def explain(error, phase, now):
 
 STEP_LINE = (
     "step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | "
-    "kept {kept_fraction:4.0%} | length {response_length:7.1f} | cut {truncated_fraction:4.0%} | "
+    "kept {kept_fraction:4.0%} | length {response_length:7.1f} | stopped {stopped_fraction:4.0%} | "
     "norm {grad_norm:6.2f} | {generated_tokens:11,} tokens"
 )
 
 
-def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generations=1, **settings):
+def rollout_in_groups(
+    student, teacher, prompts, plan, rows_at_once, num_generations=1, for_teacher=None, **settings
+):
     """rollout, of at most so many rows at once, or the candidates of one prompt -> its dict, of all
     rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to its own longest,
     so sort them by length. The plan's rule sees one group at a time.
@@ -2652,8 +2843,9 @@ def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generat
     began = clock(student.device)
     groups = []
     for start in range(0, len(prompts), size):
-        own = prompts[start : start + size]
-        groups.append(rollout(student, teacher, own, plan, **settings))
+        own = slice(start, start + size)
+        read = (for_teacher or prompts)[own]
+        groups.append(rollout(student, teacher, prompts[own], plan, read, **settings))
 
     # Row by row, padded anew
     out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
@@ -2667,7 +2859,7 @@ def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, num_generat
         elif rows[0].dim() == 0:  # ended, kept
             out[name] = torch.stack(rows)
         else:
-            side = "left" if name.startswith("prompt") else "right"
+            side = "left" if "prompt" in name else "right"
             out[name] = pad_sequence(rows, batch_first=True, padding_side=side)
     return out
 
@@ -2678,10 +2870,10 @@ def tokens_at_once(vocab_size, elements=25_000_000):
 
 
 @torch.no_grad()
-def response_log_probs(model, out, vocab_size, temperature=1.0):
+def response_log_probs(model, out, vocab_size, **head):
     """The log-probs that a model gives the responses of a rollout -> B tensors (length,)
 
-    Needs hidden_states, head_logits, tokens_at_once.
+    head: for head_logits. Needs hidden_states, head_logits, tokens_at_once.
     """
     ids = torch.cat([out["prompt_ids"], out["response_ids"]], dim=1)  # (B, S + T)
     mask = torch.cat([out["prompt_mask"], out["response_mask"]], dim=1)
@@ -2694,18 +2886,16 @@ def response_log_probs(model, out, vocab_size, temperature=1.0):
         tokens = own_ids[:, -T:][valid]  # (N,)
         size = tokens_at_once(vocab_size)  # never (B, T, V)
         for states, sampled in zip(hidden.split(size), tokens.split(size)):
-            logits = head_logits(model, states, vocab_size, temperature)
+            logits = head_logits(model, states, vocab_size, **head)
             log_probs.append(logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0])
     return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
 
 
-def make_room(prompt_ids, prompt_mask, max_length, pad_id):
+def make_room(prompts, for_teacher, max_length, pad_id, device):
     """An empty rollout of B prompts, with room for the longest response; what is blank is masked"""
-    B = len(prompt_ids)
-    blank = torch.zeros(B, max_length, device=prompt_ids.device)
-    return {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
+    B = len(prompts)
+    blank = torch.zeros(B, max_length, device=device)
+    out = {
         "response_ids": torch.full_like(blank, pad_id, dtype=torch.long),
         "response_mask": torch.zeros_like(blank, dtype=torch.bool),
         "overlap": blank,
@@ -2715,6 +2905,26 @@ def make_room(prompt_ids, prompt_mask, max_length, pad_id):
         "teacher_hidden": [[] for _ in range(B)],
         "teacher_seconds": 0.0,
     }
+    out = behind(out, prompts, "prompt", pad_id)
+    return behind(out, for_teacher, "teacher_prompt", pad_id)
+
+
+def behind(out, prompts, name="prompt", pad_id=0):
+    """A rollout with these prompts, lists of ids, under this name -> dict"""
+    ids, mask = (part.to(out["ended"].device) for part in pad_left(prompts, pad_id))
+    return {**out, f"{name}_ids": ids, f"{name}_mask": mask}
+
+
+def read_so_far(out, name, rows, length):
+    """The prompts of some rows of a rollout, and their responses up to a length -> ids, mask (b, L)
+
+    name: of the prompts, prompt as the student reads them, or teacher_prompt.
+    """
+    parts = []
+    for part in ("ids", "mask"):
+        response = out[f"response_{part}"][rows, :length]
+        parts.append(torch.cat([out[f"{name}_{part}"][rows], response], dim=1))
+    return parts
 
 
 def cut_room(out, length):
@@ -2758,10 +2968,12 @@ def row_facts(config, batch):
     responses = [ids[valid].tolist() for ids, valid in zip(batch["response_ids"], mask)]
     facts = {
         "prompt_length": batch["prompt_mask"].sum(-1),
+        "teacher_prompt_length": batch["teacher_prompt_mask"].sum(-1),
         "response_length": mask.sum(-1),
         "trained_length": batch["loss_mask"].sum(-1),
         "reliable_length": reliable_length(reliability, mask),
         "agreed_tokens": overlap.sum(-1),
+        "stopped_fraction": batch["ended"],
         "truncated_fraction": ~batch["ended"],
         "kept_fraction": batch["kept"],
         "repetition": torch.tensor([repetition(ids) for ids in responses]),
@@ -2789,9 +3001,10 @@ def step_metrics(run, batch, rows, update):
     """Count what a step cost -> all its numbers, rows as row_facts gives them"""
     length, trained = rows["response_length"], rows["trained_length"]
     context, learned = rows["prompt_length"] + length, rows["prompt_length"] + trained
+    judged = rows["teacher_prompt_length"] + length
     sampled = int(length.sum())
     run.count(generated_tokens=sampled, teacher_tokens=sampled, trained_tokens=int(trained.sum()))
-    run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, context))
+    run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, judged))
     run.count(flops=3 * forward_flops(run.student, learned[trained > 0]))
     means = {name: fact.mean().item() for name, fact in rows.items()}
     return {
@@ -2819,12 +3032,16 @@ def evaluate_and_save(config, run):
 
 
 def evaluate_files(config, run, who):
-    """Evaluate who on every --eval_file -> {file: metrics}; they are shown and recorded"""
+    """Evaluate who on every --eval_file -> {file: metrics}; they are shown and recorded
+
+    The teacher is asked as the student is; the prompted_teacher reads its own prompts, of those
+    problems that have what they name.
+    """
     run.phase = f"evaluation after step {run.step}"
     began = clock(run.device)
     # Who answers, and who judges the answers
     model, judge_model = run.sampler, run.teacher
-    if who in ("teacher", "eval_only"):
+    if who in ("teacher", "prompted_teacher", "eval_only"):
         judge_model = None
     how = {
         **run.grading,
@@ -2834,12 +3051,17 @@ def evaluate_files(config, run, who):
         "max_length": config.eval_max_new_tokens,
         "rows_per_batch": run.rows_at_once["eval_batch_size"],
     }
-    if who == "teacher":
+    if who in ("teacher", "prompted_teacher"):
         model = run.teacher
         how["rows_per_batch"] = run.rows_at_once["teacher_eval_batch_size"]
         how["eos_ids"] = run.sampling["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
+    template = config.prompt_template
+    evals = run.evals
+    if who == "prompted_teacher":
+        template = config.teacher_prompt_template
+        evals = prompted_problems(run.evals)
     results, lines = {}, []
-    for name, problems in run.evals.items():
+    for name, problems in evals.items():
         more = {
             "num_samples": config.eval_samples,
             "teacher": judge_model,
@@ -2855,17 +3077,45 @@ def evaluate_files(config, run, who):
         results[name] = metrics
         for answer in answers:
             told = {key: value for key, value in answer.items() if not key.endswith("_ids")}
+            told.pop("solution", None)  # it is in the file, once
             lines.append({"step": run.step, "model": who, "eval": name, **told})
-    told = {"thinking": config.enable_thinking, "prompt_template": config.prompt_template}
+    told = {"thinking": config.enable_thinking, "prompt_template": template}
     told |= {"time_eval": clock(run.device) - began, **run.standing()}
     # All lines or none, at the end: what is broken off is done again on resume
     with whole_step(run):
         if is_main():
-            for line in lines:
-                append_json(run.files[1], line)
+            append_json(run.files[1], *lines)
         run.record({"model": who, "eval": results, **told})
         run.graded = run.step
     return results
+
+
+def prompted_problems(evals):
+    """Of {file: problems} those with a prompt for the teacher, under it; files that have any"""
+    prompted = {}
+    for name, problems in evals.items():
+        for problem in problems:
+            if "teacher_prompt_ids" in problem:
+                own = {**problem, "prompt_ids": problem["teacher_prompt_ids"]}
+                prompted.setdefault(name, []).append(own)
+    return prompted
+
+
+def gap_lines(graded):
+    """How far the teacher is ahead with its own prompt -> lines, one a file. graded: {who: {file:
+    metrics}}, before the first step
+    """
+    lines = []
+    for name, informed in graded.get("prompted_teacher", {}).items():
+        student, alike = (graded[who][name] for who in ("student", "teacher"))
+        gap = informed["avg_at_n"] - student["avg_at_n"]
+        lines.append(
+            f"{name}: student {student['avg_at_n']:.1%}, teacher asked alike "
+            f"{alike['avg_at_n']:.1%}, with its own prompt {informed['avg_at_n']:.1%} (on "
+            f"{informed['num_problems']} of {student['num_problems']} problems): a gap of "
+            f"{100 * gap:+.1f} points, in which the gain is said to be linear (2605.30070)"
+        )
+    return lines
 
 
 def probe(config, run, answers, accuracy, how):
@@ -2876,7 +3126,7 @@ def probe(config, run, answers, accuracy, how):
         begun = []
         for answer in answers:
             kept = answer["response_ids"][: answer["length"] * depth // 100]
-            begun.append({**answer, "begun": kept})
+            begun.append({**answer, "prompt_ids": teacher_prompt(answer), "begun": kept})
         left = how["max_length"] - how["max_length"] * depth // 100  # not more in all
         onward = {**how, "eos_ids": eos_ids, "max_length": left, "title": f"teacher from {depth}%"}
         onward["rows_per_batch"] = run.rows_at_once["teacher_eval_batch_size"]
@@ -2916,12 +3166,14 @@ def cold_start_step(config, run, step):
     run.phase = f"cold start, step {step}"
     # The teacher writes; its right solutions, and those of unknown answer, are learned
     problems = draw_prompts(config, run, step)
-    prompts = [problem["prompt_ids"] for problem in problems]
+    asked = [teacher_prompt(problem) for problem in problems]
     plan = Plan(config.max_new_tokens, config.segment_length)
     rows = run.rows_at_once["rollout_batch_size"]
     out = rollout_in_groups(
-        run.teacher, None, prompts, plan, rows, config.num_generations, **run.sampling
+        run.teacher, None, asked, plan, rows, config.num_generations, **run.sampling
     )
+    # The student learns them behind its own prompt
+    out = behind(out, [problem["prompt_ids"] for problem in problems])
     run.phase = f"the update of cold start step {step}"
     mask, right = out["response_mask"], out["ended"].clone()
     for row, problem in enumerate(problems):
@@ -2944,10 +3196,10 @@ def cold_start_step(config, run, step):
 
     # What it cost
     rows = row_facts(config, out)
-    length, right = rows["prompt_length"] + rows["response_length"], rows["trained_length"] > 0
-    run.count(cold_start_tokens=int(rows["response_length"].sum()))
-    run.count(flops=forward_flops(run.teacher, length))
-    run.count(flops=3 * forward_flops(run.student, length[right]))
+    length, right = rows["response_length"], rows["trained_length"] > 0
+    run.count(cold_start_tokens=int(length.sum()))
+    run.count(flops=forward_flops(run.teacher, rows["teacher_prompt_length"] + length))
+    run.count(flops=3 * forward_flops(run.student, (rows["prompt_length"] + length)[right]))
     return right.double().mean().item()
 
 
@@ -2991,26 +3243,24 @@ def first_rows(config, run, problems, plan, out, prompts=4):
 
 
 @torch.no_grad()
-def ask_both(config, run, rows, k=5):
+def ask_both(run, rows, k=5):
     """What both models say at each of the rows' N tokens -> dict: tokens (N, 1 + 2k), the sampled
     one and the k likeliest of student and teacher; probs (N, 2k); kl, advantage (N,)
     """
-    head = {"vocab_size": run.vocab_size, "temperature": config.temperature}
-    models = {"prompt_ids": run.sampler, "teacher_prompt_ids": run.teacher}
     responses = [torch.tensor(row["response_ids"]) for row in rows]
     ids = pad_sequence(responses, batch_first=True)  # (B, T)
     mask = pad_sequence([torch.ones_like(own) for own in responses], batch_first=True).bool()
+    models = (run.sampler, run.teacher)
     columns = [torch.cat(responses).to(run.device)]  # (N,), and (N, H) of each model
-    for name, model in models.items():
-        prompts = [row["problem"].get(name, row["problem"]["prompt_ids"]) for row in rows]
-        before, valid = pad_left(prompts, 0)
+    for model, asked in zip(models, (operator.itemgetter("prompt_ids"), teacher_prompt)):
+        before, valid = pad_left([asked(row["problem"]) for row in rows], 0)
         context = torch.cat([before, ids], dim=1).to(run.device)
         valid = torch.cat([valid, mask], dim=1).to(run.device)
         columns.append(hidden_states(model, context, valid, ids.shape[1])[mask.to(run.device)])
     size = tokens_at_once(run.vocab_size)  # never (N, V)
     chunks = []
     for sampled, *states in zip(*[column.split(size) for column in columns]):
-        logits = [head_logits(model, own, **head) for model, own in zip(models.values(), states)]
+        logits = [head_logits(model, own, **run.sampling) for model, own in zip(models, states)]
         log_probs = torch.stack(logits).log_softmax(-1)  # (2, n, V)
         log_p, log_q = log_probs.gather(-1, sampled.expand(2, -1)[..., None])[..., 0]
         values, likeliest = log_probs.topk(min(k, run.vocab_size))
@@ -3170,7 +3420,7 @@ def write_view(config, run):
     longest = max(prompt_length(row["problem"]) + len(row["response_ids"]) for row in run.shown)
     size = max(1, 2**15 // longest)
     batches = [run.shown[start : start + size] for start in range(0, len(run.shown), size)]
-    told = concatenate([ask_both(config, run, rows) for rows in batches])
+    told = concatenate([ask_both(run, rows) for rows in batches])
     for name in ("overlap", "weight"):
         told[name] = torch.tensor(sum([row[name] for row in run.shown], []))
     used, places = told.pop("tokens").unique(return_inverse=True)
@@ -3247,6 +3497,8 @@ def read_run(root, name):
         if record.get("eval"):
             who = record["model"]
             accuracy = np.mean([metrics["avg_at_n"] for metrics in record["eval"].values()])
+            if who == "prompted_teacher":  # as it teaches
+                who = "teacher"
             if who == "student":
                 run["curve"].append((record["generated_tokens"], seconds, accuracy))
                 who = "before"
@@ -3431,8 +3683,9 @@ def work(config, run):
         say(*preflight(config, run))
         if run.device.type == "cuda":
             try_update(config, run)
-        for who in evaluated_first(config, run):
-            evaluate_files(config, run, who)
+        graded = {who: evaluate_files(config, run, who) for who in evaluated_first(config, run)}
+        for line in gap_lines(graded):
+            say(line)
         for step in range(1, config.cold_start_steps + 1):
             right = cold_start_step(config, run, step)
             say(f"cold start: {right:.0%} of the solutions are right")

@@ -307,9 +307,9 @@ def seconds_of(teacher):
     spent = []
 
     def timed(function):
-        def inner(model, hidden, *others):
+        def inner(model, hidden, *others, **settings):
             began = opd.clock(hidden.device)
-            result = function(model, hidden, *others)
+            result = function(model, hidden, *others, **settings)
             if model is teacher:
                 spent.append(opd.clock(hidden.device) - began)
             return result
@@ -591,7 +591,7 @@ def update_settings(student, teacher, vocabulary, loss, rows, autocast=None):
     """The settings of a real run with these flags."""
     config = opd.Config(loss=loss, overlap_k=TOP_K, micro_batch_size=rows)
     run = opd.Run({}, [], student=student, teacher=teacher, vocab_size=vocabulary)
-    run.autocast = autocast
+    run.autocast, run.sampling = autocast, {"vocab_size": vocabulary}
     run.rows_at_once = {"micro_batch_size": rows}
     return opd.update_settings(config, run)
 

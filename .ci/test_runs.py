@@ -37,10 +37,15 @@ import tokenizers
 import transformers
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import plans
+
 import opd
 import test_opd
 from test_opd import (
     END,
+    ENDS,
+    FAMILIES,
+    LENGTHS,
     PAD,
     SAMPLING,
     STUDENT,
@@ -51,13 +56,18 @@ from test_opd import (
     checkpoints,
     close,
     command,
+    forward_shapes,
     gradients_of,
     make_batch,
     outcome,
+    plain_gradients,
+    prompts,
     repeatable,
+    roll,
     rows_of,
     save_model,
     says_a,
+    staggered_ends,
     tiny,
     tiny_llama,
     train,
@@ -294,7 +304,7 @@ def of_a_folder(path, *_, **__):
     return os.path.isdir(path)
 
 
-def of_samples(path, record):
+def of_samples(path, *records):
     return str(path).endswith("samples.jsonl")
 
 
@@ -314,8 +324,8 @@ MOMENTS = {
     "an update": (opd, "optimizer_step", 4, any_call, "after"),
     "an extrapolation": (opd, "extrapolate", 3, any_call, "before"),  # of step 4
     "an evaluation": (opd, "evaluate", 3, of_two_problems, "before"),
-    # The third of five answers, graded after step 4: ten were before the first step
-    "the writing of answers": (opd, "append_json", 13, of_samples, "after"),
+    # Those graded after step 4, and not yet their means: two evaluations were before the first step
+    "the writing of answers": (opd, "append_json", 3, of_samples, "after"),
     "the writing of a model": (
         transformers.PreTrainedModel,
         "save_pretrained",
@@ -1059,11 +1069,10 @@ def test_torchrun_starts_ranks_and_ends_them_when_one_dies(world, tmp_path):
 
 @pytest.mark.parametrize("record, answer", RECORDS)
 def test_load_problems_reads_the_shape_of_the_usual_data_sets(tmp_path, record, answer):
-    expected = [{"problem": "2+3?", "answer": answer}]
-    assert opd.load_problems(write(tmp_path / "a.jsonl", record)) == expected
-    assert opd.load_problems(write(tmp_path / "a.json", text=json.dumps([record], indent=2))) == (
-        expected
-    )
+    lines = write(tmp_path / "a.jsonl", record)
+    for path in (lines, write(tmp_path / "a.json", text=json.dumps([record], indent=2))):
+        (problem,) = opd.load_problems(path)
+        assert (problem["problem"], problem["answer"]) == ("2+3?", answer)
 
 
 @pytest.mark.parametrize("value", NO_ANSWERS, ids=repr)
@@ -1135,7 +1144,8 @@ def test_duplicate_problems_are_left_out_and_counted(tmp_path):
 def test_of_duplicates_the_first_answer_stays_wherever_it_stands(answers, tmp_path):
     records = [{"problem": "2+3?", "answer": answer} for answer in answers]
     path = write(tmp_path / "a.jsonl", *records)
-    assert opd.load_problems(path) == [{"problem": "2+3?", "answer": "5"}]
+    (problem,) = opd.load_problems(path)
+    assert (problem["problem"], problem["answer"]) == ("2+3?", "5")
 
 
 def test_a_file_without_duplicates_is_read_without_a_word(tmp_path):
@@ -1185,7 +1195,7 @@ def test_a_parquet_file_is_read_row_by_row(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", package)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", package.parquet)
     path = write(tmp_path / "a.parquet", text='[{"problem": "1", "answer": 2}]')
-    assert opd.load_problems(path) == [{"problem": "1", "answer": "2"}]
+    assert opd.load_problems(path) == [{"problem": "1", "answer": "2", "solution": None}]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(world, tmp_path, monkeypatch, capfd):
@@ -1718,6 +1728,14 @@ MAY_BE_ZERO = (
 ).split()
 
 
+@pytest.mark.parametrize("flag, value", [("probe_window", 7), ("keep_ratio", 0.49)])
+def test_prefix_guided_refuses_what_it_could_not_do_as_told(flag, value, world, tmp_path):
+    """A window over its prefix of 6, or less than one of two candidates. Others ask for neither."""
+    opd.parse_args(command(world, tmp_path, method="opd", **{flag: value}))
+    with pytest.raises(ValueError, match=f"--{flag}"):
+        opd.parse_args(command(world, tmp_path, method="prefix-guided", **{flag: value}))
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_only_flags_that_say_what_zero_means_may_be_zero(name):
     config = dataclasses.replace(opd.TINY, method="prefix", **{name: 0})
@@ -2003,6 +2021,11 @@ LOSS_FLAGS = [
     ({"loss": "forward_kl"}, lambda p, q, ids: opd.forward_kl(p, q)),
     ({"loss": "jsd"}, lambda p, q, ids: opd.jsd(p, q, 0.5)),
     ({"loss": "jsd", "beta": 0.2}, lambda p, q, ids: opd.jsd(p, q, 0.2)),
+    ({"loss": "topk", "tail": True}, lambda p, q, ids: opd.reverse_kl_tail(p, q, 16)),
+    (
+        {"loss": "topk", "tail": True, "support": "union", "overlap_k": 3},
+        lambda p, q, ids: opd.reverse_kl_tail(p, q, 3, "union"),
+    ),
     ({"loss": "reverse_kl"}, lambda p, q, ids: opd.reverse_kl(p, q)),
     ({"loss": "topk", "overlap_k": 3}, lambda p, q, ids: opd.reverse_kl_topk(p, q, 3)),
     ({"loss": "topk", "overlap_k": 5}, lambda p, q, ids: opd.reverse_kl_topk(p, q, 5)),
@@ -2024,7 +2047,7 @@ for support in ("teacher", "intersection", "union"):
 @pytest.mark.parametrize("flags, expected", LOSS_FLAGS, ids=[str(case[0]) for case in LOSS_FLAGS])
 def test_the_flags_of_the_loss_choose_it(flags, expected):
     run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
-    run.rows_at_once = {"micro_batch_size": 4}
+    run.rows_at_once, run.sampling = {"micro_batch_size": 4}, {"vocab_size": V}
     loss = opd.update_settings(opd.Config(**flags), run)["token_loss"]
     p, q = test_opd.logits(5, seed=1), test_opd.logits(5, seed=2)
     close(loss(p, q, torch.arange(5)), expected(p, q, torch.arange(5)), rtol=0, atol=0)
@@ -2032,7 +2055,7 @@ def test_the_flags_of_the_loss_choose_it(flags, expected):
 
 def test_overlap_k_is_that_of_the_logged_overlap():
     run = types.SimpleNamespace(vocab_size=V, student=STUDENT, teacher=TEACHER, autocast=None)
-    run.rows_at_once = {"micro_batch_size": 4}
+    run.rows_at_once, run.sampling = {"micro_batch_size": 4}, {"vocab_size": V}
     p, q = test_opd.logits(5, seed=1), test_opd.logits(5, seed=2)
     for k in (3, 7):
         measure = opd.update_settings(opd.Config(overlap_k=k), run)["measure"]
@@ -2045,6 +2068,21 @@ def test_gradient_checkpointing_recomputes_the_layers_of_the_student(world, tmp_
         _, run = opened(world, tmp_path, gradient_checkpointing=flag)
         assert run.student.is_gradient_checkpointing is bool(flag)
         assert not run.teacher.is_gradient_checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def test_recomputing_layers_changes_no_gradient_even_in_a_model_with_dropout():
+    """Layers are recomputed in training mode only, and training mode brings dropout back."""
+    student, computed = tiny_llama(4, attention_dropout=0.5), []
+    batch = make_batch(student, TEACHER)
+    expected = plain_gradients(student, TEACHER, batch)[1]
+    student.model.layers[0].mlp.register_forward_pre_hook(lambda *_: computed.append(True))
+    assert_same(update(student, TEACHER, batch)[1], expected, tolerance=3e-6)
+    once = len(computed)
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(update(student, TEACHER, batch)[1], expected, tolerance=3e-6)
+    assert len(computed) == once + 2 * once
+    assert not any(module.training for module in student.modules())
 
 
 def test_the_device_is_where_the_models_go(world, tmp_path, monkeypatch):
@@ -2076,6 +2114,15 @@ def test_the_prompt_template_is_what_the_models_read_around_a_problem(world, tmp
     )
     prompt = run.tokenizer.convert_ids_to_tokens(run.pools[0][0]["prompt_ids"])
     assert prompt == ["<user>", "a", "1", "2", "3", "b", "<solve>"]
+
+
+def test_the_teachers_template_is_what_the_teacher_reads_around_a_problem(world, tmp_path):
+    flags = {"train_file": "{world}/unanswered.jsonl", "teacher_prompt_template": "a {problem} b"}
+    _, run = opened(world, tmp_path, **flags)
+    (problem,) = run.pools[0]
+    prompt = run.tokenizer.convert_ids_to_tokens(problem["teacher_prompt_ids"])
+    assert prompt == ["<user>", "a", "1", "2", "3", "b", "<solve>"]
+    assert len(problem["prompt_ids"]) == len(prompt) - 2
 
 
 def test_enable_thinking_reaches_the_template_of_every_prompt(world, tmp_path):
@@ -2300,6 +2347,17 @@ def test_a_pad_token_beyond_the_models_rows_is_not_used(world, tmp_path):
     assert len(steps) == 1
 
 
+def test_generate_needs_no_cache_and_takes_a_pad_id_beyond_the_vocabulary():
+    """Rows that ended go on with it, whatever it is; here one of them has."""
+    ids, mask = prompts(*LENGTHS)
+    settings = {"max_new_tokens": 8, "eos_ids": ENDS, "temperature": 0}
+    wide = tiny_llama(1, vocab_size=V + 8)
+    new, _, log_probs = opd.generate(wide, ids, mask, vocab_size=V, pad_id=V + 7, **settings)
+    through_eos = opd.mask_through_eos(new, ENDS)
+    assert (new[~through_eos] == V + 7).all() and new[through_eos].max() < V
+    assert not through_eos.all() and log_probs.isfinite().all()
+
+
 def test_on_a_gpu_auto_is_bfloat16_and_elsewhere_float32(world, tmp_path, monkeypatch):
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         seen = []
@@ -2343,6 +2401,12 @@ def test_the_update_in_bfloat16_runs_under_autocast_and_in_float32_not(world, tm
         with run.autocast:
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert product.dtype == expected
+
+
+def test_the_update_is_told_its_sizes_and_its_precision():
+    told = test_opd.settings_of()  # as many tokens at once as the vocabulary of 20 allows
+    assert told["chunk_tokens"] == 25_000_000 // 20
+    assert (told["micro_batch_size"], told["autocast"]) == (3, "low")
 
 
 def test_the_bfloat16_copy_is_updated_after_every_step(world, tmp_path, monkeypatch):
@@ -2488,7 +2552,16 @@ def test_on_a_gpu_rows_fill_four_fifths_of_what_adam_leaves(gigabytes, rows, mon
 def test_a_resumed_run_has_its_rows_again_unless_the_gpu_is_smaller(monkeypatch):
     assert fitting(monkeypatch, 100, before=3) == 3
     assert fitting(monkeypatch, 28, before=20) == 20  # what is spared is there
-    assert fitting(monkeypatch, 26, before=20) == 14
+    with pytest.warns(UserWarning, match="--rollout_batch_size was 20 and is 14$"):
+        assert fitting(monkeypatch, 26, before=20) == 14
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "gigabytes, before, asked", [(26, 0, 0), (100, 3, 0), (100, 20, 0), (26, 20, 7)]
+)
+def test_rows_are_told_of_only_where_fewer_fit_than_before(gigabytes, before, asked, monkeypatch):
+    assert fitting(monkeypatch, gigabytes, before=before, rollout_batch_size=asked)
 
 
 @pytest.mark.parametrize(
@@ -2507,6 +2580,17 @@ def test_what_cannot_fit_is_refused_with_the_flag_to_change(flags, instead, monk
     gigabytes = 11 if flags.get("phase") else 28
     with pytest.raises(ValueError, match=f"do not fit: .* lacks .*B of GPU memory; {instead}, or"):
         fitting(monkeypatch, gigabytes, **flags)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_the_table_of_plans_has_a_row_for_a_pair_of_models_and_a_gpu(family, monkeypatch):
+    """assets/plans.txt has such rows: both, GB, seven sizes in GB, four numbers of rows at once."""
+    monkeypatch.setitem(plans.SHAPES, "small", (64, 128, 2, 4, 2, 16, True, family))
+    row = plans.plan("small", "small", 24)
+    assert row[:3] == ["small", "small", 24]
+    sizes, rows = [float(cell) for cell in row[3:10]], row[10:]
+    assert 0 < min(sizes) and max(sizes) < 24 and len(rows) == 4 and min(rows) >= 1
+    assert "does not fit" in plans.plan("small", "small", 1)[3]
 
 
 def test_what_a_forward_keeps_for_backward_is_counted_by_token_and_by_layer():
@@ -2547,6 +2631,25 @@ def test_the_gradient_makes_room_for_the_caches(world, tmp_path, runs, monkeypat
     monkeypatch.setattr(opd, "rollout_in_groups", watched)
     train(world, tmp_path, max_steps=3, eval_file=None)
     assert held == [[], [], []]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_short_rows_share_a_micro_batch_up_to_the_tokens_of_the_longest_ones(micro_batch_size):
+    """A long prompt with a short response is as long as the other way round: padding differs."""
+    student, lengths = tiny_llama(1), (30, 1, 2, 14, 7, 1, 3, 2)
+    cuts = (2, 12, 12, 9, 12, 0, 1, 3)  # tokens to learn from
+    batch = make_batch(student, TEACHER, lengths, eos_ids={V})
+    batch["loss_mask"] = torch.arange(12) < torch.tensor(cuts)[:, None]
+    shapes, stop = forward_shapes(student)
+    _, grads = update(student, TEACHER, batch, micro_batch_size=micro_batch_size)
+    stop()
+    sizes = sorted((prompt + cut for prompt, cut in zip(lengths, cuts) if cut), reverse=True)
+    for rows, columns in shapes:
+        assert columns == sizes[0] - 1  # its last token predicts nothing
+        assert rows * sizes[0] <= micro_batch_size * 32
+        del sizes[:rows]
+    assert not sizes and max(rows for rows, _ in shapes) > micro_batch_size
+    assert_same(grads, plain_gradients(student, TEACHER, batch)[1], tolerance=3e-6)
 
 
 def test_the_teachers_states_are_not_copied_to_be_learned_from():
@@ -2622,7 +2725,7 @@ def test_all_ranks_sample_as_many_rows_at_once_as_the_smallest_can(world, tmp_pa
 def warnings_of(world, folder, change=None):
     """What the preflight warns of where the teacher is the student with a change."""
     teacher = changed_copy(world, "student", folder, change or (lambda *_: None))
-    config, run = opened(world, folder / "out", teacher=teacher)
+    config, run = opened(world, folder / "out", teacher=teacher, no_merge_stops=True)
     return [line for line in opd.preflight(config, run) if line.startswith("warning: ")]
 
 
@@ -2823,6 +2926,44 @@ def test_metrics_are_json_even_where_a_mean_is_undefined(world, tmp_path):
     train(world, tmp_path, eval_file=tmp_path / "one.jsonl", max_steps=1)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert '"se": null' in text and "NaN" not in text
+
+
+class Watched(io.FileIO):
+    """A file that notes the end of every write: what is there if the process is killed then."""
+
+    ends = []
+
+    def write(self, data):
+        self.ends.append(bytes(data[-1:]))
+        return super().write(data)
+
+
+def test_a_kill_while_answers_are_written_leaves_no_half_line(tmp_path, monkeypatch):
+    """Python's buffers are of 8 KB, and an answer may be longer."""
+
+    def watched(path, mode, buffering=-1, **how):
+        size = io.DEFAULT_BUFFER_SIZE if buffering < 0 else buffering
+        return io.TextIOWrapper(io.BufferedWriter(Watched(path, mode), size), **how)
+
+    monkeypatch.setattr(opd, "open", watched, raising=False)
+    answers = [{"response": "7 " * size} for size in (9000, 2, 9000)]
+    opd.append_json(tmp_path / "samples.jsonl", *answers)
+    assert test_opd.read(tmp_path / "samples.jsonl") == answers
+    assert Watched.ends == [b"\n"]
+
+
+@pytest.mark.parametrize(
+    "path, step",
+    [
+        ("out/checkpoint-12", 12),
+        ("checkpoint-0/", 0),
+        ("checkpoint-12.old", None),
+        ("checkpoint.partial", None),
+        ("checkpoint-1/model", None),
+    ],
+)
+def test_the_step_of_a_checkpoint_is_read_from_its_name(path, step):
+    assert opd.step_of(path) == step
 
 
 def test_checkpoints_9_10_and_100_are_in_the_order_of_their_steps(tmp_path):
@@ -3203,6 +3344,9 @@ MAY_CHANGE = {
     "report_to": "wandb",
     "eval_batch_size": 7,
     "rollout_batch_size": 7,
+    "gradient_checkpointing": True,
+    "no_gradient_checkpointing": True,  # which the memory plan may advise to leave out
+    "eval_first": "none",
 }
 
 
@@ -3507,9 +3651,10 @@ def test_a_full_disk_ends_a_run_in_one_line_with_the_last_checkpoint_whole(
     assert outcome(tmp_path) == outcome(whole)
 
 
-def tear_a_line(path, record):
+def tear_a_line(path, *records):
+    text = "".join(json.dumps(record) + "\n" for record in records)
     with open(path, "a") as file:
-        file.write(json.dumps(record)[:30])
+        file.write(text[:-30])
     raise OSError(28, "No space left on device")
 
 
@@ -3535,7 +3680,7 @@ def test_a_disk_full_while_grading_leaves_the_files_as_they_were(
     out = tmp_path / "out"
     shutil.copytree(first_run[0], out)
     before = contents(out)
-    moment = (opd, "append_json", 1, lambda path, _: path.endswith(name), "before")
+    moment = (opd, "append_json", 1, lambda path, *_: path.endswith(name), "before")
     monkeypatch.setitem(MOMENTS, "a full disk", moment)
     at("a full disk", tear_a_line, monkeypatch.setattr)
     grading = command(world, out, eval_only=True, teacher=None, train_file=None)
@@ -3706,6 +3851,77 @@ def test_an_error_of_the_program_is_raised_as_it_is(world, tmp_path, monkeypatch
 # 16. What a run does beside its steps: accounts, evaluations, EffOPD's tries, a cold start
 
 
+@pytest.mark.parametrize(
+    "rows_at_once, widths",
+    [(1, [3, 4, 7, 9]), (3, [3, 4, 7, 9]), (5, [4, 9]), (6, [7, 9]), (8, [9]), (100, [9])],
+)
+def test_groups_of_prompts_give_the_rollout_of_all_rows(rows_at_once, widths):
+    """The two candidates of each prompt stay together; a group is as wide as its longest prompt."""
+    ids, mask = prompts(3, 3, 4, 4, 7, 7, 9, 9)
+    settings = {**SAMPLING, "eos_ids": staggered_ends(STUDENT, ids, mask), "overlap_k": 4}
+    whole = roll(STUDENT, TEACHER, prompt=(ids, mask), **settings)
+    shapes, stop = forward_shapes(STUDENT)
+    rows, plan = without_padding(ids, mask), opd.Plan(12, 4)
+    out = opd.rollout_in_groups(
+        STUDENT, TEACHER, rows, plan, rows_at_once, num_generations=2, temperature=0, **settings
+    )
+    stop()
+    assert [columns + 1 for _, columns in shapes if columns > 1] == widths
+    del out["seconds"], out["teacher_seconds"], whole["teacher_seconds"]
+    for states, others in zip(out.pop("teacher_hidden"), whole.pop("teacher_hidden")):
+        close(states, others, rtol=1e-3, atol=1e-4)
+    close({**out, "log_probs": 0}, {**whole, "log_probs": 0}, rtol=0, atol=0)
+    seen = ~whole["log_probs"].isnan()  # a group that ended sooner has one more
+    close(out["log_probs"][seen], whole["log_probs"][seen], rtol=1e-4, atol=1e-5)
+
+
+def test_groups_without_a_teacher_have_no_hidden_states_of_it():
+    rows, plan = without_padding(*prompts(3, 2, 5)), opd.Plan(4)
+    out = opd.rollout_in_groups(STUDENT, None, rows, plan, 1, **SAMPLING)
+    assert out["teacher_hidden"] == [None] * 3 and out["teacher_seconds"] == 0
+    assert out["prompt_mask"].sum(-1).tolist() == [3, 2, 5]
+
+
+def test_the_seconds_of_the_teacher_are_for_reading_prompts_and_judging_in_all_groups(monkeypatch):
+    """The clock ticks once a look: in each of two groups one tick for a prompt, three to judge."""
+    ticks = itertools.count()
+    monkeypatch.setattr(opd, "clock", lambda device: next(ticks))
+    rows, plan = without_padding(*prompts(3, 2)), opd.Plan(12, 4)
+    settings = {**SAMPLING, "eos_ids": {V}, "overlap_k": 4}
+    out = opd.rollout_in_groups(STUDENT, TEACHER, rows, plan, 1, **settings)
+    assert out["teacher_seconds"] == 2 * (1 + 3)
+    assert out["seconds"] == next(ticks) - 1  # from the first look to the last
+
+
+def test_so_many_logits_exist_at_once_whatever_the_vocabulary():
+    """By their number, not by tokens: 25 million, 100 MB in float32. Of one token always."""
+    sizes = {62: 403_225, 151_936: 164, 10**9: 1}
+    assert {V: opd.tokens_at_once(V) for V in sizes} == sizes
+
+
+@FAMILIES
+def test_the_log_probs_of_a_response_are_those_of_a_plain_forward_of_each_row(family, monkeypatch):
+    monkeypatch.setattr(opd, "tokens_at_once", lambda vocab_size: 9)  # several rounds
+    torch.manual_seed(0)
+    out = roll(STUDENT, lengths=LENGTHS * 5, eos_ids={2, 3}, temperature=1.0, vocab_size=20)
+    model = family(1)
+    found = opd.response_log_probs(model, out, 20, temperature=2.0)
+    assert len({len(row) for row in found}) > 2
+    for row, (ids, prompt) in enumerate(rows_of(out)):
+        log_p = (model(ids).logits[0, prompt - 1 : -1, :20] / 2).log_softmax(-1)
+        close(found[row], log_p.gather(-1, ids[0, prompt:, None])[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_only_so_many_columns_are_scored_at_once():
+    """Padded rows need a mask of all their pairs of columns: of a whole evaluation too many."""
+    out = roll(STUDENT, lengths=[3] * 900, eos_ids={V}, max_length=40, segment_length=40)
+    shapes, stop = forward_shapes(STUDENT)
+    log_probs = opd.response_log_probs(STUDENT, out, V)
+    stop()
+    assert len(shapes) == 2 and all(rows * columns <= 2**15 for rows, columns in shapes)
+    assert [len(row) for row in log_probs] == [40] * 900
+
+
 def test_the_flops_of_a_forward_by_hand():
     """10 parameters, three layers of width 1, rows of 5 and 2 tokens."""
     sizes = types.SimpleNamespace(num_hidden_layers=3, hidden_size=1)
@@ -3722,10 +3938,11 @@ def test_repetition_is_the_share_of_four_grams_seen_before():
     assert opd.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
 
 
-# Two rows with prompts of 2 and 3 tokens and responses of 4 and 1; the first did not end, the other
-# was not kept
+# Two rows with prompts of 2 and 3 tokens, for the teacher of 1 and 4, and responses of 4 and 1; the
+# first did not end, the other was not kept
 STEP = {
     "prompt_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]).bool(),
+    "teacher_prompt_mask": torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]]).bool(),
     "response_ids": torch.tensor([[7, 7, 7, 7], [1, 0, 0, 0]]),
     "response_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]).bool(),
     "loss_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]).bool(),
@@ -3756,10 +3973,12 @@ def test_the_facts_of_each_row_by_hand():
     rows, _, _ = counted()
     assert {name: fact.tolist() for name, fact in rows.items()} == {
         "prompt_length": [2, 3],
+        "teacher_prompt_length": [1, 4],
         "response_length": [4, 1],
         "trained_length": [4, 0],
         "reliable_length": [2, 1],
         "agreed_tokens": [2.5, 0],
+        "stopped_fraction": [0, 1],
         "truncated_fraction": [1, 0],
         "kept_fraction": [1, 0],
         "repetition": [0, 0],
@@ -3789,8 +4008,8 @@ def test_the_tokens_and_flops_of_a_step_are_added_to_those_before():
     _, metrics, run = counted()
     assert metrics["generated_tokens"] == metrics["teacher_tokens"] == 1005
     assert metrics["trained_tokens"] == 1004 and metrics["validation_tokens"] == 1000
-    contexts = 2 + 4 + 3 + 1
-    assert metrics["flops"] == 1000 + 2 * 10 * contexts + 2 * 100 * contexts + 3 * 2 * 10 * 6
+    written, judged = 2 + 4 + 3 + 1, 1 + 4 + 4 + 1
+    assert metrics["flops"] == 1000 + 2 * 10 * written + 2 * 100 * judged + 3 * 2 * 10 * 6
     assert run.counts["flops"] == metrics["flops"]
 
 
@@ -3804,6 +4023,53 @@ def test_a_step_logs_where_it_stands_and_what_the_update_found():
     _, metrics, _ = counted()
     assert (metrics["cap"], metrics["misses"], metrics["rollout_batch_size"]) == (9, 1, 6)
     assert (metrics["loss"], metrics["max_length"]) == (3.0, 4)
+
+
+def test_the_numbers_of_a_step_are_those_of_what_was_sampled(world, tmp_path, updates):
+    """Of all rows and tokens, trained on or not: those selected overlap more because of it."""
+    changes = {"method": "prefix-guided", "num_generations": 8, "max_new_tokens": 40, "seed": 3}
+    changes["temperature"] = 2.0  # which sampling and the loss must both know of
+    step = train(world, tmp_path, max_steps=1, eval_file=None, **changes)[1][0]
+    out = updates[0][1]
+    mask, ended, kept = [out[name] for name in ("response_mask", "ended", "kept")]
+    assert not ended.all() and ended.any() and not kept.all()
+    expected = {
+        "response_length": mask.sum().item() / 16,
+        "truncated_fraction": 1 - ended.double().mean().item(),
+        "kept_fraction": kept.double().mean().item(),
+        "overlap_ratio": (out["overlap"].sum() / mask.sum()).item(),
+        "generated_tokens": mask.sum().item(),
+        "teacher_tokens": mask.sum().item(),
+        "trained_tokens": mask[kept].sum().item(),
+        "time_teacher": out["teacher_seconds"],
+        "time_rollout": out["seconds"] - out["teacher_seconds"],
+    }
+    assert {name: step[name] for name in expected} == pytest.approx(expected)
+    assert step["sampling_mismatch"] < 1e-4
+    assert set((out["overlap"] * 4 % 1).flatten().tolist()) == {0}  # k is 4
+    assert step["overlap_by_position"][0] == pytest.approx(
+        opd.overlap_by_position(out["overlap"], mask)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, cap",
+    [
+        ({}, 10),
+        ({"cap_step": 3}, 11),
+        ({"cap_max": 9}, 9),
+        ({"max_new_tokens": 9}, 9),
+        ({"cap_hit_ratio": 0.6}, 8),
+        ({"cap_margin": 1}, 8),
+        ({"cap_hit_ratio": 0.6, "cap_patience": 1}, 6),
+        ({"cap_hit_ratio": 0.6, "cap_patience": 1, "cap_min": 7}, 7),
+    ],
+    ids=str,
+)
+def test_the_next_cap_follows_every_flag_of_it(changes, cap):
+    """From 8, with rows of which one half is reliable for 6 tokens."""
+    run = types.SimpleNamespace(cap=8, misses=0)
+    assert opd.next_cap(test_opd.flags(**changes), run, torch.tensor([6, 0]))[0] == cap
 
 
 def test_every_step_logs_the_documented_names(first_run):
@@ -3851,9 +4117,36 @@ def test_every_evaluation_logs_its_result_and_its_sampling_settings(first_run):
     assert settings == [0.7, 0.95, 12, 0, 1] and result["num_problems"] == 3
 
 
+def test_the_flags_of_an_evaluation_are_those_it_samples_with(world, tmp_path):
+    """A top_p of next to nothing is greedy, and so is a temperature of 0; 1 and 1 are not."""
+    grading = {"eval_only": True, "teacher": None, "train_file": None}
+
+    def answers(**changes):
+        opd.main(command(world, tmp_path, **grading, **changes))
+        return [answer["response"] for answer in test_opd.read(tmp_path / "samples.jsonl")][-3:]
+
+    greedy = answers(eval_temperature=0)
+    assert answers(eval_top_p=0.001) == greedy != answers(eval_top_p=1, eval_temperature=1)
+    cut = answers(eval_temperature=0, eval_max_new_tokens=3)
+    assert all(len(short.split()) <= 3 for short in cut) and cut != greedy
+
+
 def test_an_evaluation_logs_the_tokens_sampled_until_then(first_run):
     tokens = [line["generated_tokens"] for line in first_run[3]]
     assert tokens == [0, 0, first_run[2][-1]["generated_tokens"]]
+
+
+def test_the_text_that_is_graded_has_no_special_tokens(monkeypatch):
+    """<end> is one, and it is among the ids, whose number is the length."""
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    _, answers = test_opd.evaluate(*test_opd.TWO, eos_ids={END, 16}, max_length=40, num_samples=8)
+    ends = [answer["response_ids"][-1] for answer in answers]
+    assert {END, 16} <= set(ends)
+    for answer, end in zip(answers, ends):
+        assert "<end>" not in answer["response"] and "<pad>" not in answer["response"]
+        assert answer["correct"] == (end == 16)  # the word a
+        assert answer["truncated"] == (end not in (END, 16))
+        assert answer["length"] == len(answer["response_ids"])
 
 
 def test_every_graded_answer_is_a_line_of_samples(first_run):
@@ -3907,7 +4200,7 @@ def test_the_stop_ids_of_the_graded_model_end_its_answers(world, tmp_path, monke
 
     teacher = changed_copy(world, "teacher", tmp_path / "teacher", stops)
     calls = watch(monkeypatch, "evaluate")["evaluate"]
-    train(world, tmp_path / "out", teacher=teacher, max_steps=1)
+    train(world, tmp_path / "out", teacher=teacher, max_steps=1, no_merge_stops=True)
     assert [sorted(call["eos_ids"]) for call in calls] == [[1, 20, 21], [1], [1]]
 
 
@@ -4050,6 +4343,20 @@ def test_the_tries_cost_the_flops_of_their_forwards(world, tmp_path, monkeypatch
     assert step["flops"] - plain["flops"] == pytest.approx(flops, rel=1e-9)
 
 
+def test_every_try_has_the_same_problems_and_the_same_seed(world, tmp_path, monkeypatch):
+    seen = []
+    evaluate = opd.evaluate
+
+    def watched(model, tokenizer, problems, **settings):
+        seen.append(([problem["problem"] for problem in problems], settings))
+        return evaluate(model, tokenizer, problems, **settings)
+
+    monkeypatch.setattr(opd, "evaluate", watched)
+    train(world, tmp_path, extrapolate=True, max_steps=4, eval_file=None)
+    assert len(seen) > 5 and all(call == seen[0] for call in seen)
+    assert len(set(seen[0][0])) == 3 and seen[0][1]["max_length"] == 12
+
+
 def test_every_try_is_judged_on_the_same_problems_with_the_same_seed(world, tmp_path, monkeypatch):
     """At each step, too: only the weights differ. The seed of the run draws them."""
     calls = watch(monkeypatch, "evaluate")["evaluate"]
@@ -4184,7 +4491,7 @@ def test_a_cold_start_makes_the_teachers_solutions_more_likely(world, tmp_path, 
     torch.manual_seed(99)
     prompt = batch["prompt_ids"], batch["prompt_mask"]
     teacher = load_student(world / "teacher")
-    fresh = test_opd.roll(teacher, temperature=1.0, max_length=24, prompt=prompt)
+    fresh = roll(teacher, temperature=1.0, max_length=24, prompt=prompt)
 
     def likelihood(student):  # per token of solutions drawn after all training
         with torch.no_grad():
@@ -4226,7 +4533,8 @@ def test_without_a_cold_start_the_teachers_stop_ids_end_nothing_of_the_students(
         model.generation_config.eos_token_id = [END, *range(6, 16)]
 
     teacher = changed_copy(world, "teacher", tmp_path / "teacher", stops)
-    assert opened(world, tmp_path / "out", teacher=teacher)[1].sampling["eos_ids"] == {END}
+    _, run = opened(world, tmp_path / "out", teacher=teacher, no_merge_stops=True)
+    assert run.sampling["eos_ids"] == {END}
 
 
 def test_the_anchor_of_an_extrapolation_is_the_student_after_its_cold_start(
@@ -4774,12 +5082,15 @@ CASES = {
     "report_to": test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names,
     "report": test_one_group_is_a_table_of_one_row_without_ratios,
     "prompt_template": test_the_prompt_template_is_what_the_models_read_around_a_problem,
+    "teacher_prompt_template": (
+        test_the_teachers_template_is_what_the_teacher_reads_around_a_problem
+    ),
     "no_chat_template": test_no_chat_template_gives_the_message_as_it_is,
     "enable_thinking": test_enable_thinking_reaches_the_template_of_every_prompt,
     "dtype": test_in_bfloat16_both_models_sample_and_judge_in_it_and_float32_weights_learn,
     "device": test_the_device_is_where_the_models_go,
     "method": test_prefix_length_is_where_the_prefix_ends,
-    "loss support baseline beta": test_the_flags_of_the_loss_choose_it,
+    "loss support tail baseline beta": test_the_flags_of_the_loss_choose_it,
     "cold_start_steps": test_every_method_has_its_cold_start_once_with_an_evaluation_after_it,
     "cold_start_learning_rate": (
         test_a_cold_start_has_a_learning_rate_of_its_own_and_the_clipping_of_the_run
@@ -4800,6 +5111,7 @@ CASES = {
     "cap_min cap_max cap_step cap_margin cap_hit_ratio cap_patience": (
         test_each_flag_of_the_cap_does_what_it_says
     ),
+    "no_merge_stops": (test_without_a_cold_start_the_teachers_stop_ids_end_nothing_of_the_students),
     "no_prune_in_flight": test_no_prune_in_flight_stops_no_row,
     "no_gradient_checkpointing": test_what_cannot_fit_is_refused_with_the_flag_to_change,
     "eval_first": test_before_the_first_step_those_are_evaluated_who_cost_little,
