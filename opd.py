@@ -3323,7 +3323,7 @@ h2 { margin: 24px 0 0; font-weight: 700; } h3 { margin: 12px 0 0; font: inherit;
 nav { position: sticky; top: 0; padding: 10px 0; background: var(--paper); z-index: 1; }
 label { margin-right: 14px; } i { display: inline-block; width: 90px; height: 12px;
   background: linear-gradient(to right, var(--warm), transparent, var(--cool)); }
-.row span { padding: 3px 1px; margin: 1px; border-radius: 3px; scroll-margin: 80px 0 320px; }
+.row span { padding: 3px 1px; margin: 1px; border-radius: 3px; scroll-margin: 90px 0 20px; }
 .row .border { border-left: 2px solid var(--ink); } .bad { text-decoration: wavy underline; }
 .row span:focus, .row span:hover { outline: 2px solid var(--ink); }
 h3 b { padding: 1px 8px; border-radius: 9px; color: var(--ink); border: 1px solid var(--soft); }
@@ -3336,7 +3336,8 @@ li { margin-top: 2px; list-style: none; line-height: 1.6; } li + li { padding-le
   background: linear-gradient(to right, var(--cool) var(--p), transparent 0); }
 li small { float: right; color: var(--ink); font-size: inherit; }
 .cut::after { content: " ✂"; color: var(--soft); font-size: 18px; line-height: 1; }
-@media (max-width: 600px) { #tip { position: fixed; inset: auto 0 0 0 !important; width: auto; } }
+@media (max-width: 600px) { #tip { position: fixed; inset: auto 0 0 0 !important; width: auto; }
+  .row span { scroll-margin-bottom: 300px; } }
 </style><h1>What the student wrote, and what both models say of it</h1>
 <p>Step %(step)s of <code>%(run)s</code>, method %(method)s <code>%(flags)s</code></p>
 <p>Point at a token, or walk with the arrow keys, to see what each model would have said there, the
