@@ -3243,26 +3243,24 @@ def first_rows(config, run, problems, plan, out, prompts=4):
 
 
 @torch.no_grad()
-def ask_both(config, run, rows, k=5):
+def ask_both(run, rows, k=5):
     """What both models say at each of the rows' N tokens -> dict: tokens (N, 1 + 2k), the sampled
     one and the k likeliest of student and teacher; probs (N, 2k); kl, advantage (N,)
     """
-    head = {"vocab_size": run.vocab_size, "temperature": config.temperature}
-    models = {"prompt_ids": run.sampler, "teacher_prompt_ids": run.teacher}
     responses = [torch.tensor(row["response_ids"]) for row in rows]
     ids = pad_sequence(responses, batch_first=True)  # (B, T)
     mask = pad_sequence([torch.ones_like(own) for own in responses], batch_first=True).bool()
+    models = (run.sampler, run.teacher)
     columns = [torch.cat(responses).to(run.device)]  # (N,), and (N, H) of each model
-    for name, model in models.items():
-        prompts = [row["problem"].get(name, row["problem"]["prompt_ids"]) for row in rows]
-        before, valid = pad_left(prompts, 0)
+    for model, asked in zip(models, (operator.itemgetter("prompt_ids"), teacher_prompt)):
+        before, valid = pad_left([asked(row["problem"]) for row in rows], 0)
         context = torch.cat([before, ids], dim=1).to(run.device)
         valid = torch.cat([valid, mask], dim=1).to(run.device)
         columns.append(hidden_states(model, context, valid, ids.shape[1])[mask.to(run.device)])
     size = tokens_at_once(run.vocab_size)  # never (N, V)
     chunks = []
     for sampled, *states in zip(*[column.split(size) for column in columns]):
-        logits = [head_logits(model, own, **head) for model, own in zip(models.values(), states)]
+        logits = [head_logits(model, own, **run.sampling) for model, own in zip(models, states)]
         log_probs = torch.stack(logits).log_softmax(-1)  # (2, n, V)
         log_p, log_q = log_probs.gather(-1, sampled.expand(2, -1)[..., None])[..., 0]
         values, likeliest = log_probs.topk(min(k, run.vocab_size))
@@ -3325,7 +3323,7 @@ h2 { margin: 24px 0 0; font-weight: 700; } h3 { margin: 12px 0 0; font: inherit;
 nav { position: sticky; top: 0; padding: 10px 0; background: var(--paper); z-index: 1; }
 label { margin-right: 14px; } i { display: inline-block; width: 90px; height: 12px;
   background: linear-gradient(to right, var(--warm), transparent, var(--cool)); }
-.row span { padding: 3px 1px; margin: 1px; border-radius: 3px; scroll-margin: 80px 0 320px; }
+.row span { padding: 3px 1px; margin: 1px; border-radius: 3px; scroll-margin: 90px 0 20px; }
 .row .border { border-left: 2px solid var(--ink); } .bad { text-decoration: wavy underline; }
 .row span:focus, .row span:hover { outline: 2px solid var(--ink); }
 h3 b { padding: 1px 8px; border-radius: 9px; color: var(--ink); border: 1px solid var(--soft); }
@@ -3338,7 +3336,8 @@ li { margin-top: 2px; list-style: none; line-height: 1.6; } li + li { padding-le
   background: linear-gradient(to right, var(--cool) var(--p), transparent 0); }
 li small { float: right; color: var(--ink); font-size: inherit; }
 .cut::after { content: " ✂"; color: var(--soft); font-size: 18px; line-height: 1; }
-@media (max-width: 600px) { #tip { position: fixed; inset: auto 0 0 0 !important; width: auto; } }
+@media (max-width: 600px) { #tip { position: fixed; inset: auto 0 0 0 !important; width: auto; }
+  .row span { scroll-margin-bottom: 300px; } }
 </style><h1>What the student wrote, and what both models say of it</h1>
 <p>Step %(step)s of <code>%(run)s</code>, method %(method)s <code>%(flags)s</code></p>
 <p>Point at a token, or walk with the arrow keys, to see what each model would have said there, the
@@ -3422,7 +3421,7 @@ def write_view(config, run):
     longest = max(prompt_length(row["problem"]) + len(row["response_ids"]) for row in run.shown)
     size = max(1, 2**15 // longest)
     batches = [run.shown[start : start + size] for start in range(0, len(run.shown), size)]
-    told = concatenate([ask_both(config, run, rows) for rows in batches])
+    told = concatenate([ask_both(run, rows) for rows in batches])
     for name in ("overlap", "weight"):
         told[name] = torch.tensor(sum([row[name] for row in run.shown], []))
     used, places = told.pop("tokens").unique(return_inverse=True)

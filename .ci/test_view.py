@@ -96,6 +96,7 @@ def run_of(folder, problems, out, tokenizer=TOKENIZER, plan=None, **changes):
     config = flags(**changes)
     run = opd.Run({}, [], student=STUDENT, sampler=STUDENT, teacher=TEACHER, step=7)
     run.tokenizer, run.device, run.vocab_size = tokenizer, torch.device("cpu"), V
+    run.sampling = {"vocab_size": V, "eos_ids": {END}, "temperature": config.temperature}
     run.rows_at_once = {"rollout_batch_size": len(problems)}
     if out:
         plan = plan or opd.plan_rollout(config, 7, cap=12)
@@ -137,7 +138,7 @@ def said(text, folder, length=None, tokenizer=None):
     problem = {"prompt_ids": tokenizer.encode("<b>&"), "answer": "</h2>", "problem": ""}
     row |= {"problem": problem, "borders": [], "stopped": "ended"}
     config, run = run_of(folder, [], None, tokenizer)
-    run.vocab_size = 256
+    run.vocab_size = run.sampling["vocab_size"] = 256
     run.sampler = run.student = run.teacher = test_opd.tiny_llama(
         1, vocab_size=256, max_position_embeddings=8192
     )
@@ -377,7 +378,7 @@ def test_a_token_that_is_markup_is_text_in_the_row_and_in_the_table(tmp_path):
         "\"'><!--",
         "</span>",
     ]
-    filler = [f"w{index}" for index in range(251)]
+    filler = ["<pad>", "<end>", "a", *[f"w{index}" for index in range(248)]]
     plain = said("a", tmp_path)
     page = said(" ".join(words), tmp_path, tokenizer=opd.tiny_tokenizer(words + filler))
     assert {*page.tags} == {*plain.tags} and page.tags.count("script") == 2
