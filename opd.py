@@ -3113,7 +3113,10 @@ def gap_lines(graded):
             f"{name}: student {student['avg_at_n']:.1%}, teacher asked alike "
             f"{alike['avg_at_n']:.1%}, with its own prompt {informed['avg_at_n']:.1%} (on "
             f"{informed['num_problems']} of {student['num_problems']} problems): a gap of "
-            f"{100 * gap:+.1f} points, in which the gain is said to be linear (2605.30070)"
+            f"{100 * gap:+.1f} points, in which the gain is said to be linear (2605.30070); "
+            # A shortcut that only a solution allows is learned, too
+            f"its answers have {informed['mean_length']:.0f} tokens, the student's "
+            f"{student['mean_length']:.0f}"
         )
     return lines
 

@@ -61,7 +61,11 @@ FOR_TEACHER = without_padding(*prompts(7, 1, 4, 9))  # where the student reads 2
 
 @pytest.fixture(scope="session")
 def world(small_world):
-    """The small world of test_opd.py, and its problems with solutions of different lengths."""
+    """The small world of test_opd.py, its problems with solutions of different lengths, a model of
+    64 positions, and one of a tokenizer with a word more.
+    """
+    test_opd.save_model(small_world / "table", test_opd.tiny_gpt2(0))
+    test_opd.save_model(small_world / "hinted", tiny_qwen3(1), [*WORDS, "hint"])
     problems = test_opd.read(small_world / "train.jsonl")
     for index, problem in enumerate(problems):
         problem["solution"] = "a b c d e f g h"[: 1 + 2 * ((index * 5) % 8)]
@@ -176,6 +180,7 @@ def test_groups_of_rows_have_the_teachers_prompts_of_their_own_rows():
     own = without_padding(*prompts(*LENGTHS))
     settings = {**SAMPLING, "temperature": 0, "overlap_k": 4, "for_teacher": FOR_TEACHER}
     out = opd.rollout_in_groups(STUDENT, TEACHER, own, opd.Plan(12, 4), 3, **settings)
+    assert out["teacher_prompt_mask"][:, -1].all()  # padded on the left, as all prompts
     assert without_padding(out["teacher_prompt_ids"], out["teacher_prompt_mask"]) == FOR_TEACHER
     assert_judged(TEACHER, out)
 
@@ -305,8 +310,12 @@ def test_a_teachers_prompt_that_is_too_long_leaves_its_problem_out(world, tmp_pa
     assert max(lengths) == 9 and 0 < len(lengths) < 9
 
 
-NO_TEACHER = {"teacher": None}
+HINTED = {"student": "{world}/hinted", "teacher": None, "teacher_prompt_template": "{problem} hint"}
 MISTAKES = {
+    "a token that the models have not": (
+        informed(**HINTED),
+        "prompts have the token 'hint' (24), and the models know only the first 24",
+    ),
     "a template without the problem": (
         informed(teacher_prompt_template="{solution}"),
         "--teacher_prompt_template must say {problem} where the problem goes",
@@ -334,8 +343,6 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_about_the_template_ends_in_one_line(mistake, world, tmp_path, capfd):
-    if not (world / "table").exists():
-        test_opd.save_model(world / "table", test_opd.tiny_gpt2(0))
     changes, says = MISTAKES[mistake]
     status, line = stopped(command(world, tmp_path / "out", **changes), capfd)
     assert status == 2 and says in line and os.listdir(tmp_path) == []
@@ -374,7 +381,7 @@ def test_the_plan_has_caches_for_the_teachers_own_prompt(world, tmp_path):
 def test_without_a_teacher_it_is_the_student_as_it_was_first_and_stays_it(
     world, tmp_path, runs, capsys
 ):
-    train(world, tmp_path, **informed(**NO_TEACHER), max_steps=2)
+    train(world, tmp_path, **informed(teacher=None), max_steps=2)
     first = load_student(world / "student").state_dict()
     assert_same(runs[0].teacher.state_dict(), first, tolerance=0)
     moved = runs[0].student.state_dict()
@@ -387,7 +394,7 @@ def test_without_a_teacher_it_is_the_student_as_it_was_first_and_stays_it(
 def test_self_distillation_resumes_bit_for_bit_with_the_first_weights_as_its_teacher(
     world, tmp_path
 ):
-    flags = informed(**NO_TEACHER, max_steps=4)
+    flags = informed(teacher=None, max_steps=4)
     train(world, tmp_path / "whole", **flags)
     train(world, tmp_path / "part", **{**flags, "max_steps": 2})
     train(world, tmp_path / "part", **flags, resume=True)
@@ -485,22 +492,27 @@ def test_a_probe_goes_on_from_the_students_opening_behind_the_teachers_prompt(
         assert any(whole in call["prompts"] for call in calls["rollout"])
 
 
+def mean_log_prob(model, prompt, ids, start):
+    """Of the ids from that place on, by one plain forward."""
+    ids = torch.tensor([prompt + ids])
+    start += len(prompt)
+    log_probs = model(ids).logits[0, start - 1 : -1, :V].log_softmax(-1)
+    return log_probs.gather(-1, ids[0, start:, None]).mean().item()
+
+
 def test_the_reward_of_an_answer_is_judged_behind_the_teachers_prompt():
+    """A problem without one is judged as it is asked. What an answer began with does not count."""
     problems = []
     for index, own in enumerate(FOR_TEACHER):
         problems.append({"prompt_ids": [2, 7 + index, 3], "answer": "1", "teacher_prompt_ids": own})
-    del problems[1]["teacher_prompt_ids"]  # such a one is judged as it is asked
+    del problems[1]["teacher_prompt_ids"]
+    problems[2]["begun"] = [9, 8, 7]
     _, answers = test_opd.evaluate(*problems, teacher=TEACHER, num_samples=1, rows_per_batch=3)
     for problem, answer in zip(problems, answers, strict=True):
-        means = []
-        for model, prompt in (
-            (TEACHER, opd.teacher_prompt(problem)),
-            (STUDENT, [2, answer["prompt_ids"][1], 3]),
-        ):
-            ids = torch.tensor([prompt + answer["response_ids"]])
-            logits = model(ids).logits[0, len(prompt) - 1 : -1, :V].log_softmax(-1)
-            means.append(logits.gather(-1, ids[0, len(prompt) :, None]).mean().item())
-        assert answer["reward"] == pytest.approx(means[0] - means[1], abs=1e-5)
+        begun, ids = len(problem.get("begun", [])), answer["response_ids"]
+        log_q = mean_log_prob(TEACHER, opd.teacher_prompt(problem), ids, begun)
+        log_p = mean_log_prob(STUDENT, problem["prompt_ids"], ids, begun)
+        assert answer["reward"] == pytest.approx(log_q - log_p, abs=1e-5)
 
 
 def test_three_are_graded_before_the_first_step_and_the_gap_is_told(
@@ -531,7 +543,10 @@ def test_three_are_graded_before_the_first_step_and_the_gap_is_told(
         f"some_graded: student {student:.1f}%, teacher asked alike {alike:.1f}%, with its own "
         f"prompt {told:.1f}% (on 2 of 3 problems): a gap of {told - student:+.1f} points"
     )
-    assert line in capsys.readouterr().out
+    lengths = [of(evaluations, who)["mean_length"] for who in ("prompted_teacher", "student")]
+    tokens = f"its answers have {lengths[0]:.0f} tokens, the student's {lengths[1]:.0f}"
+    out = capsys.readouterr().out
+    assert line in out and tokens in out
 
 
 def test_where_no_problem_to_be_graded_has_a_solution_there_is_no_third_line(
