@@ -2404,8 +2404,8 @@ def append_json(path, *records):
     for record in records:
         record = json.loads(json.dumps(record), parse_constant=lambda _: None)
         text += json.dumps(record) + "\n"
-    # With a buffer for all, it is one write: a kill must not leave half a line
-    with open(path, "a", buffering=len(text) + 1, encoding="utf-8") as file:
+    # In one write: a kill must not leave half of the lines, or half a line
+    with open(path, "a", encoding="utf-8") as file:
         file.write(text)
 
 

@@ -2914,30 +2914,6 @@ def test_metrics_are_json_even_where_a_mean_is_undefined(world, tmp_path):
     assert '"se": null' in text and "NaN" not in text
 
 
-class Watched(io.FileIO):
-    """A file that notes the end of every write: what is there if the process is killed then."""
-
-    ends = []
-
-    def write(self, data):
-        self.ends.append(bytes(data[-1:]))
-        return super().write(data)
-
-
-def test_a_kill_while_answers_are_written_leaves_no_half_line(tmp_path, monkeypatch):
-    """Python's buffers are of 8 KB, and an answer may be longer."""
-
-    def watched(path, mode, buffering=-1, **how):
-        size = io.DEFAULT_BUFFER_SIZE if buffering < 0 else buffering
-        return io.TextIOWrapper(io.BufferedWriter(Watched(path, mode), size), **how)
-
-    monkeypatch.setattr(opd, "open", watched, raising=False)
-    answers = [{"response": "7 " * size} for size in (9000, 2, 9000)]
-    opd.append_json(tmp_path / "samples.jsonl", *answers)
-    assert test_opd.read(tmp_path / "samples.jsonl") == answers
-    assert Watched.ends == [b"\n"]
-
-
 @pytest.mark.parametrize(
     "path, step",
     [
@@ -3686,6 +3662,27 @@ def test_a_disk_full_while_grading_leaves_the_files_as_they_were(
     grading = command(world, out, eval_only=True, teacher=None, train_file=None)
     assert stopped(grading, capfd) == (2, "opd.py: [Errno 28] No space left on device")
     assert contents(out) == before
+
+
+def test_all_answers_of_an_evaluation_are_there_at_once(world, tmp_path, monkeypatch):
+    """A kill between two writes would leave half of them. Buffers of 8 KB must not cut them, too."""
+    writes = collections.Counter()
+
+    class Watched(io.FileIO):
+        def write(self, data):
+            writes[os.path.basename(self.name)] += 1
+            return super().write(data)
+
+    def watched(path, mode="r", **how):
+        if mode != "a":
+            return open(path, mode, **how)
+        return io.TextIOWrapper(io.BufferedWriter(Watched(path, mode)), **how)
+
+    monkeypatch.setattr(opd, "open", watched, raising=False)
+    grading = {"eval_only": True, "teacher": None, "train_file": None, "eval_samples": 40}
+    opd.main(command(world, tmp_path, **grading))
+    assert os.path.getsize(tmp_path / "samples.jsonl") > 2 * io.DEFAULT_BUFFER_SIZE
+    assert writes == {"samples.jsonl": 1, "metrics.jsonl": 1}
 
 
 def test_grading_makes_the_folder_that_it_writes_to(world, tmp_path):
