@@ -3665,7 +3665,7 @@ def test_a_disk_full_while_grading_leaves_the_files_as_they_were(
 
 
 def test_all_answers_of_an_evaluation_are_there_at_once(world, tmp_path, monkeypatch):
-    """A kill between two writes would leave half of them. Buffers of 8 KB must not cut them, too."""
+    """A kill between two writes would leave half of them. Buffers of 8 KB must not cut them."""
     writes = collections.Counter()
 
     class Watched(io.FileIO):
