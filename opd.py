@@ -63,7 +63,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, get_args, get_origin
 
 # Before torch is imported: caches grow all the time, and a GPU's memory falls to pieces without it
@@ -1661,10 +1661,11 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     # Problems and solutions without slips. Nobody reads these but --teacher_prompt_template
     for name, count in (("train", 2000), ("eval", 100)):
         rng = random.Random(f"{seed} {name}")
+        problems = []
         for _ in range(count):
             problem, words, _ = tiny_example(rng, rng.randint(4, 8), 0, 0)
-            solution = " ".join(words[:-1])  # without <end>
-            append_json(f"{partial}/{name}.jsonl", {**problem, "solution": solution})
+            problems.append({**problem, "solution": " ".join(words[:-1])})  # without <end>
+        append_json(f"{partial}/{name}.jsonl", *problems)
     os.replace(partial, folder)
 
 
@@ -1825,7 +1826,7 @@ ALIASES = {
 
 
 def parse_args(argv=None):
-    """Command line -> Config; without a model TINY. ValueError of one line for what cannot work"""
+    """Command line -> Config; without a model TINY. ValueError of one line for what is no flag"""
     # Only what was given: the rest comes from Config, or from TINY
     parser = argparse.ArgumentParser(
         usage="python opd.py [flags]",
@@ -1862,9 +1863,7 @@ def parse_args(argv=None):
 
     given = vars(parser.parse_args(argv))
     named = given.get("student") or given.get("teacher")
-    config = replace(Config() if named else TINY, **given)
-    check_config(config)
-    return config
+    return replace(Config() if named else TINY, **given)
 
 
 def check_config(config):
@@ -1876,10 +1875,10 @@ def check_config(config):
     ).split()
     at_most = {"keep_ratio": 1, "eval_top_p": 1}
     # Each alone; a Config may come from a notebook
-    for item in fields(config):
-        name, value = item.name, getattr(config, item.name)
-        if get_origin(item.type) is Literal and value not in get_args(item.type):
-            raise ValueError(f"--{name} {value}: one of {', '.join(get_args(item.type))}")
+    for name, kind in Config.__annotations__.items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"--{name} {value}: one of {', '.join(get_args(kind))}")
         least, most = 0 if name in may_be_zero else 1e-300, at_most.get(name, 1e12)
         if type(value) in (int, float) and not least <= value <= most:
             above = "at least" if least == 0 else "above"
@@ -2563,14 +2562,15 @@ def own_folder(config):
     os.makedirs(config.output_dir, exist_ok=True)
     folder = os.open(config.output_dir, os.O_RDONLY)
     try:
-        try:
-            if not config.eval_only:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            told = f"--output_dir {config.output_dir} is in use: wait for that run or give another"
-            raise ValueError(told) from None
-        except OSError:
-            pass  # a file system without locks
+        if not config.eval_only:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        told = f"--output_dir {config.output_dir} is in use: wait for that run or give another"
+        raise ValueError(told) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
         yield
     finally:
         os.close(folder)
@@ -2584,8 +2584,8 @@ def append_json(path, *records):
     for record in records:
         record = json.loads(json.dumps(record), parse_constant=lambda _: None)
         text += json.dumps(record) + "\n"
-    # With a buffer for all, it is one write: a kill must not leave half a line
-    with open(path, "a", buffering=len(text) + 1, encoding="utf-8") as file:
+    # In one write: a kill must not leave half of the lines, or half a line
+    with open(path, "a", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -2656,7 +2656,7 @@ def save_checkpoint(config, run):
         torch.save(state, f"{partial}/trainer_state.pt")
         for path in run.files:
             shutil.copy(path, partial)
-        names = [name for name in os.listdir(partial) if "." in name]  # no folders
+        names = glob.glob("*.*", root_dir=partial)  # no folders
         digests = {name: digest(f"{partial}/{name}") for name in names}
         append_json(f"{partial}/digests.json", digests)
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
@@ -2679,8 +2679,7 @@ def read_checkpoint(folder, flags):
         "eval_first no_view"
     ).split()
     try:
-        digests = read_records(f"{folder}/digests.json")[0]
-        for name, saved in digests.items():
+        for name, saved in read_records(f"{folder}/digests.json")[0].items():
             if digest(f"{folder}/{name}") != saved:
                 raise ValueError(f"{name} is not as it was saved; resume from another")
         state = torch.load(f"{folder}/trainer_state.pt", map_location="cpu", weights_only=True)
@@ -2714,11 +2713,9 @@ def prepare_files(config, run, checkpoint):
     own = checkpoint and os.path.samefile(f"{checkpoint}/..", config.output_dir)
     # What goes aside
     page = [] if checkpoint else [f"{config.output_dir}/rollouts.html"]
-    aside = [path for path in [*run.files, *page] if os.path.exists(path)]
-    for path in list_checkpoints(config.output_dir):
-        if not own or step_of(path) > run.step:
-            aside.append(path)
-    for path in aside:
+    checkpoints = list_checkpoints(config.output_dir)
+    later = [path for path in checkpoints if not own or step_of(path) > run.step]
+    for path in [*filter(os.path.exists, run.files + page), *later]:
         shutil.rmtree(f"{path}.old", ignore_errors=True)
         os.replace(path, f"{path}.old")
     # What takes its place
@@ -2729,21 +2726,23 @@ def prepare_files(config, run, checkpoint):
             open(path, "w").close()
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-
-
 def interrupt(number, _):
     """What a signal does: it stops at once, but inside whole_step."""
     raise KeyboardInterrupt(number)
 
 
+@contextlib.contextmanager
 def on_signals(act):
-    """Have all signals do this -> what each did before. Under nohup SIGHUP stays ignored."""
+    """A block in which all signals do this, but for SIGHUP under nohup, which stays ignored."""
     before = {}
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, act)
-    return before
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, act)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -2752,22 +2751,19 @@ def whole_step(run):
     no line in the run's files, and run.halfway: nothing to save.
     """
     waiting = []
-    handlers = on_signals(lambda number, _: waiting.append(number))
     files = [path for path in run.files if is_main()]
     sizes = {path: os.path.getsize(path) for path in files if os.path.exists(path)}
-    run.halfway = True
-    try:
-        yield
-        run.halfway = False
-    except BaseException as error:
-        # That of optimizer_step comes before a weight has changed
-        run.halfway = not isinstance(error, FloatingPointError)
-        for path in filter(os.path.exists, files):
-            os.truncate(path, sizes.get(path, 0))
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with on_signals(lambda number, _: waiting.append(number)):
+        run.halfway = True
+        try:
+            yield
+            run.halfway = False
+        except BaseException as error:
+            # That of optimizer_step comes before a weight has changed
+            run.halfway = not isinstance(error, FloatingPointError)
+            for path in filter(os.path.exists, files):
+                os.truncate(path, sizes.get(path, 0))
+            raise
     if waiting:
         raise KeyboardInterrupt(waiting[0])
 
@@ -2775,7 +2771,7 @@ def whole_step(run):
 @torch.no_grad()
 def suspect(run):
     """Whose logits are not finite, and on which of the first problems, for the last words."""
-    for problem in [*sum(run.pools, []), *sum(run.evals.values(), [])][:8]:
+    for problem in sum([*run.pools, *run.evals.values()], [])[:8]:
         ids = torch.tensor([problem["prompt_ids"]], device=run.device)
         for role in ("student", "teacher"):
             model = getattr(run, role)
@@ -3566,11 +3562,10 @@ def report_table(runs):
     groups = {name: [] for name in plain + names}
     for run in runs:
         groups[run["group"]].append(run)
-    baseline, *others = groups.values()
+    baseline = next(iter(groups.values()))
     return [
         *TITLES.splitlines(),
-        report_row(baseline, baseline),
-        *[report_row(group, baseline) for group in others],
+        *[report_row(group, baseline) for group in groups.values()],
         f"accuracy in %; ±: standard error over the seeds; {len(runs)} runs",
         "opd is the first row; x: times its cost; seconds of training",
     ]
@@ -3628,9 +3623,13 @@ def open_world(config):
     if is_main() and not os.path.exists(world):
         make_world(world, config.seed)
     gather([])  # the other processes wait for it
-    models = {"student": f"{world}/student", "teacher": f"{world}/teacher"}
-    files = {"train_file": [f"{world}/train.jsonl"], "eval_file": [f"{world}/eval.jsonl"]}
-    return replace(config, **models, **files)
+    return replace(
+        config,
+        student=f"{world}/student",
+        teacher=f"{world}/teacher",
+        train_file=[f"{world}/train.jsonl"],
+        eval_file=[f"{world}/eval.jsonl"],
+    )
 
 
 def open_run(config):
@@ -3650,8 +3649,8 @@ def open_run(config):
     # Everything that is loaded
     files = [f"{config.output_dir}/{name}.jsonl" for name in ("metrics", "samples")]
     run = Run(flags, files, cap=min(config.cap_init, config.max_new_tokens))
-    counted = "generated_tokens teacher_tokens trained_tokens validation_tokens cold_start_tokens"
-    run.counts = dict.fromkeys([*counted.split(), "flops"], 0)
+    kinds = ("generated", "teacher", "trained", "validation", "cold_start")
+    run.counts = {f"{kind}_tokens": 0 for kind in kinds} | {"flops": 0}
     run.tokenizer = load(AutoTokenizer, folder or config.student)
     run.grading = {
         "tokenizer": run.tokenizer,
@@ -3713,10 +3712,10 @@ def main(argv=None):
     """
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
-    run = None
-    handlers, held = {}, contextlib.ExitStack()
+    run = Run({}, [])  # in set-up
+    held = contextlib.ExitStack()
     try:
-        handlers = on_signals(interrupt)
+        held.enter_context(on_signals(interrupt))
         config = argv if isinstance(argv, Config) else parse_args(argv)
         check_config(config)
         if config.report:
@@ -3730,13 +3729,14 @@ def main(argv=None):
             dist.destroy_process_group()
         return result
     except (Exception, KeyboardInterrupt) as error:
-        on_signals(signal.SIG_IGN)  # a second one does not break off the saving
-        now = {**vars(config), **run.rows_at_once} if run else {}
-        told, status = explain(error, run.phase if run else "set-up", now)
-        if run and "is not finite" in told:
+        # A second one does not break off the saving
+        held.enter_context(on_signals(signal.SIG_IGN))
+        now = {**vars(config), **run.rows_at_once} if run.flags else {}
+        told, status = explain(error, run.phase, now)
+        if "is not finite" in told:
             with contextlib.suppress(Exception):  # memory, or a GPU that fails
                 told += suspect(run)
-        if run and run.step:
+        if run.step:
             with contextlib.suppress(OSError):
                 if not run.halfway:
                     save_checkpoint(config, run)
@@ -3748,8 +3748,6 @@ def main(argv=None):
         raise SystemExit(status) from None
     finally:
         held.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -985,9 +985,9 @@ def test_ranks_share_out_the_prompts_of_a_step_and_draw_different_numbers(
 
 def test_fewer_prompts_than_processes_are_refused(monkeypatch):
     monkeypatch.setattr(opd, "NUM_RANKS", 3)
-    opd.parse_args(["--batch_size", "3"])
+    opd.check_config(opd.parse_args(["--batch_size", "3"]))
     with pytest.raises(ValueError, match="--batch_size must be at least the 3 processes"):
-        opd.parse_args(["--batch_size", "2"])
+        opd.check_config(opd.parse_args(["--batch_size", "2"]))
 
 
 def test_a_run_of_two_ranks_ends_with_one_set_of_weights_and_only_the_first_rank_writes(
@@ -1729,11 +1729,11 @@ MAY_BE_ZERO = (
 
 
 @pytest.mark.parametrize("flag, value", [("probe_window", 7), ("keep_ratio", 0.49)])
-def test_prefix_guided_refuses_what_it_could_not_do_as_told(flag, value, world, tmp_path):
+def test_prefix_guided_refuses_what_it_could_not_do_as_told(flag, value):
     """A window over its prefix of 6, or less than one of two candidates. Others ask for neither."""
-    opd.parse_args(command(world, tmp_path, method="opd", **{flag: value}))
+    opd.check_config(test_opd.flags(method="opd", **{flag: value}))
     with pytest.raises(ValueError, match=f"--{flag}"):
-        opd.parse_args(command(world, tmp_path, method="prefix-guided", **{flag: value}))
+        opd.check_config(test_opd.flags(method="prefix-guided", **{flag: value}))
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -1768,7 +1768,7 @@ def test_no_number_is_negative_or_infinite(value):
     ],
 )
 def test_what_is_just_possible_is_not_refused(flags):
-    opd.parse_args(flags.split())
+    opd.check_config(opd.parse_args(flags.split()))
 
 
 # For every flag a case in which another value changes what it says. First a run in which each of
@@ -2928,30 +2928,6 @@ def test_metrics_are_json_even_where_a_mean_is_undefined(world, tmp_path):
     assert '"se": null' in text and "NaN" not in text
 
 
-class Watched(io.FileIO):
-    """A file that notes the end of every write: what is there if the process is killed then."""
-
-    ends = []
-
-    def write(self, data):
-        self.ends.append(bytes(data[-1:]))
-        return super().write(data)
-
-
-def test_a_kill_while_answers_are_written_leaves_no_half_line(tmp_path, monkeypatch):
-    """Python's buffers are of 8 KB, and an answer may be longer."""
-
-    def watched(path, mode, buffering=-1, **how):
-        size = io.DEFAULT_BUFFER_SIZE if buffering < 0 else buffering
-        return io.TextIOWrapper(io.BufferedWriter(Watched(path, mode), size), **how)
-
-    monkeypatch.setattr(opd, "open", watched, raising=False)
-    answers = [{"response": "7 " * size} for size in (9000, 2, 9000)]
-    opd.append_json(tmp_path / "samples.jsonl", *answers)
-    assert test_opd.read(tmp_path / "samples.jsonl") == answers
-    assert Watched.ends == [b"\n"]
-
-
 @pytest.mark.parametrize(
     "path, step",
     [
@@ -3454,6 +3430,9 @@ SIGNALS = {
 }
 
 
+ALL_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
 @pytest.mark.parametrize("moment", SIGNALS)
 def test_an_interrupted_run_names_its_checkpoint_and_goes_on_from_there(
     moment, world, tmp_path, monkeypatch, capfd, further, whole
@@ -3507,7 +3486,7 @@ def test_control_c_during_an_extrapolation_leaves_a_line_that_tells_of_it(
     assert len(steps) == 1 and "extrapolation_k" in steps[0]
 
 
-@pytest.mark.parametrize("number", opd.SIGNALS)
+@pytest.mark.parametrize("number", ALL_SIGNALS)
 def test_a_signal_while_models_are_loaded_is_one_line_with_nothing_written(
     number, world, tmp_path, monkeypatch, capfd
 ):
@@ -3530,10 +3509,10 @@ def test_a_run_under_nohup_goes_on_when_its_terminal_hangs_up(world, tmp_path, m
 
 
 def test_after_a_run_signals_do_what_they_did_before(world, tmp_path, capfd):
-    before = [signal.getsignal(number) for number in opd.SIGNALS]
+    before = [signal.getsignal(number) for number in ALL_SIGNALS]
     train(world, tmp_path, max_steps=1, eval_file=None)
     stopped(command(world, tmp_path, max_steps=0), capfd)
-    assert [signal.getsignal(number) for number in opd.SIGNALS] == before
+    assert [signal.getsignal(number) for number in ALL_SIGNALS] == before
     assert opd.interrupt not in before
 
 
@@ -3559,6 +3538,17 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_goes_on(
     train(world, tmp_path)
     assert seen == [(2, line)] * 2
     train(world, tmp_path)  # the folder is free again
+
+
+def test_a_run_that_is_refused_leaves_the_empty_folder_of_the_one_that_just_began(tmp_path):
+    folder = tmp_path / "out"
+    config = test_opd.flags(output_dir=str(folder))
+    with opd.own_folder(config):
+        with pytest.raises(ValueError, match="is in use"):
+            with opd.own_folder(config):
+                pass
+        assert folder.is_dir()
+    assert not folder.exists()  # it stayed empty
 
 
 def test_where_a_file_system_has_no_locks_a_run_goes_on(world, tmp_path, monkeypatch):
@@ -3686,6 +3676,27 @@ def test_a_disk_full_while_grading_leaves_the_files_as_they_were(
     grading = command(world, out, eval_only=True, teacher=None, train_file=None)
     assert stopped(grading, capfd) == (2, "opd.py: [Errno 28] No space left on device")
     assert contents(out) == before
+
+
+def test_all_answers_of_an_evaluation_are_there_at_once(world, tmp_path, monkeypatch):
+    """A kill between two writes would leave half of them. Buffers of 8 KB must not cut them."""
+    writes = collections.Counter()
+
+    class Watched(io.FileIO):
+        def write(self, data):
+            writes[os.path.basename(self.name)] += 1
+            return super().write(data)
+
+    def watched(path, mode="r", **how):
+        if mode != "a":
+            return open(path, mode, **how)
+        return io.TextIOWrapper(io.BufferedWriter(Watched(path, mode)), **how)
+
+    monkeypatch.setattr(opd, "open", watched, raising=False)
+    grading = {"eval_only": True, "teacher": None, "train_file": None, "eval_samples": 40}
+    opd.main(command(world, tmp_path, **grading))
+    assert os.path.getsize(tmp_path / "samples.jsonl") > 2 * io.DEFAULT_BUFFER_SIZE
+    assert writes == {"samples.jsonl": 1, "metrics.jsonl": 1}
 
 
 def test_grading_makes_the_folder_that_it_writes_to(world, tmp_path):
