@@ -583,19 +583,6 @@ def best_prefixes(
     return select_prefixes(score, min(len(ended), slots)).flatten()
 
 
-def read_prompts(model, prompts, pad_id):
-    """A cache of all columns but the last, a row per prompt. Equal prompts are read once."""
-    places = {}
-    place = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
-    ids, mask = pad_left(places, pad_id)
-    cache = DynamicCache(config=model.config)
-    if ids.shape[1] > 1:
-        hidden_states(model, ids.to(model.device), mask.to(model.device), 1, cache)
-        if len(places) < len(prompts):
-            cache.batch_select_indices(torch.tensor(place, device=model.device))
-    return cache
-
-
 def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
     """The teacher reads the last n columns of ids, mask (b, L) -> its hidden states (b, n, H), and
     the share of student_topk (b, n, K) that is in its own top k (b, n). head: for head_logits
@@ -725,30 +712,6 @@ def backward_in_chunks(
             student_logits = student_logits.detach()
             measured.append(measure(student_logits, teacher_logits, ids, sampled_log_probs))
     return torch.cat(gradients), total, measured
-
-
-def learned_rows(batch):
-    """The rows of a rollout that there is something to learn from, without padding, longest first.
-    -> list of (ids (L,), learned (L,), {name: (n, ...)}): learned is True where the loss is, at n
-       tokens, and the dict has what backward_in_chunks needs to know of those
-    """
-    rows = []
-    for row, valid in enumerate(batch["response_mask"].bool()):
-        # loss_mask may have holes: what is attended to is the response, whatever part is learned
-        learned = batch["loss_mask"][row].bool()[valid]  # (length,)
-        if not learned.any():
-            continue
-        states = batch["teacher_hidden"][row]
-        columns = {"teacher_hidden": states if learned.all() else states[learned]}  # seldom a copy
-        for name in ("response_ids", "log_probs", "token_weight"):
-            columns[name] = batch[name][row][valid][learned]
-
-        # What comes after the last learned token changes nothing
-        end = int(learned.nonzero()[-1]) + 1
-        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
-        ids = torch.cat([prompt, batch["response_ids"][row][valid][:end]])
-        rows.append((ids, F.pad(learned[:end], (len(prompt), 0)), columns))
-    return sorted(rows, key=lambda row: len(row[0]), reverse=True)
 
 
 def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
@@ -881,38 +844,6 @@ def token_weights(config, out):
         # The paper stops the losers at the prefix, and does not say whether that is trained on
         loss_mask = loss_mask & out["kept"][:, None]
     return weight, loss_mask
-
-
-def update_settings(config, run):
-    """What backward is told: the heads, the loss of --loss, and what is logged of each token"""
-
-    def token_loss(student_logits, teacher_logits, response_ids):
-        if config.loss == "reverse_kl":
-            return reverse_kl(student_logits, teacher_logits)
-        if config.loss == "forward_kl":
-            return forward_kl(student_logits, teacher_logits)
-        if config.loss == "jsd":
-            return jsd(student_logits, teacher_logits, config.beta)
-        if config.loss == "topk":
-            on_support = reverse_kl_tail if config.tail else reverse_kl_topk
-            return on_support(student_logits, teacher_logits, config.overlap_k, config.support)
-        return reverse_kl_sampled(student_logits, teacher_logits, response_ids, config.baseline)
-
-    def measure(student_logits, teacher_logits, response_ids, log_probs):
-        measures = alignment(student_logits, teacher_logits, None, config.overlap_k)
-        # Of the update against those sampled with: on-policy it is what caches and bfloat16 cost
-        now = student_logits.log_softmax(-1).gather(-1, response_ids[:, None])[:, 0]
-        return {**measures, "sampling_mismatch": (now - log_probs).abs()}
-
-    return {
-        "student_head": functools.partial(head_logits, run.student, **run.sampling),
-        "teacher_head": functools.partial(head_logits, run.teacher, **run.sampling),
-        "token_loss": token_loss,
-        "measure": measure,
-        "chunk_tokens": tokens_at_once(run.vocab_size),
-        "micro_batch_size": run.rows_at_once["micro_batch_size"],
-        "autocast": run.autocast,
-    }
 
 
 def train(config, run):
@@ -2923,6 +2854,19 @@ def read_so_far(out, name, rows, length):
     return parts
 
 
+def read_prompts(model, prompts, pad_id):
+    """A cache of all columns but the last, a row per prompt. Equal prompts are read once."""
+    places = {}
+    place = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    ids, mask = pad_left(places, pad_id)
+    cache = DynamicCache(config=model.config)
+    if ids.shape[1] > 1:
+        hidden_states(model, ids.to(model.device), mask.to(model.device), 1, cache)
+        if len(places) < len(prompts):
+            cache.batch_select_indices(torch.tensor(place, device=model.device))
+    return cache
+
+
 def cut_room(out, length):
     """A finished rollout, cut to its longest response, the teacher's states end to end."""
     for name in ("response_ids", "response_mask", "overlap", "log_probs"):
@@ -2930,6 +2874,62 @@ def cut_room(out, length):
     for row, pieces in enumerate(out["teacher_hidden"]):  # in place: never all of them twice
         out["teacher_hidden"][row] = torch.cat(pieces) if pieces else None
     return out
+
+
+def learned_rows(batch):
+    """The rows of a rollout that there is something to learn from, without padding, longest first.
+    -> list of (ids (L,), learned (L,), {name: (n, ...)}): learned is True where the loss is, at n
+       tokens, and the dict has what backward_in_chunks needs to know of those
+    """
+    rows = []
+    for row, valid in enumerate(batch["response_mask"].bool()):
+        # loss_mask may have holes: what is attended to is the response, whatever part is learned
+        learned = batch["loss_mask"][row].bool()[valid]  # (length,)
+        if not learned.any():
+            continue
+        states = batch["teacher_hidden"][row]
+        columns = {"teacher_hidden": states if learned.all() else states[learned]}  # seldom a copy
+        for name in ("response_ids", "log_probs", "token_weight"):
+            columns[name] = batch[name][row][valid][learned]
+
+        # What comes after the last learned token changes nothing
+        end = int(learned.nonzero()[-1]) + 1
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+        ids = torch.cat([prompt, batch["response_ids"][row][valid][:end]])
+        rows.append((ids, F.pad(learned[:end], (len(prompt), 0)), columns))
+    return sorted(rows, key=lambda row: len(row[0]), reverse=True)
+
+
+def update_settings(config, run):
+    """What backward is told: the heads, the loss of --loss, and what is logged of each token"""
+
+    def token_loss(student_logits, teacher_logits, response_ids):
+        if config.loss == "reverse_kl":
+            return reverse_kl(student_logits, teacher_logits)
+        if config.loss == "forward_kl":
+            return forward_kl(student_logits, teacher_logits)
+        if config.loss == "jsd":
+            return jsd(student_logits, teacher_logits, config.beta)
+        if config.loss == "topk":
+            on_support = reverse_kl_tail if config.tail else reverse_kl_topk
+            return on_support(student_logits, teacher_logits, config.overlap_k, config.support)
+        return reverse_kl_sampled(student_logits, teacher_logits, response_ids, config.baseline)
+
+    def measure(student_logits, teacher_logits, response_ids, log_probs):
+        measures = alignment(student_logits, teacher_logits, None, config.overlap_k)
+        # Of the update against those sampled with: on-policy it is what caches and bfloat16 cost
+        now = student_logits.log_softmax(-1).gather(-1, response_ids[:, None])[:, 0]
+        return {**measures, "sampling_mismatch": (now - log_probs).abs()}
+
+    return {
+        "student_head": functools.partial(head_logits, run.student, **run.sampling),
+        "teacher_head": functools.partial(head_logits, run.teacher, **run.sampling),
+        "token_loss": token_loss,
+        "measure": measure,
+        "chunk_tokens": tokens_at_once(run.vocab_size),
+        "micro_batch_size": run.rows_at_once["micro_batch_size"],
+        "autocast": run.autocast,
+    }
 
 
 def concatenate(parts):
