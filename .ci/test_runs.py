@@ -3413,8 +3413,13 @@ def test_what_was_put_aside_before_gives_way_to_what_is_put_aside_now(world, tmp
     ]
     old = test_opd.read(tmp_path / "metrics.jsonl.old")
     assert [line for line in old if "loss" in line] == lines[1] != lines[0]
-    names = {"metrics.jsonl", "samples.jsonl", "checkpoint-1"}
+    names = {"metrics.jsonl", "samples.jsonl", "rollouts.html", "checkpoint-1"}
     assert set(os.listdir(tmp_path)) == names | {f"{name}.old" for name in names}
+
+
+def test_no_view_writes_no_rollouts(world, tmp_path):
+    train(world, tmp_path, max_steps=1, eval_file=None, no_view=True)
+    assert "rollouts.html" not in os.listdir(tmp_path)
 
 
 SIGNALS = {
@@ -3636,7 +3641,8 @@ def test_a_full_disk_ends_a_run_in_one_line_with_the_last_checkpoint_whole(
         status, line = stopped(command(world, tmp_path, **LONG), capfd)
     assert status == 2 and "No space left on device" in line and "checkpoint-2" in line
     assert_whole(tmp_path / "checkpoint-2")
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "metrics.jsonl", "samples.jsonl"]
+    names = ["checkpoint-2", "metrics.jsonl", "rollouts.html", "samples.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == names
     resume(world, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
 
@@ -5123,6 +5129,7 @@ CASES = {
         test_each_flag_of_the_cap_does_what_it_says
     ),
     "no_merge_stops": (test_without_a_cold_start_the_teachers_stop_ids_end_nothing_of_the_students),
+    "no_view": test_no_view_writes_no_rollouts,
     "no_prune_in_flight": test_no_prune_in_flight_stops_no_row,
     "no_gradient_checkpointing": test_what_cannot_fit_is_refused_with_the_flag_to_change,
     "eval_first": test_before_the_first_step_those_are_evaluated_who_cost_little,
