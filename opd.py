@@ -1215,9 +1215,8 @@ SHORT.maxdict = 99
 
 def load_problems(path, needs_answers=False):
     """A jsonl, json or parquet file -> list of {"problem": str, "answer" and "solution": str or
-    None}, each once.
-    Knows the usual field names, chats, and golds in a box, in dollars or behind "####".
-    OSError, ValueError or ImportError, with a line for the user.
+    None}, each once. Knows the usual field names, chats, and golds in a box, in dollars or behind
+    "####". OSError, ValueError or ImportError, with a line for the user.
     """
     problems = {}  # by text: the first of equal ones
     notes = collections.defaultdict(list)
