@@ -3323,6 +3323,7 @@ MAY_CHANGE = {
     "gradient_checkpointing": True,
     "no_gradient_checkpointing": True,  # which the memory plan may advise to leave out
     "eval_first": "none",
+    "no_view": True,
 }
 
 
@@ -5016,7 +5017,7 @@ def test_a_report_of_no_run_with_steps_is_refused(tmp_path, capfd):
 
 
 def test_a_run_ends_with_its_own_report_and_the_path_of_its_checkpoint(world, tmp_path, capsys):
-    train(world, tmp_path, max_steps=1)
+    train(world, tmp_path, max_steps=1, no_view=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"checkpoint in {tmp_path}/checkpoint-1"
     own = opd.report_table([opd.read_run("", str(tmp_path))])

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# A real language model teaches itself on a CPU: asked as anybody would, it learns from what it says
+# with the solution in its prompt [OPSD]. One that is done is not done again.
+#     SMOL=folder STEPS=24 SAMPLES=4 .ci/real.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+SMOL=${SMOL:-HuggingFaceTB/SmolLM2-135M-Instruct}
+out=out/real
+mkdir -p $out
+head -n 400 assets/word_problems.jsonl > $out/train.jsonl
+tail -n 100 assets/word_problems.jsonl > $out/eval.jsonl
+
+# Which prompt makes a teacher of it? The second row is the one taken here
+if [ ! -e $out/prompts.txt ]; then
+    .venv/bin/python .ci/teacher_prompts.py "$SMOL" $out/train.jsonl 24 > $out/prompts.part
+    mv $out/prompts.part $out/prompts.txt
+fi
+cat $out/prompts.txt
+asked='{problem} Please reason in one sentence, and put your final answer within \boxed{}.'
+told=$asked$'\n\nHere is a reference solution: {solution}\n\nNow solve the problem again in the same way.'
+
+while read -r name flags; do
+    if [ -e "$out/$name/done" ]; then continue; fi
+    echo "running $out/$name"
+    # shellcheck disable=SC2086  # the flags are words
+    .venv/bin/python opd.py --student "$SMOL" --teacher_prompt_template "$told" \
+        --prompt_template "$asked" --train_file $out/train.jsonl --eval_file $out/eval.jsonl \
+        --batch_size 3 --num_generations 4 --max_new_tokens 48 --segment_length 16 \
+        --prefix_length 16 --probe_window 16 --cap_init 48 --cap_min 16 --cap_max 48 --cap_step 8 \
+        --cap_margin 8 --w_drop .05 --learning_rate 1e-4 --max_steps "${STEPS:-24}" \
+        --micro_batch_size 12 --eval_every 0 --eval_samples "${SAMPLES:-4}" \
+        --eval_max_new_tokens 64 --eval_batch_size 100 --output_dir "$out/$name" $flags \
+        > "$out/$name.log" 2>&1
+    touch "$out/$name/done"
+done << 'END'
+opd            --method opd --loss forward_kl --eval_first both
+reverse-kl     --method opd --loss reverse_kl --eval_first none
+prefix         --method prefix --loss forward_kl --eval_first none
+prefix-guided  --method prefix-guided --loss forward_kl --eval_first none
+prune          --method prune --loss forward_kl --eval_first none
+END
+.venv/bin/python opd.py --report $out
