@@ -1,7 +1,7 @@
 # Every target works on a fresh machine with Python 3.11 or newer and make: .venv is made when it is
 # missing or out of date. The times are those of two CPU cores.
 PYTHON ?= python3
-.PHONY: demo test lint bench compare conditions clean
+.PHONY: demo test lint bench compare conditions real clean
 
 # A tiny teacher and student are made, and the student learns from the teacher: one to two minutes.
 demo: .venv/ready
@@ -28,6 +28,10 @@ compare: .venv/ready
 # When does OPD work at all? The same student with five teachers: 3 to 4 minutes.
 conditions: .venv/ready
 	.ci/conditions.sh
+
+# A real language model of 135M parameters teaches itself: hours. SMOL=folder where there is no hub.
+real: .venv/ready
+	.ci/real.sh
 
 # Everything that was made, but for .venv: one second.
 clean:

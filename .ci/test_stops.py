@@ -14,6 +14,7 @@ import sys
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import opsd
 import stops
 import test_runs
 from test_runs import changed_copy, opened, stopped, watch
@@ -199,11 +200,30 @@ def test_the_law_that_is_merged_is_that_of_the_temperature(world, pair, tmp_path
     )
 
 
-def test_the_miniature_of_two_stop_tokens_shows_both_runs(world, tmp_path, monkeypatch, capsys):
-    """Its student ends as before, but with <pad>."""
+@pytest.fixture
+def tiny_world(tmp_path, monkeypatch):
+    """A tiny world whose models have learned nothing."""
     folder = tmp_path / "tiny"
     monkeypatch.setattr(opd, "imitate", lambda *_: None)
     opd.make_world(str(folder), 3)
+    return folder
+
+
+def test_the_miniature_of_self_distillation_shows_all_three_and_what_became_of_the_student(
+    tiny_world, tmp_path, capsys
+):
+    flags = {"batch_size": 2, "max_new_tokens": 8, "eval_max_new_tokens": 4, "eval_samples": 1}
+    opsd.main(str(tmp_path / "out"), str(tiny_world), "opd", **flags)
+    table = capsys.readouterr().out.splitlines()[-4:]
+    told = [line.split()[0] for line in table]
+    assert told == ["teacher", "prompted_teacher", "student", "opd"]
+
+
+def test_the_miniature_of_two_stop_tokens_shows_both_runs(
+    tiny_world, tmp_path, monkeypatch, capsys
+):
+    """Its student ends as before, but with <pad>."""
+    folder = tiny_world
     sizes = "--max_steps 1 --batch_size 2 --max_new_tokens 8 --eval_max_new_tokens 4"
     monkeypatch.setattr(opd, "TINY", dataclasses.replace(opd.TINY, eval_samples=1))
     stops.main(str(tmp_path / "out"), str(folder), *sizes.split())
