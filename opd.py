@@ -12,7 +12,7 @@ is mostly what gets sampled.
 
 The trip of the data through one step, and back to where the student has learned:
 
-    problems -> prompts (ids) -> rollout -> token_weights -> update -> sampler <- student
+    problems -> prompts (ids) -> rollout -> token_weights -> backward -> student -> sampler
                                  for each segment, up to a border:
                                    write    the student samples on its cache     its top k
                                    judge    the teacher reads what is new        its top k, overlap
@@ -32,8 +32,9 @@ Papers, by the tags used below
     [OPSD]            2601.18734   a teacher that reads the solution: the student itself
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row
-p * G + g), S prompt length, T response length, V vocabulary, K the top k, H hidden size, N response
-tokens of some rows end to end. p and q are the probabilities of student and teacher, never logits.
+p * G + g), b of them still run; S prompt length, T response length, L both, n of it new; V
+vocabulary, K the top k, H hidden size (H' the teacher's), N response tokens of some rows end to
+end. p and q are the probabilities of student and teacher, never logits.
 
 Part I is what the papers define, in the order in which one would explain it. Part II is plumbing.
 """
@@ -83,6 +84,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 # Part I, the papers
 #
 # 1. Losses, one value per token. Contexts are constants: no gradient flows through the sampling.
+# (B, T, V) stands for any (..., V): the update gives them the n tokens of a chunk, (n, V).
 
 
 def reverse_kl(student_logits, teacher_logits):
@@ -90,7 +92,8 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    Its mean is over all tokens of a step: see backward. Where only q is 0: about 1e30 p, not inf.
+    Over a step it is divided by the number of tokens learned: see backward. A token with q = 0 and
+    p > 0 costs about 1e30 p, not inf.
     """
     # Not F.kl_div(log_p, log_q), which is KL(q || p): with that the student spreads over all that
     # the teacher might do. bfloat16 becomes float32, and float64 stays what it is
@@ -131,10 +134,10 @@ def jsd(student_logits, teacher_logits, beta):
 
 
 def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
-    """The k1 policy-gradient surrogate of sampled tokens y. (B, T, V), (B, T, V), (B, T) -> (B, T)
+    """The policy-gradient surrogate of sampled tokens y. (B, T, V), (B, T, V), (B, T) -> (B, T)
 
-        -stop_gradient(r) log p(y),    r = log q(y) - log p(y)
-        with the baseline -KL(p || q), the mean of r, subtracted: r + KL(p || q)              [vOPD]
+        -stop_gradient(r) log p(y),    r = log q(y) - log p(y): -r is k1, an estimate of the KL
+        with the baseline: r - E[r] = r + KL(p || q) in place of r                            [vOPD]
 
     Averaged over y ~ p its gradient is that of reverse_kl; its value means nothing.
     """
@@ -145,24 +148,21 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
     log_p_sampled = log_p.gather(-1, sampled).squeeze(-1)  # (B, T)
     advantage = log_q.gather(-1, sampled).squeeze(-1) - log_p_sampled
     if baseline:
-        # Added to r, never in its place: it centres r. Alone, a constant of the context, it would
-        # have a mean gradient of 0
+        # E[r] = -KL. Subtracted, it changes the variance of the gradient, not its mean
         advantage = advantage + (log_p.exp() * (log_p - log_q)).sum(-1)
     return -advantage.detach() * log_p_sampled
 
 
 def is_among(tokens, others):
-    """Which of the tokens are among the others. (..., K), (..., J) -> (..., K) bool
-
-    The one place where top-k sets are compared: topk_overlap, alignment, reverse_kl_topk and, in
-    the rollout, judge all call it.
+    """Which of the tokens are among the others. (..., K), (..., J) -> (..., K) bool. The one place
+    where top-k sets are compared: losses, alignment and overlap_ratio call it.
     """
     return (tokens[..., :, None] == others[..., None, :]).any(-1)
 
 
 def topk_support(log_p, log_q, k, support):
-    """The tokens of a support S of top-k tokens. log-probs (..., V) -> candidates (..., J), and
-    which of them are in S (..., J) bool. Needs is_among.
+    """The tokens of a support S of top-k tokens. log-probs (..., V) -> candidates (..., J), J = K
+    or 2K, and in_support (..., J) bool: which of them are in S. Needs is_among.
 
     support: "student", "teacher": whose top k; "intersection" of both (may be empty), or "union".
     ValueError for others.
@@ -170,16 +170,16 @@ def topk_support(log_p, log_q, k, support):
     student_topk = log_p.topk(k, dim=-1).indices  # (..., K)
     teacher_topk = log_q.topk(k, dim=-1).indices
     candidates = teacher_topk if support == "teacher" else student_topk
-    inside = torch.ones_like(candidates, dtype=torch.bool)
+    in_support = torch.ones_like(candidates, dtype=torch.bool)
     if support == "intersection":
-        inside = is_among(student_topk, teacher_topk)
+        in_support = is_among(student_topk, teacher_topk)
     elif support == "union":
         candidates = torch.cat([student_topk, teacher_topk], dim=-1)  # (..., 2K)
         new = ~is_among(teacher_topk, student_topk)  # none counts twice
-        inside = torch.cat([inside, new], dim=-1)
+        in_support = torch.cat([in_support, new], dim=-1)
     elif support not in ("student", "teacher"):
         raise ValueError(f"support {support!r}; use student, teacher, intersection or union")
-    return candidates, inside
+    return candidates, in_support
 
 
 def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
@@ -195,12 +195,11 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
-    candidates, inside = topk_support(log_p, log_q, k, support)
+    candidates, in_support = topk_support(log_p, log_q, k, support)
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
-    p_bar = log_p.masked_fill(~inside, -torch.inf).softmax(-1).nan_to_num(0)  # NaN: S is empty
-    # The gradient flows through the importance ratio alone, which is 1 on-policy. Through p rho it
-    # would have a "+1" that does not cancel on a part of the vocabulary, and would push mass out of
-    # S even at p = q
+    p_bar = log_p.masked_fill(~in_support, -torch.inf).softmax(-1).nan_to_num(0)  # NaN: S is empty
+    # Only the ratio, which is 1, carries gradient. That of p rho itself is (rho + 1) grad p: over
+    # all of V the 1 sums to 0, but over S it does not, and pushes mass out of S even at p = q
     ratio = (log_p - log_p.detach()).exp()
     return ((p_bar * (log_p - log_q)).detach() * ratio).sum(-1)
 
@@ -210,16 +209,16 @@ def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
 
         sum_S p (log p - log q) + p_rest (log p_rest - log q_rest),    p_rest = 1 - sum_S p
 
-    It is at most reverse_kl, and equal to it where S is everything. Nothing is renormalised, so it
-    is differentiated as it stands, and moves mass between S and the rest. Needs topk_support.
+    At most reverse_kl, and, to rounding, equal to it where S is everything. Nothing is
+    renormalised: its own gradient moves mass between S and the rest. Needs topk_support.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
-    candidates, inside = topk_support(log_p, log_q, k, support)
+    candidates, in_support = topk_support(log_p, log_q, k, support)
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
-    log_p = log_p.masked_fill(~inside, -1e30)  # p = 0
-    log_q = log_q.masked_fill(~inside, -1e30)
+    log_p = log_p.masked_fill(~in_support, -1e30)  # p = 0
+    log_q = log_q.masked_fill(~in_support, -1e30)
     # A rest below the grain of 1 - sum_S p is that grain
     least = torch.finfo(dtype).eps
     p_rest = (1 - log_p.exp().sum(-1)).clamp(min=least)
@@ -232,25 +231,32 @@ def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
 # 2. Agreement of the two models
 
 
+def overlap_ratio(student_topk, teacher_topk):
+    """The share of the student's top k that is among the teacher's. (..., K), (..., K) -> (...)"""
+    return is_among(student_topk, teacher_topk).float().mean(-1)
+
+
 def topk_overlap(student_logits, teacher_logits, k):
     """The share of the student's k likeliest tokens among the teacher's k.         [Rethinking-OPD]
-    (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Needs is_among.
+    (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Needs overlap_ratio, is_among.
 
-    Rank inside the top k does not count. Two unrelated models overlap by k / V, not by 0.
+    Rank inside the top k does not count. Two unrelated models overlap by k / V, not by 0. A rollout
+    has the student's top k already: judge takes the teacher's, and calls overlap_ratio.
     """
     student_topk = student_logits.topk(k, dim=-1).indices  # (B, T, K)
     teacher_topk = teacher_logits.topk(k, dim=-1).indices  # (B, T, K)
-    return is_among(student_topk, teacher_topk).float().mean(-1)
+    return overlap_ratio(student_topk, teacher_topk)
 
 
 def alignment(student_logits, teacher_logits, response_mask, k):
     """How well the two models agree where the student went. (B, T, V), (B, T, V), (B, T) -> dict of
-    floats, means over the valid positions; response_mask None: dict of (B, T), each position's own.
+    floats, means over the mask. With response_mask None: dict of (B, T), each position's own.
                                                                         [Rethinking-OPD, eqs. 6-10]
+    It is logged, of what is learned; methods act on the overlap of all that is sampled, judge's.
     I: the tokens in the top k of both; _bar: renormalised on I. Needs is_among.
         overlap_ratio            |I| / k
-        overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar), at most 0: the mean over
-                                 I, as the paper has it. Where I is empty: NaN, left out of the mean
+        overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar) = -KL(p_bar || q_bar)/|I|
+                                 as the paper has it; NaN where I is empty, left out of the mean
         overlap_mass_student     sum_I p
         overlap_mass_teacher     sum_I q
         entropy_student, entropy_teacher, entropy_gap (their distance), reverse_kl: in nats, of the
@@ -288,7 +294,7 @@ def alignment(student_logits, teacher_logits, response_mask, k):
 
 
 def overlap_by_position(overlap, response_mask, parts=8):
-    """Mean overlap in equal parts of the longest response. (B, T), (B, T) -> floats; none: NaN"""
+    """Mean overlap in equal parts of the longest response. (B, T), (B, T) -> floats, NaN of none"""
     valid = overlap.where(response_mask.bool(), torch.nan)
     return [part.nanmean().item() for part in valid.tensor_split(parts, dim=1)]
 
@@ -298,18 +304,18 @@ def overlap_by_position(overlap, response_mask, parts=8):
 
 
 def horizon(step, start, growth, every, max_length):
-    """Tokens to sample after so many updates.                                       [FastOPD, POPD]
+    """The length to sample to after so many updates (step).                         [FastOPD, POPD]
 
         min(max_length, start + growth * floor(step / every)),    step = 0 before the first update
 
-    FastOPD's ramp is every = 1, POPD's staircase more. Example: with 512, 256, 10 the first ten
+    every = 1 is FastOPD's ramp, more is POPD's staircase. Example: with 512, 256, 10 the first ten
     rollouts (step 0 to 9) have 512 tokens, the next ten 768.
     """
     return min(max_length, start + growth * (step // every))
 
 
 def select_prefixes(score, num_keep):
-    """Which candidates go on past the prefix. scores (P, G) -> (P, G) bool, num_keep True  [PG-OPD]
+    """Which candidates go on past the prefix. score (P, G) -> (P, G) bool, num_keep True   [PG-OPD]
 
     First the best candidate of every prompt, then the best of all others; of equals the first. So
     prompts compete for the slots above P only. ValueError unless P <= num_keep <= P * G.
@@ -328,6 +334,34 @@ def select_prefixes(score, num_keep):
     return keep.view(P, G)
 
 
+def best_prefixes(
+    length, overlap, mask, ended, *, at, num_generations, keep_ratio, probe_window, random=False
+):
+    """The rule of prefix-guided OPD, a goes_on of Plan. overlap (B, length) -> (B,) bool   [PG-OPD]
+
+    At length `at` (the prefix) keep_ratio * B rows go on, those that run with the highest mean
+    overlap in the first probe_window tokens, and one or more of every prompt that has one running;
+    random: by chance, a control. The others leave both caches, and token_weights leaves them out of
+    the loss. B: the rows of one rollout, so a group of rollout_in_groups. Needs select_prefixes.
+    """
+    if length != at:
+        return torch.ones_like(ended)
+    score = overlap[:, :probe_window].mean(-1)  # (B,)
+    if random:
+        score = torch.rand_like(score)
+    # Rows that ended are complete, whatever is said here. A score below all others lets them take a
+    # slot only where no row that runs is left to take it
+    score = score.masked_fill(ended, -1).view(-1, num_generations)  # (P, G)
+    slots = max(len(score), round(keep_ratio * len(ended)))
+    # select_prefixes gives each prompt a slot. One whose candidates have all ended gets it on top
+    slots += int((score == -1).all(1).sum())
+    return select_prefixes(score, min(len(ended), slots)).flatten()
+
+
+# Prune-OPD in four places: w from the overlap, here; the stop where w is 0, reliable_rows; the loss
+# weight w + w_base, token_weights; the cap that moves after each update, next_max_length, in train.
+
+
 def drift_weights(overlap, response_mask, threshold, w_drop):
     """The reliability w of each token. (B, T), (B, T) -> (B, T) in [0, 1], never rising, 0 off mask
 
@@ -338,6 +372,11 @@ def drift_weights(overlap, response_mask, threshold, w_drop):
     bad = (overlap < threshold) & response_mask.bool()  # (B, T)
     # Cumulative: the teacher judges a token given all before it, so nothing mends a wrong turn
     return (1 - w_drop * bad.cumsum(-1)).clamp(min=0) * response_mask
+
+
+def reliable_rows(length, overlap, mask, ended, *, threshold, w_drop):
+    """The stop in flight of Prune-OPD, a goes_on of Plan: rows go on while w > 0    [Prune-OPD]"""
+    return drift_weights(overlap, mask, threshold, w_drop)[:, -1] > 1e-8
 
 
 def reliable_length(weights, response_mask):
@@ -370,11 +409,12 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
 def extrapolate(weights, anchor, validate, max_tries=5):
     """Go on along the update for as long as a validation score rises.                      [EffOPD]
 
-        try weights + 2k (weights - anchor), k = 1, 2, ..., max_tries; stop at the first that is not
-        strictly better than the one before
+        try weights + 2 * k * (weights - anchor), k = 1, ..., max_tries; stop at the first that is
+        not strictly better than the one before
 
-    weights, anchor: dicts of tensors, as they are now and as accepted the last time; validate: dict
-    -> float. Example: from anchor 1 to weight 2, the tries are 4, 6, 8, 10, 12.
+    weights, anchor: dicts of tensors, as they are now and as the last call returned them (at first
+    as before step 1); validate: dict -> float. It is called after steps 1, 2, 4, 8, ...; Adam's
+    moments stay. Example: from anchor 1 to weight 2, the tries are 4, 6, 8, 10, 12.
     -> the accepted dict, the accepted k (0: plain OPD goes on), the scores of weights and every try
     """
     accepted, accepted_k = weights, 0
@@ -411,9 +451,10 @@ def movable_weights(model):
 
 
 def mask_through_eos(ids, eos_ids):
-    """(B, T) ids -> (B, T) bool, True through the first EOS; without it nobody learns to stop"""
+    """(B, T) ids -> (B, T) bool, True up to the first EOS and at it: else nobody learns to stop"""
     is_eos = torch.isin(ids, torch.tensor(sorted(eos_ids), dtype=ids.dtype, device=ids.device))
-    return is_eos.cumsum(-1) - is_eos.long() == 0  # no EOS strictly before
+    eos_before = is_eos.cumsum(-1) - is_eos.long()
+    return eos_before == 0
 
 
 def merge_stops(logits, stop_ids, stop_id):
@@ -423,7 +464,7 @@ def merge_stops(logits, stop_ids, stop_id):
 
     Where a base student ends with one token and a chat teacher with another, the teacher finds the
     student's end unlikely, and the student unlearns to stop. Merged before any softmax, top k and
-    draw, it is one action to both. Finite, since -inf of both models would make NaN of 0 * log.
+    draw, it is one action to both. Finite (float16: its least), since -inf of both would make NaN.
     """
     least = max(torch.finfo(logits.dtype).min, -1e30)
     ids = sorted({*stop_ids, stop_id})
@@ -450,12 +491,13 @@ def generate(
     top_p=1.0,
     record_k=0,
 ):
-    """Sample up to max_new_tokens further tokens of each row, from what the losses score.
+    """Sample up to max_new_tokens further tokens of each row, with top_p 1 from what losses score.
 
     input_ids, attention_mask: (B, L), padded on the left. cache: of the columns 0 to L - 2, as the
-    last call left it, or None; it grows in place. temperature 0 is greedy. stop_id: what stands for
-    any of the eos_ids, see merge_stops; None: each for itself. pad_id: what rows that ended go on
-    with, any id that has an embedding; when all have ended, there are no more columns.
+    last call left it, or None; it grows in place, and transformers computes what it lacks alone.
+    temperature 0 is greedy. stop_id: what all eos_ids are written as, see merge_stops; None: each
+    is a token of its own. pad_id: what rows that ended go on with, any id that has an embedding;
+    when all have ended, there are no more columns.
     -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
        log-prob of each row's last new token (B,), before top_p; meaningless if the row ended before
     """
@@ -506,7 +548,7 @@ def hidden_states(model, ids, mask, num_last, cache=None):
     """
     # The shift by one, for scoring and for training: what predicts column t is the state at t - 1
     start, end = 0, ids.shape[1] - 1
-    width = end  # of a pass
+    width = end  # columns of a pass; without a cache there is one
     if cache is not None:
         # In passes of 32,768 tokens: a layer's activations of all rows would fill a GPU
         start, width = cache.get_seq_length(), max(1, 2**15 // len(ids))
@@ -533,7 +575,9 @@ def head_logits(model, hidden, vocab_size, temperature=1.0, eos_ids=(), stop_id=
     eos_ids are merged into it. Set-up refuses models that do more than this behind their hidden
     states (Gemma 2's softcap, Cohere's factor).
     """
-    logits = model.get_output_embeddings()(hidden)[..., :vocab_size]  # the module: adapters count
+    logits = model.get_output_embeddings()(hidden)[
+        ..., :vocab_size
+    ]  # the module: so adapters on it count
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1)
     return logits if stop_id is None else merge_stops(logits, eos_ids, stop_id)
 
@@ -549,8 +593,8 @@ class Plan:
     max_length: int  # cap of a response, in tokens
     segment_length: int = 512  # tokens between two looks at who goes on
     look_at: int = 0  # one more look, at this many tokens
-    # (length, overlap (B, length), mask (B, length), ended (B,)) -> (B,) bool, at each border; rows
-    # that have ended are complete whatever it says. None: all go on
+    # (length, overlap (B, length), mask (B, length), ended (B,)) -> (B,) bool, at each border, of
+    # all B rows, also of those that left. Rows that have ended stay complete. None: all go on
     goes_on: object = None
 
     def borders(self):
@@ -559,33 +603,10 @@ class Plan:
         return sorted(border for border in borders if 0 < border <= self.max_length)
 
 
-def best_prefixes(
-    length, overlap, mask, ended, *, at, num_generations, keep_ratio, probe_window, random=False
-):
-    """Who goes on in prefix-guided OPD.                                                   [PG-OPD]
-
-    After a prefix of so many tokens (at), keep_ratio of the rows do, one of each prompt or more, by
-    mean overlap in the probe window; random: by chance, a control. overlap (B, length), ended (B,)
-    -> (B,) bool. Needs select_prefixes.
-    """
-    if length != at:
-        return torch.ones_like(ended)
-    score = overlap[:, :probe_window].mean(-1)  # (B,)
-    if random:
-        score = torch.rand_like(score)
-    # Rows that ended are complete, whatever is said here. A score below all others lets them take a
-    # slot only where no row that runs is left to take it
-    score = score.masked_fill(ended, -1).view(-1, num_generations)  # (P, G)
-    slots = max(len(score), round(keep_ratio * len(ended)))
-    # select_prefixes gives each prompt a slot, also where all its candidates have ended: that one
-    # is not taken from the others
-    slots += int((score == -1).all(1).sum())
-    return select_prefixes(score, min(len(ended), slots)).flatten()
-
-
 def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
-    """The teacher reads the last n columns of ids, mask (b, L) -> its hidden states (b, n, H), and
-    the share of student_topk (b, n, K) that is in its own top k (b, n). head: for head_logits
+    """The teacher judges the last n columns of ids, mask (b, L), reading what its cache lacks but
+    the last -> its hidden states (b, n, H'), the overlap of student_topk (b, n, K) with its own top
+    k (b, n). head: for head_logits
     """
     num_new, k = student_topk.shape[1:]
     hidden = hidden_states(teacher, ids, mask, num_new, cache)
@@ -595,7 +616,7 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
         hidden.flatten(0, 1).split(size), student_topk.flatten(0, 1).split(size)
     ):
         teacher_topk = head_logits(teacher, states, vocab_size, **head).topk(k).indices
-        overlap.append(is_among(topk, teacher_topk).float().mean(-1))
+        overlap.append(overlap_ratio(topk, teacher_topk))
     return hidden, torch.cat(overlap).view(-1, num_new)
 
 
@@ -603,14 +624,17 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
 def rollout(
     student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=0, **sampling
 ):
-    """Sample responses to B prompts, lists of ids; no column passes through either model twice.
+    """Sample responses to B prompts, lists of ids; no column passes through either model twice:
+    equal prompts are read once (read_prompts), then each model reads only what its cache lacks.
 
-    teacher: None in evaluation, else overlap_k >= 1. for_teacher: what it reads instead      [OPSD]
-    sampling: vocab_size, stop_id, temperature and top_p, for generate. Both models in eval mode.
-    -> dict, T the longest response: prompt_ids, prompt_mask (B, S), teacher_prompt_ids and _mask;
-       response_ids, response_mask, overlap (B, T), 0 off the mask; log_probs (B, T), as sampled, of
-       each segment's last token, else NaN; ended (has an EOS), kept (was not stopped by the plan)
-       (B,); teacher_hidden: B of (length, H), or of None; teacher_seconds
+    teacher: None where nobody judges, else overlap_k >= 1. for_teacher: prompts that it reads
+    instead [OPSD]. sampling: vocab_size, stop_id, temperature, top_p, for generate. Both models
+    must be in eval mode. -> dict, T the longest response:
+        prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
+        response_ids, response_mask, overlap   (B, T), 0 off the mask
+        log_probs   (B, T), as sampled, of each segment's last token, else NaN
+        ended, kept   (B,): has an EOS, was stopped by the plan at no border
+        teacher_hidden   B of (length, H'), or of None;   teacher_seconds
     """
     device = student.device
     out = make_room(prompts, for_teacher or prompts, plan.max_length, pad_id, device)
@@ -641,15 +665,14 @@ def rollout(
         out["log_probs"][running, length - 1] = log_probs.where(new_mask[:, -1], torch.nan)
         out["ended"][running] = is_eos.any(-1)
 
-        # Judge: the teacher reads what is new. Its hidden states are kept for the loss, not its
-        # logits, which are V / H times as large
+        # Judge: the teacher reads what is new. Its states are kept, V / H times smaller than logits
         if teacher:
             began = clock(device)
             read = read_so_far(out, "teacher_prompt", running, length)
             hidden, overlap = judge(teacher, teacher_cache, *read, new_topk, **head)
             out["overlap"][running, new] = overlap * new_mask
             for row, states, valid in zip(running.tolist(), hidden, new_mask):
-                out["teacher_hidden"][row].append(states[valid])  # a copy: a view keeps all of them
+                out["teacher_hidden"][row].append(states[valid])  # a copy: a view keeps all alive
             out["teacher_seconds"] += clock(device) - began
 
         # Choose: the method says who goes on; what has ended is complete
@@ -715,11 +738,13 @@ def backward_in_chunks(
 
 
 def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
-    """The gradients of the mean loss over the tokens of a step; no weight changes.
+    """The gradients of the loss of a step; no weight changes.
 
-    batch: a rollout with token_weight (B, T) and loss_mask (B, T) bool, where to learn: anywhere in
-    the response. micro_batch_size: so many of the longest rows at once, or as many tokens in
-    shorter ones; it changes no gradient. chunk: for backward_in_chunks.
+        sum of token_weight * loss, where loss_mask says, / the number of those tokens, of all rows
+
+    batch: a rollout with token_weight (B, T) and loss_mask (B, T) bool, which may have holes.
+    micro_batch_size: so many of the longest rows in a pass, or as many tokens in shorter ones; the
+    gradient is the same. chunk: for backward_in_chunks.
     -> dict: loss, num_tokens, the means of what measure returns; {} without a token to learn from.
     FloatingPointError for a loss that is not finite.
     """
@@ -755,7 +780,7 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
         loss = loss + value
         measured += values
     student.eval()
-    sum_gradients(student)
+    sum_gradients(student)  # a sum: num_tokens is of all processes
 
     loss = sum(gather([float(loss)]))
     if not math.isfinite(loss):
@@ -777,7 +802,7 @@ def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0):
 
 
 def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **settings):
-    """An update on a rollout: backward, with these settings, and optimizer_step -> its metrics"""
+    """backward, with these settings, and optimizer_step -> metrics. train has the two apart"""
     metrics = backward(student, batch, **settings)
     if metrics:
         norm = optimizer_step(student, optimizer, learning_rate, max_grad_norm)
@@ -786,12 +811,12 @@ def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **se
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The loop. This section alone sees both the flags (config) and the state of a run
+# 8. The loop. Of part I, this alone sees both the flags (config) and the state of a run
 
 
 def plan_rollout(config, step, cap):
-    """How far the rollouts of step 1, 2, ... go, and who goes on: here the methods differ, and in
-    token_weights. cap: Prune-OPD's, in tokens.
+    """How far the rollouts of step 1, 2, ... go, and who goes on: here the methods differ, in
+    token_weights, and in train where Prune-OPD's cap moves. cap: that, in tokens.
     """
     plan = Plan(config.max_new_tokens, config.segment_length)
     if config.method == "prefix":
@@ -819,31 +844,42 @@ def plan_rollout(config, step, cap):
 
     elif config.method == "prune":
         plan.max_length = min(cap, config.max_new_tokens)
-
-        def still_reliable(length, overlap, mask, ended):
-            reliability = drift_weights(overlap, mask, config.drift_threshold, config.w_drop)
-            return reliability[:, -1] > 1e-8
-
         # The abstract stops what drifts while it runs; the released code moves the cap alone
         if not config.no_prune_in_flight:
-            plan.goes_on = still_reliable
+            plan.goes_on = functools.partial(
+                reliable_rows, threshold=config.drift_threshold, w_drop=config.w_drop
+            )
     return plan
 
 
 def token_weights(config, out):
-    """What a rollout teaches: the weight of each token's loss (B, T), where to learn (B, T) bool"""
+    """What a rollout teaches -> token_weight (B, T), and loss_mask (B, T) bool: where to learn"""
     weight = torch.ones_like(out["overlap"])
     loss_mask = out["response_mask"]
     if config.method == "prune":
-        # Not renormalised: the mean is still over all tokens, as released
+        # The loss is divided by the number of tokens, not by their weights, as released
         reliability = drift_weights(
             out["overlap"], out["response_mask"], config.drift_threshold, config.w_drop
         )
         weight = reliability + config.w_base
     if config.method == "prefix-guided" and not config.train_pruned_prefix:
-        # The paper stops the losers at the prefix, and does not say whether that is trained on
+        # The paper does not say whether the losers' prefixes are learned: here not (our choice)
         loss_mask = loss_mask & out["kept"][:, None]
     return weight, loss_mask
+
+
+def token_loss(config, student_logits, teacher_logits, response_ids):
+    """The loss of --loss, of each token. (n, V), (n, V), (n,) -> (n,)"""
+    if config.loss == "reverse_kl":
+        return reverse_kl(student_logits, teacher_logits)
+    if config.loss == "forward_kl":
+        return forward_kl(student_logits, teacher_logits)
+    if config.loss == "jsd":
+        return jsd(student_logits, teacher_logits, config.beta)
+    if config.loss == "topk":
+        on_support = reverse_kl_tail if config.tail else reverse_kl_topk
+        return on_support(student_logits, teacher_logits, config.overlap_k, config.support)
+    return reverse_kl_sampled(student_logits, teacher_logits, response_ids, config.baseline)
 
 
 def train(config, run):
@@ -892,7 +928,7 @@ def train(config, run):
 # --------------------------------------------------------------------------------------------------
 # 9. Evaluation
 
-THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # and all, where they go on: no answer yet
+THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # up to the last end, or all if some are open
 
 
 def last_boxed(text):
@@ -918,7 +954,7 @@ def is_correct(response_text, gold):
 
 
 def pass_at_k(num_samples, num_correct, k):
-    """The chance that one of k answers is right, without bias, from num_samples >= k answers.
+    """The chance that one or more of k answers are right, unbiased, from num_samples >= k answers.
 
         1 - C(n - c, k) / C(n, k),   c of n are right                      [Chen et al., 2107.03374]
 
@@ -940,40 +976,6 @@ def auroc(scores, correct):
     return float((ranks.mean() + 1) / 2)
 
 
-def summarise(answers, num_samples):
-    """Graded answers, num_samples to a problem end to end -> dict of metrics    [Rethinking-OPD]"""
-
-    def values(key):
-        return [answer[key] for answer in answers]
-
-    def mean(key):
-        return float(np.mean(values(key)))
-
-    correct = np.array(values("correct")).reshape(-1, num_samples)
-    stopped = ~np.array(values("truncated")).reshape(-1, num_samples)
-    by_problem = correct.mean(1)
-    error = math.nan
-    if len(correct) > 1:
-        # Over problems, not answers: answers to one problem are not independent evidence
-        error = float(by_problem.std(ddof=1) / math.sqrt(len(correct)))
-    return {
-        "avg_at_n": float(by_problem.mean()),
-        "se": error,
-        "pass_at_n": float(correct.any(1).mean()),
-        "n": num_samples,
-        "num_problems": len(correct),
-        "stopped_fraction": float(stopped.mean()),
-        "answered_fraction": 1 - mean("no_box"),
-        "avg_of_stopped": float(correct[stopped].mean()) if stopped.any() else math.nan,
-        "truncated_fraction": mean("truncated"),
-        "no_box_fraction": mean("no_box"),
-        "mean_length": mean("length"),
-        "repetition": mean("repetition"),
-        "mean_reward": mean("reward"),
-        "auroc": auroc(values("reward"), values("correct")),
-    }
-
-
 def evaluate(
     model,
     tokenizer,
@@ -992,10 +994,10 @@ def evaluate(
 
     problems: dicts with prompt_ids, answer, perhaps teacher_prompt_ids and begun, its first ids.
     sampling: vocab_size, eos_ids, stop_id, temperature and top_p, for rollout. With a
-    teacher an answer has a reward, the mean of log q - log p over what was sampled, else NaN.
+    teacher an answer has a reward, the mean of log q - log p at temperature 1, else NaN.
     -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]
     """
-    # This process's share of all answers still to be given
+    # Answers still to be given, and this process's share of them
     answers = []
     for index, problem in enumerate(problems):
         answers += [{**problem, "index": index, "sample": sample} for sample in range(num_samples)]
@@ -2902,18 +2904,6 @@ def learned_rows(batch):
 def update_settings(config, run):
     """What backward is told: the heads, the loss of --loss, and what is logged of each token"""
 
-    def token_loss(student_logits, teacher_logits, response_ids):
-        if config.loss == "reverse_kl":
-            return reverse_kl(student_logits, teacher_logits)
-        if config.loss == "forward_kl":
-            return forward_kl(student_logits, teacher_logits)
-        if config.loss == "jsd":
-            return jsd(student_logits, teacher_logits, config.beta)
-        if config.loss == "topk":
-            on_support = reverse_kl_tail if config.tail else reverse_kl_topk
-            return on_support(student_logits, teacher_logits, config.overlap_k, config.support)
-        return reverse_kl_sampled(student_logits, teacher_logits, response_ids, config.baseline)
-
     def measure(student_logits, teacher_logits, response_ids, log_probs):
         measures = alignment(student_logits, teacher_logits, None, config.overlap_k)
         # Of the update against those sampled with: on-policy it is what caches and bfloat16 cost
@@ -2923,7 +2913,7 @@ def update_settings(config, run):
     return {
         "student_head": functools.partial(head_logits, run.student, **run.sampling),
         "teacher_head": functools.partial(head_logits, run.teacher, **run.sampling),
-        "token_loss": token_loss,
+        "token_loss": functools.partial(token_loss, config),
         "measure": measure,
         "chunk_tokens": tokens_at_once(run.vocab_size),
         "micro_batch_size": run.rows_at_once["micro_batch_size"],
@@ -2948,6 +2938,45 @@ def forward_flops(model, lengths):
     weights = 2 * model.num_parameters() * L
     attention = 2 * config.num_hidden_layers * config.hidden_size * L**2
     return float((weights + attention).sum())
+
+
+def summarise(answers, num_samples):
+    """Graded answers, in the order of problems, num_samples of each -> dict of metrics
+
+    avg_at_n  the mean over problems of each one's share of right answers        [Rethinking-OPD]
+    se        its standard error, std over problems / sqrt(num_problems), for problems drawn anew:
+              of two models on the same problems the difference has a smaller one
+    """
+
+    def values(key):
+        return [answer[key] for answer in answers]
+
+    def mean(key):
+        return float(np.mean(values(key)))
+
+    correct = np.array(values("correct")).reshape(-1, num_samples)
+    stopped = ~np.array(values("truncated")).reshape(-1, num_samples)
+    by_problem = correct.mean(1)
+    error = math.nan
+    if len(correct) > 1:
+        # Not over answers: those to one problem are not independent evidence
+        error = float(by_problem.std(ddof=1) / math.sqrt(len(correct)))
+    return {
+        "avg_at_n": float(by_problem.mean()),
+        "se": error,
+        "pass_at_n": float(correct.any(1).mean()),
+        "n": num_samples,
+        "num_problems": len(correct),
+        "stopped_fraction": float(stopped.mean()),
+        "answered_fraction": 1 - mean("no_box"),
+        "avg_of_stopped": float(correct[stopped].mean()) if stopped.any() else math.nan,
+        "truncated_fraction": mean("truncated"),
+        "no_box_fraction": mean("no_box"),
+        "mean_length": mean("length"),
+        "repetition": mean("repetition"),
+        "mean_reward": mean("reward"),
+        "auroc": auroc(values("reward"), values("correct")),
+    }
 
 
 def repetition(ids):
