@@ -3263,10 +3263,8 @@ def ask_both(run, out, k=5):
 
 
 def token_texts(tokenizer, ids, before):
-    """The text of each token -> list. A character of several tokens is at the last, ◌ before it
-
-    before: an id to stand in front, since from the first of a text many a tokenizer takes the blank
-    """
+    """The text of each token -> list. A character of several tokens is at the last, ◌ before it"""
+    # Behind another token, since from the first of a text many a tokenizer takes the blank
     start = len(tokenizer.decode([before]))
     texts, part = [], [before]
     for token in ids:
@@ -3283,9 +3281,9 @@ def row_html(config, run, row):
     shown, problem = run.shown, run.shown["problems"][row]
     ids = shown["response_ids"][row][shown["response_mask"][row]].tolist()
     gold, verdict, parts = problem["answer"], "", []
-    asked = run.tokenizer.decode(problem["prompt_ids"])
     if row % config.num_generations == 0:
-        parts.append(f"<h2>{html.escape(f'{asked} (answer: {gold})')}</h2>")
+        asked = f"{run.tokenizer.decode(problem['prompt_ids'])} (answer: {gold})"
+        parts.append(f"<h2>{html.escape(asked)}</h2>")
     if gold is not None:
         text = run.tokenizer.decode(ids, skip_special_tokens=True)
         text = prompt_end(run.tokenizer, problem) + text
@@ -3385,8 +3383,7 @@ def write_view(config, run):
     data = {name: told.pop(name).tolist() for name in ("sampled", "tokens")}
     told["overlap"] = run.shown["overlap"][valid]
     told["weight"] = (run.shown["token_weight"] * run.shown["loss_mask"])[valid]
-    for name, values in told.items():
-        data[name] = values.cpu().double().round(decimals=3).tolist()
+    data |= {name: x.cpu().double().round(decimals=3).tolist() for name, x in told.items()}
     used = sorted(set().union(*data["tokens"]))
     before = run.shown["problems"][0]["prompt_ids"][0]
     data["words"] = {token: token_texts(run.tokenizer, [token], before)[0] for token in used}
