@@ -3280,14 +3280,15 @@ def row_html(config, run, row):
     """A row of run.shown, a span for each token, and its prompt above the first candidate -> str"""
     shown, problem = run.shown, run.shown["problems"][row]
     ids = shown["response_ids"][row][shown["response_mask"][row]].tolist()
-    gold, verdict, parts = problem["answer"], "", []
+    parts = []
     if row % config.num_generations == 0:
-        asked = f"{run.tokenizer.decode(problem['prompt_ids'])} (answer: {gold})"
+        asked = f"{run.tokenizer.decode(problem['prompt_ids'])} (answer: {problem['answer']})"
         parts.append(f"<h2>{html.escape(asked)}</h2>")
-    if gold is not None:
+    verdict = ""
+    if problem["answer"] is not None:
         text = run.tokenizer.decode(ids, skip_special_tokens=True)
         text = prompt_end(run.tokenizer, problem) + text
-        verdict = "right" if is_correct(text, gold) else "wrong"
+        verdict = "right" if is_correct(text, problem["answer"]) else "wrong"
     stopped = shown["stopped"][row]
     parts.append(f'<h3><b class="{verdict}">{verdict}</b> {len(ids)} tokens, {stopped}</h3>')
     parts.append('<div class="row">')
