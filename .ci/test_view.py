@@ -427,6 +427,7 @@ def test_half_a_character_is_shown_and_harms_nothing(tmp_path):
     assert texts(said(halves, tmp_path).rows) == [["◌", "◌"]]
     row = texts(said(halves * 5 + tokenizer.encode("ok"), tmp_path).rows)[0]
     assert len(row) == 12 and row[-2].endswith("o") and row[-1] == "k"
+    assert "\ufffd" in row[3]  # no character has more than four
 
 
 def test_newlines_and_blanks_are_seen(tmp_path):
