@@ -916,7 +916,7 @@ def train(config, run):
             if config.method == "prune":
                 run.cap, run.misses = next_cap(config, run, rows["reliable_length"])
             metrics = step_metrics(run, out, rows, {**update, "max_length": plan.max_length})
-            run.shown = first_rows(config, run, problems, plan, out)
+            run.shown = first_rows(config, problems, plan, out)
             if config.extrapolate and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
                 metrics |= extrapolate_student(config, run)
             run.step = step
@@ -1901,7 +1901,7 @@ class Run:
     anchor: dict = field(default_factory=dict)  # EffOPD: the weights accepted the last time
     counts: dict = field(default_factory=dict)  # tokens and FLOPs so far
 
-    shown: list = field(default_factory=list)  # rows of the last step, for rollouts.html
+    shown: dict = field(default_factory=dict)  # rows of the last step, for rollouts.html
 
     # For the last words
     phase: str = "set-up"
@@ -2798,24 +2798,35 @@ def tokens_at_once(vocab_size, elements=25_000_000):
 
 
 @torch.no_grad()
-def response_log_probs(model, out, vocab_size, **head):
-    """The log-probs that a model gives the responses of a rollout -> B tensors (length,)
+def response_logits(model, out, rows_at_once, name="prompt", *, vocab_size, **head):
+    """What a model says at the responses of a rollout, some tokens at a time -> yields the logits
+    there (n, V), and those tokens (n,)
 
-    head: for head_logits. Needs hidden_states, head_logits, tokens_at_once.
+    name: of the prompts that it reads, prompt or teacher_prompt. head: for head_logits. Needs
+    hidden_states, head_logits, tokens_at_once.
     """
-    ids = torch.cat([out["prompt_ids"], out["response_ids"]], dim=1)  # (B, S + T)
-    mask = torch.cat([out["prompt_mask"], out["response_mask"]], dim=1)
+    ids = torch.cat([out[f"{name}_ids"], out["response_ids"]], dim=1)  # (B, S + T)
+    mask = torch.cat([out[f"{name}_mask"], out["response_mask"]], dim=1)
     T = out["response_ids"].shape[1]
-    rows_at_once = max(1, 2**15 // ids.shape[1])
-    log_probs = []
+    size = tokens_at_once(vocab_size)  # never (B, T, V)
     for own_ids, own_mask in zip(ids.split(rows_at_once), mask.split(rows_at_once)):
         valid = own_mask[:, -T:]
         hidden = hidden_states(model, own_ids, own_mask, T)[valid]  # (N, H)
-        tokens = own_ids[:, -T:][valid]  # (N,)
-        size = tokens_at_once(vocab_size)  # never (B, T, V)
-        for states, sampled in zip(hidden.split(size), tokens.split(size)):
-            logits = head_logits(model, states, vocab_size, **head)
-            log_probs.append(logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0])
+        for states, tokens in zip(hidden.split(size), own_ids[:, -T:][valid].split(size)):
+            yield head_logits(model, states, vocab_size, **head), tokens
+
+
+@torch.no_grad()
+def response_log_probs(model, out, vocab_size, **head):
+    """The log-probs that a model gives the responses of a rollout -> B tensors (length,)
+
+    head: for head_logits. Needs response_logits.
+    """
+    longest = out["prompt_ids"].shape[1] + out["response_ids"].shape[1]
+    rows_at_once = max(1, 2**15 // longest)
+    log_probs = []
+    for logits, tokens in response_logits(model, out, rows_at_once, vocab_size=vocab_size, **head):
+        log_probs.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
     return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
 
 
@@ -3234,106 +3245,87 @@ def cold_start_step(config, run, step):
 # 17. rollouts.html: rows of the last step, token by token
 
 
-def why_stopped(config, run, out, row):
-    """Why a row of a step stops where it does -> str"""
-    length = out["response_mask"].sum(-1)  # (B,)
+def why_stopped(config, out, row):
+    """Why a row of a rollout stops where it does -> str"""
     if out["ended"][row] or out["kept"][row]:
         return "ended" if out["ended"][row] else "cut"
     if config.method == "prune":
-        bad = out["overlap"][row, : length[row]] < config.drift_threshold
-        return f"drifted: {bad.sum()} bad events, the last at token {bad.nonzero().max() + 1}"
-    if config.method != "prefix-guided" or config.select == "random":
+        bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
+        return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
+    if config.select == "random":
         return "not selected"
-    # Rows compete in their group; what was kept below another loser was the best of its prompt
+    # Whatever it competed with, its prompt's best was kept; rows that had ended did not compete
     score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
-    size = max(1, run.rows_at_once["rollout_batch_size"] // config.num_generations)
-    group = torch.arange(len(score), device=score.device) // (size * config.num_generations)
-    rivals = group == group[row]
-    went_on = rivals & out["kept"] & (length > config.prefix)
-    least = score[went_on & (score >= score[rivals & ~out["kept"]].max())].min()
-    return f"not selected: the least kept {least:.3f}"
+    selected = out["kept"] & (out["response_mask"].sum(-1) > config.prefix)
+    least = score[selected & (score >= score[~out["kept"]].max())].min()
+    return f"not selected: overlap {score[row]:.3f} at first, where {least:.3f} was kept"
 
 
-def first_rows(config, run, problems, plan, out, prompts=4):
-    """What the page shows of a step's first prompts -> list of dicts, without a tensor"""
+def first_rows(config, problems, plan, out, prompts=4):
+    """What the page shows of a step: the rollout of its first prompts -> dict; {}: no page"""
     if config.no_view or not is_main():
-        return []
-    values = {"response_ids": out["response_ids"], "overlap": out["overlap"]}
-    values["weight"] = out["token_weight"] * out["loss_mask"]
-    rows = []
-    for row, problem in enumerate(problems[: prompts * config.num_generations]):
-        valid = out["response_mask"][row]
-        told = {name: value[row][valid].tolist() for name, value in values.items()}
-        told |= {"problem": problem, "borders": plan.borders()}
-        rows.append({**told, "stopped": why_stopped(config, run, out, row)})
-    return rows
+        return {}
+    own = slice(prompts * config.num_generations)
+    # Cloned, since a view would keep the whole step
+    shown = {name: value[own].clone() for name, value in out.items() if torch.is_tensor(value)}
+    shown["stopped"] = [why_stopped(config, out, row) for row in range(len(shown["kept"]))]
+    return {**shown, "problems": problems[own], "borders": plan.borders()}
 
 
 @torch.no_grad()
-def ask_both(run, rows, k=5):
-    """What both models say at each of the rows' N tokens -> dict: tokens (N, 1 + 2k), the sampled
-    one and the k likeliest of student and teacher; probs (N, 2k); kl, advantage (N,)
+def ask_both(run, out, k=5):
+    """What both models say at each of the N tokens of a rollout's responses -> dict: sampled, kl,
+    advantage (log q - log p) (N,); the k likeliest tokens of each model, and their probs (N, 2k)
     """
-    responses = [torch.tensor(row["response_ids"]) for row in rows]
-    ids = pad_sequence(responses, batch_first=True)  # (B, T)
-    mask = pad_sequence([torch.ones_like(own) for own in responses], batch_first=True).bool()
-    models = (run.sampler, run.teacher)
-    columns = [torch.cat(responses).to(run.device)]  # (N,), and (N, H) of each model
-    for model, asked in zip(models, (operator.itemgetter("prompt_ids"), teacher_prompt)):
-        before, valid = pad_left([asked(row["problem"]) for row in rows], 0)
-        context = torch.cat([before, ids], dim=1).to(run.device)
-        valid = torch.cat([valid, mask], dim=1).to(run.device)
-        columns.append(hidden_states(model, context, valid, ids.shape[1])[mask.to(run.device)])
-    size = tokens_at_once(run.vocab_size)  # never (N, V)
+    asked = response_logits(run.sampler, out, 1, **run.sampling)
+    asked_teacher = response_logits(run.teacher, out, 1, "teacher_prompt", **run.sampling)
     chunks = []
-    for sampled, *states in zip(*[column.split(size) for column in columns]):
-        logits = [head_logits(model, own, **run.sampling) for model, own in zip(models, states)]
-        log_probs = torch.stack(logits).log_softmax(-1)  # (2, n, V)
-        log_p, log_q = log_probs.gather(-1, sampled.expand(2, -1)[..., None])[..., 0]
-        values, likeliest = log_probs.topk(min(k, run.vocab_size))
-        told = {"kl": reverse_kl(*logits), "advantage": log_q - log_p}
-        told["tokens"] = torch.cat([sampled[:, None], *likeliest], dim=1)
-        chunks.append({**told, "probs": torch.cat([*values.exp()], dim=1)})
+    for (logits, sampled), (teacher_logits, _) in zip(asked, asked_teacher):
+        told = {"sampled": sampled, "kl": reverse_kl(logits, teacher_logits)}
+        log_probs = torch.stack([logits, teacher_logits], dim=1).log_softmax(-1)  # (n, 2, V)
+        of_sampled = log_probs.take_along_dim(sampled[:, None, None], dim=-1)  # (n, 2, 1)
+        values, tokens = log_probs.topk(k)  # (n, 2, k)
+        told |= {"advantage": of_sampled.diff(dim=1).flatten(), "tokens": tokens.flatten(1)}
+        chunks.append({**told, "probs": values.exp().flatten(1)})
     return concatenate(chunks)
 
 
-def token_texts(tokenizer, ids):
+def token_texts(tokenizer, ids, before):
     """The text of each token -> list. A character of several tokens is at the last, ◌ before it"""
-    # Behind another token: from the first of a text many a tokenizer takes the blank
-    first = tokenizer.encode("a", add_special_tokens=False)
-    start = len(tokenizer.decode(first))
-    texts, part = [], []
+    # Behind another token, since from the first of a text many a tokenizer takes the blank
+    start = len(tokenizer.decode([before]))
+    texts, part = [], [before]
     for token in ids:
         part.append(token)
-        text = tokenizer.decode(first + part, clean_up_tokenization_spaces=False)[start:]
-        if not text.endswith("\ufffd") or len(part) == 4:  # no character has more
-            part = []
-        texts.append("◌" if part or not text else text.replace("\n", "↵\n"))
+        text = tokenizer.decode(part, clean_up_tokenization_spaces=False)[start:]
+        whole = len(part) > 4 or not text.endswith("\ufffd")  # no character has more
+        texts.append(text.replace("\n", "↵\n") if whole else "◌")
+        part = [before] if whole else part
     return texts
 
 
 def row_html(config, run, row):
-    """The headline of a row of run.shown, and a span for each token -> str"""
-    ids, gold = row["response_ids"], row["problem"]["answer"]
+    """A row of run.shown, a span for each token, and its prompt above the first candidate -> str"""
+    shown, problem = run.shown, run.shown["problems"][row]
+    ids = shown["response_ids"][row][shown["response_mask"][row]].tolist()
+    parts = []
+    if row % config.num_generations == 0:
+        asked = f"{run.tokenizer.decode(problem['prompt_ids'])} (answer: {problem['answer']})"
+        parts.append(f"<h2>{html.escape(asked)}</h2>")
     verdict = ""
-    if gold is not None:
+    if problem["answer"] is not None:
         text = run.tokenizer.decode(ids, skip_special_tokens=True)
-        text = prompt_end(run.tokenizer, row["problem"]) + text
-        verdict = "right" if is_correct(text, gold) else "wrong"
-        verdict = verdict if last_boxed(text) else "no answer"
-    window = config.probe_window if config.method == "prefix-guided" else len(ids)
-    overlap = f"overlap {np.mean(row['overlap'][:window]):.3f} in the first {window}"
-    headline = f'<b class="{verdict}">{verdict}</b> {len(ids)} tokens, {overlap}, {row["stopped"]}'
-    spans = []
-    for place, text in enumerate(token_texts(run.tokenizer, ids)):
-        bad = config.method == "prune" and row["overlap"][place] < config.drift_threshold
-        kind = "border " * (place in row["borders"]) + "bad" * bad
-        ink = text.lstrip(" ") or text  # a blank in front stands in front of the span
-        blank = text.removesuffix(ink)
-        mark = f' class="{kind}"' if kind else ""
-        spans.append(f"{blank}<span{mark}>{html.escape(ink)}</span>")
-    kind = "row" if row["stopped"] == "ended" else "row cut"
-    return f'<h3>{headline}</h3><div class="{kind}">{"".join(spans).lstrip(" ")}</div>'
+        text = prompt_end(run.tokenizer, problem) + text
+        verdict = "right" if is_correct(text, problem["answer"]) else "wrong"
+    stopped = shown["stopped"][row]
+    parts.append(f'<h3><b class="{verdict}">{verdict}</b> {len(ids)} tokens, {stopped}</h3>')
+    parts.append('<div class="row">')
+    bad = shown["overlap"][row] < (config.drift_threshold if config.method == "prune" else 0)
+    for place, text in enumerate(token_texts(run.tokenizer, ids, problem["prompt_ids"][0])):
+        kind = "border " * (place in shown["borders"]) + "bad" * bool(bad[place])
+        parts.append(" " * (place > 0 and text.startswith(" ")))  # in front of the span
+        parts.append(f'<span class="{kind}">{html.escape(text.removeprefix(" "))}</span>')
+    return "".join(parts) + " ✂" * (stopped != "ended") + "</div>"
 
 
 PAGE = """\
@@ -3342,150 +3334,103 @@ PAGE = """\
 :root { color-scheme: light dark; --paper: light-dark(#fbfbf9, #14161b);
   --ink: light-dark(#1b1d22, #eceef2); --soft: light-dark(#5a6070, #a4abb8);
   --warm: light-dark(#f3a24d, #a3540c); --cool: light-dark(#84b8ec, #1f64a8); }
-body { max-width: 1060px; margin: auto; padding: 24px 16px 320px; overflow-wrap: anywhere;
+body { max-width: 1060px; margin: auto; padding: 16px; overflow-wrap: anywhere;
   background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { margin: 0 0 4px; font-size: 26px; } p { margin: 0; } p, h3, small { color: var(--soft); }
-h2, code, .row, #tip { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; }
-h2 { margin: 24px 0 0; font-weight: 700; } h3 { margin: 12px 0 0; font: inherit; font-size: 13px; }
-nav { position: sticky; top: 0; padding: 10px 0; background: var(--paper); z-index: 1; }
-label { margin-right: 14px; } i { display: inline-block; width: 90px; height: 12px;
-  background: linear-gradient(to right, var(--warm), transparent, var(--cool)); }
-.row span { padding: 3px 1px; margin: 1px; border-radius: 3px; scroll-margin: 90px 0 20px; }
-.row .border { border-left: 2px solid var(--ink); } .bad { text-decoration: wavy underline; }
-.row span:focus, .row span:hover { outline: 2px solid var(--ink); }
-h3 b { padding: 1px 8px; border-radius: 9px; color: var(--ink); border: 1px solid var(--soft); }
+h1, p { margin: 0; } p, h3 { color: var(--soft); } h3 { margin: 12px 0 0; font: 13px system-ui; }
+h2, code, .row, #tip { margin: 0; font: 14px/1.9 ui-monospace, monospace; }
+h2 { padding-top: 24px; font-weight: 700; } h2, .row, #tip p { white-space: pre-wrap; }
+nav, #tip { background: var(--paper); } nav { position: sticky; top: 0; padding: 10px 0; }
+b { padding: 1px 8px; border-radius: 9px; color: var(--ink); } b:empty { display: none; }
 .right { background: var(--cool); } .wrong { background: var(--warm); }
-#tip { position: absolute; width: 430px; padding: 10px 14px; border-radius: 8px; z-index: 2;
-  background: var(--paper); border: 1px solid var(--soft); box-shadow: 0 8px 30px #0006; }
-#tip:not([hidden]) { display: grid; grid: auto / 1fr 1fr; gap: 0 14px; pointer-events: none; }
-#tip p { grid-column: 1 / 3; font-size: 12px; } ol { margin: 0; padding: 0; overflow: hidden; }
-li { margin-top: 2px; list-style: none; line-height: 1.6; } li + li { padding-left: 4px;
-  background: linear-gradient(to right, var(--cool) var(--p), transparent 0); }
-li small { float: right; color: var(--ink); font-size: inherit; }
-.cut::after { content: " ✂"; color: var(--soft); font-size: 18px; line-height: 1; }
-@media (max-width: 600px) { #tip { position: fixed; inset: auto 0 0 0 !important; width: auto; }
-  .row span { scroll-margin-bottom: 300px; } }
+.row span { padding: 3px 1px; margin: 1px; border-radius: 3px; scroll-margin: 90px 0 20px; }
+.row span:empty::after { content: "␣"; } .row .border { border-left: 2px solid var(--ink); }
+.row span:is(:focus, :hover) { outline: 2px solid; } .bad { text-decoration: wavy underline; }
+#tip { position: absolute; width: min(430px, 100vw - 46px); padding: 10px 14px; columns: 2;
+  border: 1px solid var(--soft); border-radius: 8px; box-shadow: 0 8px 30px #0006;
+  pointer-events: none; } #tip > p { column-span: all; font-size: 12px; }
+#tip div { break-inside: avoid; } #tip div p { margin-top: 2px; color: var(--ink);
+  line-height: 1.6; background: linear-gradient(to right, var(--cool) var(--p), transparent 0); }
+p::after { content: attr(data-share); float: right; }
 </style><h1>What the student wrote, and what both models say of it</h1>
 <p>Step %(step)s of <code>%(run)s</code>, method %(method)s <code>%(flags)s</code></p>
-<p>Point at a token, or walk with the arrow keys, to see what each model would have said there, the
-student after this step. Blue: they agree; orange: they part. │ is a segment border, ✂ a row that
-was stopped, a wavy line a bad event of prune.</p>
-<nav>Colour by <label><input type="radio" name="by" value="overlap" data-low="0" data-high="1"
-checked> top-%(k)s overlap</label><label><input type="radio" name="by" value="advantage"
-data-low="-2" data-high="2"> log q − log p</label><label><input type="radio" name="by"
-value="weight" data-low="0" data-high="%(top)s"> loss weight</label><b id="low"></b> <i></i>
-<b id="high"></b></nav>
-%(body)s<div id="tip" role="status" hidden></div>
-<script type="application/json" id="data">%(data)s</script><script>
-const find = id => document.getElementById(id), data = JSON.parse(find("data").textContent);
-const rows = [...document.querySelectorAll(".row")], tip = find("tip");
-const spans = rows.flatMap(row => [...row.children]);
-const place = new Map(spans.map((span, i) => [span, i]));
-const blank = data.words.every(word => word[0] == " ") ? "" : "␣";
-let at = spans[0];
+<p>Point at a token, or walk with ← and →, to see what each model would have said there, the student
+after this step. <b class="right">High</b>: they agree, <b class="wrong">low</b>: they part.
+│ is a segment border, ✂ a row that was stopped, a wavy line a bad event of prune.</p>
+<nav>Colour by <label><input type="radio" name="by" value="overlap" checked> top-k overlap, 0 to 1
+</label><label><input type="radio" name="by" value="advantage"> log q − log p, −2 to 2</label>
+<label><input type="radio" name="by" value="weight"> loss weight, 0 to %(top)s</label></nav>
+%(rows)s<div id="tip" role="status" hidden><p></p>
+<div>student<p></p><p></p><p></p><p></p><p></p></div>
+<div>teacher<p></p><p></p><p></p><p></p><p></p></div></div><script>
+const data = %(data)s;
+const ends = {overlap: [0, 1], advantage: [-2, 2], weight: [0, %(top)s]};
+const spans = [...document.querySelectorAll(".row span")], tip = document.querySelector("#tip");
+const [numbers, ...likeliest] = tip.querySelectorAll("p");
 function paint() {
-  const by = document.querySelector("input:checked"), {low, high} = by.dataset;
-  find("low").textContent = low, find("high").textContent = high;
+  const by = document.querySelector("input:checked").value, [low, high] = ends[by];
   spans.forEach((span, i) => {
-    const x = 2 * (data[by.value][i] / 1000 - low) / (high - low) - 1;
-    span.style.background = "color-mix(in srgb, transparent, var(--" + (x < 0 ? "warm" : "cool")
-      + ") " + Math.min(100, Math.round(100 * Math.abs(x))) + "%%)";
+    const x = 200 * (data[by][i] - low) / (high - low) - 100, colour = x < 0 ? "warm" : "cool";
+    const share = Math.min(100, Math.abs(x));
+    span.style.background = `color-mix(in srgb, transparent, var(--${colour}) ${share}%%)`;
   });
-}
-function add(parent, kind, text) {
-  const child = parent.appendChild(document.createElement(kind));
-  child.textContent = text;
-  return child;
 }
 function show(span) {
-  const i = place.get(span), [sampled, ...tokens] = data.tokens[i], k = tokens.length / 2;
-  const told = ["kl", "overlap", "advantage", "weight"].map(name => data[name][i] / 1000);
-  tip.replaceChildren();
-  add(tip, "p", "KL " + told[0] + ", overlap " + told[1] + ", log q − log p " + told[2]
-    + ", weight " + told[3]);
-  ["student", "teacher"].forEach((who, side) => {
-    const list = add(tip, "ol", "");
-    add(list, "li", who);
-    for (let n = side * k; n < side * k + k; n++) {
-      const share = (data.probs[i][n] / 10).toFixed(1) + "%%", word = data.words[tokens[n]];
-      const line = add(list, "li", (tokens[n] == sampled ? "▸" : " ") + word.replace(/ /g, blank));
-      line.style.setProperty("--p", share), add(line, "small", share);
-    }
+  const i = spans.indexOf(span);
+  tip.hidden = i < 0;
+  if (tip.hidden) return;
+  numbers.textContent = `KL ${data.kl[i]}, overlap ${data.overlap[i]}, `
+    + `log q − log p ${data.advantage[i]}, weight ${data.weight[i]}`;
+  likeliest.forEach((line, n) => {
+    const token = data.tokens[i][n], share = (100 * data.probs[i][n]).toFixed(1) + "%%";
+    line.textContent = (token == data.sampled[i] ? "▸" : " ") + data.words[token];
+    line.dataset.share = share;
+    line.style.setProperty("--p", share);
   });
-  const box = span.getBoundingClientRect();
-  tip.hidden = false;
-  tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 24)) + "px";
-  const below = box.bottom + 8, above = box.top - tip.offsetHeight - 8;
-  const fits = above < 0 || below + tip.offsetHeight < innerHeight;
-  tip.style.top = scrollY + (fits ? below : above) + "px";
+  const {left, top, bottom} = span.getBoundingClientRect(), height = tip.offsetHeight + 8;
+  tip.style.left = Math.max(8, Math.min(left, innerWidth - tip.offsetWidth - 24)) + "px";
+  tip.style.top = scrollY + (bottom + height < innerHeight ? bottom + 8 : top - height) + "px";
 }
-function go(span) {
-  if (!span) return;
-  at.tabIndex = -1, at = span, at.tabIndex = 0, at.focus();
-}
-addEventListener("mouseover", e => place.has(e.target) ? show(e.target) : tip.hidden = true);
-addEventListener("focusin", e => place.has(e.target) && show(e.target));
-addEventListener("click", e => place.has(e.target) && go(e.target));
+spans.forEach((span, i) => span.tabIndex = i ? -1 : 0);
+for (const name of ["mouseover", "focusin"]) addEventListener(name, e => show(e.target));
 addEventListener("change", paint);
 addEventListener("keydown", e => {
   if (e.key == "Escape") tip.hidden = true;
-  const row = rows.indexOf(at.parentNode), i = place.get(at);
-  const next = {ArrowLeft: spans[i - 1], ArrowRight: spans[i + 1],
-    ArrowUp: rows[row - 1]?.children[0], ArrowDown: rows[row + 1]?.children[0]};
-  if (e.target == at && e.key in next) e.preventDefault(), go(next[e.key]);
+  const step = {ArrowLeft: -1, ArrowRight: 1}[e.key], i = spans.indexOf(e.target);
+  if (step && i >= 0) spans[i + step]?.focus();
 });
-at.tabIndex = 0, paint();
+paint();
 </script>
 """
 
 
 def write_view(config, run):
-    """Write rollouts.html of run.shown, with what both models say now. OSError, and no half file"""
+    """Write rollouts.html of run.shown, with what both models say now. OSError, and no half page"""
     if not run.shown:
         return
     run.phase, path = f"rollouts.html of step {run.step}", f"{config.output_dir}/rollouts.html"
-    # Numbers in thousandths, tokens as places in a table of their texts: a third of the size
-    longest = max(prompt_length(row["problem"]) + len(row["response_ids"]) for row in run.shown)
-    size = max(1, 2**15 // longest)
-    batches = [run.shown[start : start + size] for start in range(0, len(run.shown), size)]
-    told = concatenate([ask_both(run, rows) for rows in batches])
-    for name in ("overlap", "weight"):
-        told[name] = torch.tensor(sum([row[name] for row in run.shown], []))
-    used, places = told.pop("tokens").unique(return_inverse=True)
-    data = {"tokens": places.tolist()}
-    data["words"] = [token_texts(run.tokenizer, [token])[0] for token in used.tolist()]
-    for name, values in told.items():
-        data[name] = (1000 * values).clamp(-1e6, 1e6).round().int().tolist()
-
-    # The rows, each prompt above its candidates
-    body = []
-    for index, row in enumerate(run.shown):
-        if index % config.num_generations == 0:
-            prompt = "".join(token_texts(run.tokenizer, row["problem"]["prompt_ids"])).lstrip()
-            answer = html.escape(row["problem"]["answer"] or "unknown")
-            body.append(f"<h2>{html.escape(prompt)} <small>answer {answer}</small></h2>")
-        body.append(row_html(config, run, row))
-    flags, defaults = [], Config() if config.student else TINY
-    for name, value in vars(config).items():
-        if value != getattr(defaults, name) and name not in ("output_dir", "method"):
-            flags.append(f"--{name} {value}")
+    told, valid = ask_both(run, run.shown), run.shown["response_mask"]
+    data = {name: told.pop(name).tolist() for name in ("sampled", "tokens")}
+    told["overlap"] = run.shown["overlap"][valid]
+    told["weight"] = (run.shown["token_weight"] * run.shown["loss_mask"])[valid]
+    data |= {name: x.cpu().double().round(decimals=3).tolist() for name, x in told.items()}
+    used = sorted(set().union(*data["tokens"]))
+    before = run.shown["problems"][0]["prompt_ids"][0]
+    data["words"] = {token: token_texts(run.tokenizer, [token], before)[0] for token in used}
+    usual = Config() if config.student else TINY
+    usual = replace(usual, output_dir=config.output_dir, method=config.method)
+    flags = [f"--{name} {x}" for name, x in vars(config).items() if x != getattr(usual, name)]
     page = PAGE % {
         "step": run.step,
         "run": html.escape(config.output_dir),
         "method": config.method,
         "flags": html.escape(" ".join(flags)),
-        "k": config.overlap_k,
         "top": 1 + config.w_base if config.method == "prune" else 1,
-        "body": "".join(body),
+        "rows": "".join(row_html(config, run, row) for row in range(len(valid))),
         "data": json.dumps(data, separators=(",", ":")).replace("<", r"\u003c"),
     }
-    try:
-        with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
-        os.replace(f"{path}.partial", path)  # whole or not at all
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.partial")
+    with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
+        file.write(page)
+    os.replace(f"{path}.partial", path)  # whole or not at all
 
 
 # --------------------------------------------------------------------------------------------------
