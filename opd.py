@@ -606,18 +606,18 @@ class Plan:
 def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
     """The teacher judges the last n columns of ids, mask (b, L), reading what its cache lacks but
     the last -> its hidden states (b, n, H'), the overlap of student_topk (b, n, K) with its own top
-    k (b, n). head: for head_logits
+    k (b, n), 0 off the mask. head: for head_logits
     """
     num_new, k = student_topk.shape[1:]
     hidden = hidden_states(teacher, ids, mask, num_new, cache)
-    size = tokens_at_once(vocab_size)  # never (b, n, V)
-    overlap = []
-    for states, topk in zip(
-        hidden.flatten(0, 1).split(size), student_topk.flatten(0, 1).split(size)
-    ):
-        teacher_topk = head_logits(teacher, states, vocab_size, **head).topk(k).indices
-        overlap.append(overlap_ratio(topk, teacher_topk))
-    return hidden, torch.cat(overlap).view(-1, num_new)
+    states, student_topk = hidden.flatten(0, 1), student_topk.flatten(0, 1)
+    overlap = torch.zeros(len(states), device=ids.device)
+    # Not the padding behind rows that ended, which may be more than what was said
+    said = mask[:, -num_new:].flatten().nonzero().squeeze(-1)
+    for part in said.split(tokens_at_once(vocab_size)):  # never (b, n, V)
+        teacher_topk = head_logits(teacher, states[part], vocab_size, **head).topk(k).indices
+        overlap[part] = overlap_ratio(student_topk[part], teacher_topk)
+    return hidden, overlap.view(-1, num_new)
 
 
 @torch.no_grad()
@@ -670,7 +670,7 @@ def rollout(
             began = clock(device)
             read = read_so_far(out, "teacher_prompt", running, length)
             hidden, overlap = judge(teacher, teacher_cache, *read, new_topk, **head)
-            out["overlap"][running, new] = overlap * new_mask
+            out["overlap"][running, new] = overlap
             for row, states, valid in zip(running.tolist(), hidden, new_mask):
                 out["teacher_hidden"][row].append(states[valid])  # a copy: a view keeps all alive
             out["teacher_seconds"] += clock(device) - began

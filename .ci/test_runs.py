@@ -3911,6 +3911,14 @@ def test_the_seconds_of_the_teacher_are_for_reading_prompts_and_judging_in_all_g
     assert out["seconds"] == next(ticks) - 1  # from the first look to the last
 
 
+def test_the_teachers_head_reads_what_was_said_and_not_the_padding_behind_it():
+    read = []
+    teacher = copy.deepcopy(TEACHER)
+    teacher.lm_head.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[0]))
+    out = test_opd.roll(STUDENT, teacher, eos_ids=test_opd.ENDS)
+    assert sum(read) == out["response_mask"].sum() < out["response_mask"].numel()
+
+
 def test_so_many_logits_exist_at_once_whatever_the_vocabulary():
     """By their number, not by tokens: 25 million, 100 MB in float32. Of one token always."""
     sizes = {62: 403_225, 151_936: 164, 10**9: 1}
