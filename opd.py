@@ -1330,8 +1330,10 @@ def draw_prompts(config, run, step):
     pools, shares = [sum(run.pools, [])], [1]  # all files are one pool, or each its own
     if config.mix:
         pools, shares = run.pools, config.mix
-    # Each pool's share of the batch, to the nearest prompt
-    counts = np.diff(np.rint(np.cumsum([0, *shares]) * config.batch_size)).astype(int)
+    # Each pool's share of the batch, to the nearest prompt. A half goes up: to the even number, a
+    # share worth one prompt might get none
+    borders = np.round(np.cumsum([0, *shares]) * config.batch_size, 6)  # 4.5, not 4.4999999
+    counts = np.diff(np.floor(borders + 0.5)).astype(int)
     drawn = []
     for pool, count in zip(pools, counts.tolist()):
         indices = batch_indices(step, count, len(pool), config.seed)
@@ -1432,7 +1434,7 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
     process = worker["process"]
     if process is None or process.poll() is not None:
         pipe = subprocess.PIPE
-        process = worker["process"] = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-u", "-c", MATH_VERIFY],
             stdin=pipe,
             stdout=pipe,
@@ -1442,12 +1444,17 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
         )
         if process.stdout.readline() != "ready\n":  # not counted towards the limit
             raise ImportError("math-verify cannot be imported", name="math-verify")
-    print(json.dumps([gold, answer]), file=process.stdin, flush=True)
-    in_time = select.select([process.stdout], [], [], seconds)[0]
-    reply = process.stdout.readline() if in_time else ""
-    if not reply:
-        process.kill()
-        process.wait()  # poll() sees it, and the next call starts another
+        worker["process"] = process
+    reply = ""
+    try:
+        print(json.dumps([gold, answer]), file=process.stdin, flush=True)
+        if select.select([process.stdout], [], [], seconds)[0]:
+            reply = process.stdout.readline()
+    finally:
+        # After Ctrl-C, too: what nobody has read would be taken for the next reply
+        if not reply:
+            process.kill()
+            process.wait()  # poll() sees it, and the next call starts another
     return reply == "True\n"
 
 
@@ -1828,6 +1835,8 @@ def check_config(config):
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if config.device not in ("cpu", "mps", *gpus) and not (gpus and config.device == "cuda"):
         raise ValueError(f"--device {config.device}: there is none here; use cpu")
+    if NUM_RANKS > 1 and config.device.startswith("cuda:"):
+        raise ValueError(f"--device {config.device}: each process takes a GPU of its own; use cuda")
     if re.search(HALF, config.output_dir):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
@@ -2402,7 +2411,7 @@ def own_prompt_lines(config, run, out, log_prob):
     """
     if not config.teacher_prompt_template:
         return []
-    alike = torch.cat(response_log_probs(run.teacher, out, run.vocab_size)).mean().item()
+    alike = torch.cat(response_log_probs(run.teacher, out, **run.sampling)).mean().item()
     first = run.tokenizer.decode(run.pools[0][0]["teacher_prompt_ids"])
     lines = [
         f"the teacher's own first prompt: {first!r}",

@@ -990,6 +990,16 @@ def test_fewer_prompts_than_processes_are_refused(monkeypatch):
         opd.check_config(opd.parse_args(["--batch_size", "2"]))
 
 
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = dataclasses.replace(opd.TINY, device="cuda:1")
+    opd.check_config(config)
+    monkeypatch.setattr(opd, "NUM_RANKS", 2)
+    opd.check_config(dataclasses.replace(config, device="cuda"))
+    with pytest.raises(ValueError, match="--device cuda:1: each process takes a GPU"):
+        opd.check_config(config)
+
+
 def test_a_run_of_two_ranks_ends_with_one_set_of_weights_and_only_the_first_rank_writes(
     world, tmp_path
 ):
@@ -1320,7 +1330,9 @@ def test_the_prompts_of_a_step_come_short_ones_first_with_their_candidates_toget
         ([0.2, 0.8], 10, [2, 8]),
         ([0.3, 0.7], 4, [1, 3]),  # 1.2 and 2.8
         ([0.333, 0.333, 0.334], 10, [3, 4, 3]),  # 3.33 each: edges at 3.33 and 6.66
-        ([0.15, 0.15, 0.7], 10, [2, 1, 7]),  # edges at 1.5, to the even one, and 3
+        ([0.15, 0.15, 0.7], 10, [2, 1, 7]),  # edges at 1.5, up, and 3
+        ([0.375, 0.25, 0.375], 4, [2, 1, 1]),  # edges at 1.5 and 2.5: none gets nothing
+        ([0.35, 0.1, 0.55], 10, [4, 1, 5]),  # edges at 3.5 and what Python adds up to 4.4999999
     ],
 )
 def test_a_mixture_draws_each_files_share_to_the_nearest_prompt(mix, batch_size, expected):
@@ -1395,6 +1407,27 @@ def test_grading_goes_on_when_its_process_has_died():
     worker["process"].kill()
     worker["process"].wait()
     assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
+
+
+def test_a_question_that_control_c_breaks_off_leaves_no_reply_to_the_next_one(monkeypatch):
+    """Both are right, and "True" is the reply to the first."""
+    with monkeypatch.context() as patch:
+        patch.setattr(opd.select, "select", throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            opd.ask_math_verify("1", "1")
+    assert not opd.ask_math_verify("1", "2")
+    assert opd.ask_math_verify("1", "1")
+
+
+def test_a_process_that_control_c_breaks_off_while_it_starts_is_asked_nothing(monkeypatch):
+    """Its "ready", still to be read, would be the first reply."""
+    starting = types.SimpleNamespace(readline=throw(KeyboardInterrupt()))
+    process = types.SimpleNamespace(stdout=starting, poll=lambda: None)
+    monkeypatch.setattr(opd.subprocess, "Popen", lambda *_, **__: process)
+    worker = {"process": None}
+    with pytest.raises(KeyboardInterrupt):
+        opd.ask_math_verify("1", "1", worker=worker)
+    assert worker["process"] is None
 
 
 def test_control_c_in_a_terminal_is_not_for_the_process_that_grades():

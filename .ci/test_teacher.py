@@ -565,8 +565,11 @@ def test_the_third_evaluation_counts_towards_what_is_cheap(world, tmp_path):
         assert opd.evaluated_first(config, run) == whom
 
 
-def test_the_preflight_tells_what_the_teachers_prompt_changes(world, tmp_path, monkeypatch):
-    config, run = opened(world, tmp_path, **informed())
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_preflight_tells_what_the_teachers_prompt_changes(
+    temperature, world, tmp_path, monkeypatch
+):
+    config, run = opened(world, tmp_path, **informed(temperature=temperature))
     outs = []
     rollout = opd.rollout
     monkeypatch.setattr(opd, "rollout", lambda *a, **k: outs.append(rollout(*a, **k)) or outs[-1])
@@ -575,8 +578,9 @@ def test_the_preflight_tells_what_the_teachers_prompt_changes(world, tmp_path, m
     for rows in (as_read(outs[0]), rows_of(outs[0])):
         log_probs = []
         for ids, prompt in rows:
-            q = run.teacher(ids).logits[:, prompt - 1 : -1, :V].log_softmax(-1)
-            log_probs.append(q.gather(-1, ids[:, prompt:, None]).flatten())
+            logits = run.teacher(ids).logits[:, prompt - 1 : -1, :V]
+            log_q = (logits / temperature).log_softmax(-1)
+            log_probs.append(log_q.gather(-1, ids[:, prompt:, None]).flatten())
         means.append(torch.cat(log_probs).mean().item())
     own, alike = means
     assert f"teacher's mean log-prob {own:.2f}, top-4 overlap" in told
