@@ -1096,6 +1096,7 @@ def join_processes(device):
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # one speaks for all
+        warnings.simplefilter("ignore")
 
 
 def clock(device):
@@ -2002,8 +2003,11 @@ def read_files(config, run):
                 if filled:
                     problem["teacher_prompt_ids"] = encode(filled, "{problem}")
             except Exception as error:  # a chat template raises what it likes
-                why = f"{problem['problem']!r:.60}: {error}; see --no_chat_template"
-                raise ValueError(f"{path}: the chat template fails at {why}") from None
+                failed = "the chat template (there is --no_chat_template)"
+                if config.no_chat_template:
+                    failed = "the tokenizer"
+                why = f"{failed} fails at {problem['problem']!r:.60}: {error}"
+                raise ValueError(f"{path}: {why}") from None
         return problems
 
     run.evals, run.pools = {}, []
@@ -2265,6 +2269,17 @@ def plan_phases(config, run):
     }
 
 
+def use_less(flags, flag, count, cap):
+    """What to change where so many rows at once, by this flag, need too much memory -> str"""
+    # The candidates of a prompt are sampled together
+    least = flags["num_generations"] if flag == "rollout_batch_size" else 1
+    if count > least:
+        return f"halve --{flag.removeprefix('teacher_')}, now {count}"
+    if flag == "micro_batch_size" and flags["no_gradient_checkpointing"]:
+        return "leave out --no_gradient_checkpointing"
+    return f"a single prompt is too long for it: lower --{cap}"
+
+
 def rows_that_fit(config, run):
     """How many rows at once, by the flags that end in batch_size: as they say; for 0 as a resumed
     run had, or all, on a GPU what fits. ValueError for what does not.
@@ -2290,11 +2305,8 @@ def rows_that_fit(config, run):
         least = config.num_generations if flag == "rollout_batch_size" else 1
         count = max(asked or fits, least)
         if left(count) < 0:
-            instead = f"lower --{'eval_' if 'eval' in flag else ''}max_new_tokens"
-            if asked > least:
-                instead = f"lower --{flag}"
-            elif phase == "update" and config.no_gradient_checkpointing:
-                instead = "leave out --no_gradient_checkpointing"
+            cap = "eval_max_new_tokens" if "eval" in flag else "max_new_tokens"
+            instead = use_less(vars(config), flag, count, cap)
             lacks = f"lacks {tqdm.format_sizeof(-left(count))}B of GPU memory"
             raise ValueError(
                 f"{count} rows of {sizes['columns']} tokens do not fit: by the plan the {phase} "
@@ -2339,14 +2351,17 @@ def columns_at_most(run):
 
 def evaluated_first(config, run):
     """Whom to evaluate before the first step. By columns, not by seconds: that is repeatable."""
+    if not run.evals:
+        return []
     columns = columns_at_most(run)
     teachers = ["teacher"]
     if config.teacher_prompt_template:
         teachers.append("prompted_teacher")
     both = columns["student"] + len(teachers) * columns["teacher"]
     cheap = both < 0.1 * config.max_steps * columns["step"]
-    whom = {"none": [], "student": ["student"], "both": [*teachers, "student"]}
-    return whom.get(config.eval_first, whom["both" if cheap else "student"])
+    if config.eval_first == "both" or config.eval_first == "auto" and cheap:
+        return [*teachers, "student"]
+    return [] if config.eval_first == "none" else ["student"]
 
 
 def seconds_at_most(config, run, out):
@@ -2723,9 +2738,9 @@ def suspect(run):
     return ""
 
 
-def explain(error, phase, now):
-    """One line, and the exit status, for what is no error of the program; "" for what is. now: the
-    flags as they are, empty before the first of them is used
+def explain(error, phase, flags):
+    """One line, and the exit status, for what is no error of the program; "" for what is. flags: as
+    they are, and the rows at once in use; empty before the first of them is used
     """
     text = " ".join(str(error).split())[:400]
     if isinstance(error, KeyboardInterrupt):
@@ -2735,20 +2750,21 @@ def explain(error, phase, now):
         told = f"out of memory in {phase}"
         if phase == "set-up":
             return f"{told}: {text}" if text else told, 2
-        # The candidates of a prompt are sampled together
-        flag, least = "rollout_batch_size", now["num_generations"]
+        flag, cap = "rollout_batch_size", "max_new_tokens"
         if "update" in phase:
-            flag, least = "micro_batch_size", 1
-        elif phase.startswith("e"):  # evaluation, extrapolation
-            flag, least = "eval_batch_size", 1
-        if now[flag] > least:
-            return f"{told}; halve --{flag}, now {now[flag]}", 2
-        cap = "eval_max_new_tokens" if phase.startswith("evaluation") else "max_new_tokens"
-        return f"{told}: a single prompt is too long for it; lower --{cap}", 2
+            flag = "micro_batch_size"
+        elif phase.startswith("extrapolation"):
+            flag = "eval_batch_size"
+        elif phase.startswith("evaluation"):
+            flag, cap = "eval_batch_size", "eval_max_new_tokens"
+            if "by the teacher" in phase:
+                flag = "teacher_eval_batch_size"
+        return f"{told}; {use_less(flags, flag, flags[flag], cap)}", 2
     # What torch says of drawing from NaN is a RuntimeError; on a GPU it is an assert
     if isinstance(error, FloatingPointError) or re.search("probability tensor|device-side", text):
         return f"{phase} is not finite: {text}", 2
-    if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not now:
+    mistake = isinstance(error, (ValueError, ImportError)) and not flags  # in set-up
+    if mistake or isinstance(error, OSError):
         module, path = getattr(error, "name", None), getattr(error, "filename", None)
         if module:
             text += f"; pip install {module.split('.')[0]}"
@@ -3061,6 +3077,7 @@ def evaluate_files(config, run, who):
     }
     if who in ("teacher", "prompted_teacher"):
         model = run.teacher
+        run.phase += " by the teacher"
         how["rows_per_batch"] = run.rows_at_once["teacher_eval_batch_size"]
         how["eos_ids"] = run.sampling["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
     template = config.prompt_template
@@ -3068,6 +3085,9 @@ def evaluate_files(config, run, who):
     if who == "prompted_teacher":
         template = config.teacher_prompt_template
         evals = prompted_problems(run.evals)
+    if not evals:
+        run.graded = run.step
+        return {}
     results, lines = {}, []
     for name, problems in evals.items():
         more = {
@@ -3115,13 +3135,13 @@ def gap_lines(graded):
     """
     lines = []
     for name, informed in graded.get("prompted_teacher", {}).items():
-        student, alike = (graded[who][name] for who in ("student", "teacher"))
-        gap = informed["avg_at_n"] - student["avg_at_n"]
+        student = graded["student"][name]
+        if informed["num_problems"] < student["num_problems"]:
+            continue  # those that it has a prompt for may be the easy ones
+        gap = 100 * (informed["avg_at_n"] - student["avg_at_n"])
         lines.append(
-            f"{name}: student {student['avg_at_n']:.1%}, teacher asked alike "
-            f"{alike['avg_at_n']:.1%}, with its own prompt {informed['avg_at_n']:.1%} (on "
-            f"{informed['num_problems']} of {student['num_problems']} problems): a gap of "
-            f"{100 * gap:+.1f} points, in which the gain is said to be linear (2605.30070); "
+            f"{name}: the teacher with its own prompt is {gap:+.1f} points ahead of the student, a "
+            "gap in which the gain is said to be linear (2605.30070); "
             # A shortcut that only a solution allows is learned, too
             f"its answers have {informed['mean_length']:.0f} tokens, the student's "
             f"{student['mean_length']:.0f}"
@@ -3132,7 +3152,8 @@ def gap_lines(graded):
 def probe(config, run, answers, accuracy, how):
     """How much more often the teacher ends right, going on from answers cut at --probe_depths"""
     eos_ids = how["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
-    advantages = {}
+    advantages, phase = {}, run.phase
+    run.phase += " by the teacher"
     for depth in config.probe_depths:
         begun = []
         for answer in answers:
@@ -3143,6 +3164,7 @@ def probe(config, run, answers, accuracy, how):
         onward["rows_per_batch"] = run.rows_at_once["teacher_eval_batch_size"]
         metrics, _ = evaluate(run.teacher, problems=begun, **onward)
         advantages[f"advantage_from_{depth}"] = metrics["avg_at_n"] - accuracy
+    run.phase = phase
     return advantages
 
 
@@ -3579,7 +3601,7 @@ def report_table(runs):
         *TITLES.splitlines(),
         *[report_row(group, baseline) for group in groups.values()],
         f"accuracy in %; ±: standard error over the seeds; {len(runs)} runs",
-        "opd is the first row; x: times its cost; seconds of training",
+        f"opd: here {next(iter(groups))}, the first row; x: times its cost; seconds of training",
     ]
 
 
@@ -3743,8 +3765,8 @@ def main(argv=None):
     except (Exception, KeyboardInterrupt) as error:
         # A second one does not break off the saving
         held.enter_context(on_signals(signal.SIG_IGN))
-        now = {**vars(config), **run.rows_at_once} if run.flags else {}
-        told, status = explain(error, run.phase, now)
+        flags = {**vars(config), **run.rows_at_once} if run.flags else {}
+        told, status = explain(error, run.phase, flags)
         if "is not finite" in told:
             with contextlib.suppress(Exception):  # memory, or a GPU that fails
                 told += suspect(run)
