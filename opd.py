@@ -1098,6 +1098,7 @@ def join_processes(device):
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # one speaks for all
+        warnings.simplefilter("ignore")
 
 
 def clock(device):
@@ -1180,7 +1181,8 @@ def read_fields(record):
     def values(*names):
         return [fields[name] for name in names if fields.get(name) is not None]
 
-    # Where a field says that there is no answer, only a box in another one is an answer
+    # In this order. A label may be of another kind, and beside a field that says "no answer" a
+    # solution counts only for its box
     given, labels, worked = (values(*names) for names in (ANSWERS, LABELS, WORKED))
     boxed = [text for text in worked if re.search(r"\\boxed|####", str(text))]
     golds = [*given, *boxed, *labels] or worked
@@ -1332,8 +1334,10 @@ def draw_prompts(config, run, step):
     pools, shares = [sum(run.pools, [])], [1]  # all files are one pool, or each its own
     if config.mix:
         pools, shares = run.pools, config.mix
-    # Each pool's share of the batch, to the nearest prompt
-    counts = np.diff(np.rint(np.cumsum([0, *shares]) * config.batch_size)).astype(int)
+    # Each pool's share of the batch, to the nearest prompt. A half goes up: to the even number, a
+    # share worth one prompt might get none
+    borders = np.round(np.cumsum([0, *shares]) * config.batch_size, 6)  # 4.5, not 4.4999999
+    counts = np.diff(np.floor(borders + 0.5)).astype(int)
     drawn = []
     for pool, count in zip(pools, counts.tolist()):
         indices = batch_indices(step, count, len(pool), config.seed)
@@ -1345,7 +1349,7 @@ def draw_prompts(config, run, step):
 
 
 # Spellings of one answer: signs, then patterns in turn, each with an example. Quotes hold text:
-# words, a unit, a base
+# words, a unit, a base. *+ gives nothing back: of 5,000 spaces that would take minutes
 SIGNS = dict(zip(map(ord, "–—−∞°²³½（），"), r"- - - \infty ^\circ ^2 ^3 \frac12 ( ) ,".split()))
 SPELLINGS = {
     # spaces and sizes: \;  \big)  ~
@@ -1353,29 +1357,31 @@ SPELLINGS = {
     # marks: \$5  **7**  \color{red}7
     r"\\?\$|\\checkmark|[€£¥✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
     # lists: 1 and 2
-    r"(?i)[, ]*(\\\w+\{)? *\b(and|or)\b( equivalently)? *\}?,?": ", ",
+    r"(?i)[, ]*+(\\\w+\{ *+)?\b(and|or)\b( equivalently)? *\}?,?": ", ",
     # wrapped words: 5 \text{people} is 5 "people"
-    r"\\(text\w*|\wbox|mathrm|mathbf) *\{([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": r'"\2"\3 ',
+    r"\\(text\w*|\wbox|mathrm|mathbf) *\{(?=[^{}]*\})([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": (
+        r'"\2"\3 '
+    ),
     # what leads in: the final answer is 5, = 5
     r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?:?|^ *(=|\\approx)': "",
     # a choice: (C) 42 is C
     r'^[" (]*([A-J])[).](?!.*[A-J][).]).*': r"\1",
     # nothing: no solution
-    r'(?i)"? *((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
+    r'(?i)"? *+((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
     # a unit: 5 cm, 3 hours
-    r'(?<=\d) *(""| ) *([a-zA-Z.]{3,}|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
+    r'(?<=\d) *+(""|(?<= )) *+([a-zA-Z.]{3,}|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
     # a word, or letters in order: north, ABC
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
     # a mixed number: 1 2/3
     r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
     # degrees: 90^\circ
-    r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
+    r'\\degree|\^ *+\{?[ "]*+(\\circ|o\b)[ "]*\}?': ' "degrees"',
     # a base, a modulus: 1011_2, 3 \pmod 4
-    r"(?:\(?\b(\d\w*)\)? *_|\(? *\\?[pb]?(mod)\b) *\{? *(\w+) *\}? *\)?$": r'\1 "\2\3"',
+    r"(?:\(?\b(\d\w*)\)? *+_|\(? *+\\?[pb]?(mod)\b) *+\{? *+(\w++) *+\}? *+\)?$": r'\1 "\2\3"',
     # roots: 2√3
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
     # what trails: 7. is 7; and 1 000 000
-    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
+    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]++$|(?<=\d) (?=\d{3})': "",
 }
 
 
@@ -1386,6 +1392,11 @@ def spell(answer):
         answer = re.sub(pattern, plain, answer)
     text = "".join(re.findall('"[^"]*"', answer)).lower()
     return re.sub('"[^"]*"|"', "", answer), re.sub(r"\^\d|\W|square|cubic", "", text)
+
+
+# Of a gold, value;unit, that math-verify would take for something else: words alone or among signs, a
+# modulus, dots
+NOT_FOR_MATH_VERIFY = r"^ *;|\\text|;mod|\.\.|\\[lc]?dots"
 
 
 def is_same(answer, gold, text):
@@ -1402,14 +1413,18 @@ def is_same(answer, gold, text):
 
     # Letters commute in math-verify: strings of them are text. A unit may be missing or short
     same = "".join(gold.split()) == "".join(answer.split())
-    if re.search(r"^ *;|\\text|;mod|\.\.|\\[lc]?dots", f"{gold};{unit}"):
+    if re.search(NOT_FOR_MATH_VERIFY, f"{gold};{unit}"):
         return same and unit == other
     short, long = sorted([unit, other], key=len)
-    return bool(re.match(".*".join(short), long)) and (same or ask_math_verify(gold, answer))
+    rest = iter(long)
+    short_for = long.startswith(short[:1]) and all(letter in rest for letter in short)
+    return short_for and (same or ask_math_verify(gold, answer))
 
 
-# The process of ask_math_verify. In a box, or \left( 3, 4 \right) is 3. Gold first: an answer (1,2)
-# is taken for 1<x<2, but not 1<x<2 for (1,2), a point. Latex() alone, or 1 \pmod 4 is read as 4
+# The process of ask_math_verify, with what is easy to get wrong:
+#   in a box     else \left( 3, 4 \right) is read as 3
+#   Latex alone  else 1 \pmod 4 is read as 4
+#   gold first   an answer (1,2) is taken for a gold 1<x<2, but 1<x<2 not for (1,2), a point
 MATH_VERIFY = r"""import json, re, sys
 from math_verify import LatexExtractionConfig as Latex, parse, verify
 verify(parse("$1$"), parse("$1$"))  # the first call is slow
@@ -1430,7 +1445,7 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
     process = worker["process"]
     if process is None or process.poll() is not None:
         pipe = subprocess.PIPE
-        process = worker["process"] = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-u", "-c", MATH_VERIFY],
             stdin=pipe,
             stdout=pipe,
@@ -1440,12 +1455,17 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
         )
         if process.stdout.readline() != "ready\n":  # not counted towards the limit
             raise ImportError("math-verify cannot be imported", name="math-verify")
-    print(json.dumps([gold, answer]), file=process.stdin, flush=True)
-    in_time = select.select([process.stdout], [], [], seconds)[0]
-    reply = process.stdout.readline() if in_time else ""
-    if not reply:
-        process.kill()
-        process.wait()  # poll() sees it, and the next call starts another
+        worker["process"] = process
+    reply = ""
+    try:
+        print(json.dumps([gold, answer]), file=process.stdin, flush=True)
+        if select.select([process.stdout], [], [], seconds)[0]:
+            reply = process.stdout.readline()
+    finally:
+        # After Ctrl-C, too: what nobody has read would be taken for the next reply
+        if not reply:
+            process.kill()
+            process.wait()  # poll() sees it, and the next call starts another
     return reply == "True\n"
 
 
@@ -1811,7 +1831,8 @@ def check_config(config):
         value = getattr(config, name)
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"--{name} {value}: one of {', '.join(get_args(kind))}")
-        least, most = 0 if name in may_be_zero else 1e-300, at_most.get(name, 1e12)
+        least = 0 if name in may_be_zero else 1e-300  # any positive number
+        most = at_most.get(name, 1e12)
         if type(value) in (int, float) and not least <= value <= most:
             above = "at least" if least == 0 else "above"
             raise ValueError(f"--{name} {value} must be {above} 0, and at most {most:g}")
@@ -1826,6 +1847,8 @@ def check_config(config):
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if config.device not in ("cpu", "mps", *gpus) and not (gpus and config.device == "cuda"):
         raise ValueError(f"--device {config.device}: there is none here; use cpu")
+    if NUM_RANKS > 1 and config.device.startswith("cuda:"):
+        raise ValueError(f"--device {config.device}: each process takes a GPU of its own; use cuda")
     if re.search(HALF, config.output_dir):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
@@ -1884,7 +1907,7 @@ class Run:
     optimizer: object = None
     vocab_size: int = 0  # tokens that both models have; other rows of their heads are cut off
     sampling: dict = None  # vocab_size, eos_ids, stop_id, temperature: for rollout and head_logits
-    grading: dict = None  # what evaluate needs beside it and does not change
+    stops: dict = None  # student, teacher: all ids that end a response of that model
     cache_bytes: list = None  # what the caches of sampler and teacher keep of a token
     kept_bytes: int = 0  # what the student's forward keeps of a token for backward
     most: dict = None  # the longest prompt and response, and how many, of steps and evaluations
@@ -1991,14 +2014,17 @@ def read_files(config, run):
                 if filled:
                     problem["teacher_prompt_ids"] = encode(filled, "{problem}")
             except Exception as error:  # a chat template raises what it likes
-                why = f"{problem['problem']!r:.60}: {error}; see --no_chat_template"
-                raise ValueError(f"{path}: the chat template fails at {why}") from None
+                failed = "the chat template (there is --no_chat_template)"
+                if config.no_chat_template:
+                    failed = "the tokenizer"
+                why = f"{failed} fails at {problem['problem']!r:.60}: {error}"
+                raise ValueError(f"{path}: {why}") from None
         return problems
 
     run.evals, run.pools = {}, []
     for path in config.eval_file:
-        problems, name = read(path, True), os.path.splitext(os.path.basename(path))[0]
-        run.evals[path if name in run.evals else name] = problems
+        name = os.path.splitext(os.path.basename(path))[0]
+        run.evals[path if name in run.evals else name] = read(path, needs_answers=True)
     longest = config.max_prompt_length
     for path in config.train_file:
         pool = read(path)
@@ -2011,11 +2037,13 @@ def read_files(config, run):
                 note = "--teacher_prompt_template names, and are left out"
                 warnings.warn(f"{path}: {lacking} {note}", stacklevel=2)
             pool = told
-        pool = [problem for problem in pool if prompt_length(problem) <= longest]
-        pool = [problem for problem in pool if len(teacher_prompt(problem)) <= longest]
-        if not pool:
+        fitting = []
+        for problem in pool:
+            if max(prompt_length(problem), len(teacher_prompt(problem))) <= longest:
+                fitting.append(problem)
+        if not fitting:
             raise ValueError(f"{path}: all prompts are longer than --max_prompt_length {longest}")
-        run.pools.append(pool)
+        run.pools.append(fitting)
     run.answered = [problem for problem in sum(run.pools, []) if problem["answer"] is not None]
     if config.extrapolate and len(run.answered) < config.validation_size:
         needed = f"--extrapolate needs {config.validation_size} answered problems"
@@ -2052,8 +2080,8 @@ def load_models(config, run, path):
     # around 1,000 by over .1 rad
     low = {"dtype": torch.bfloat16 if bf16 else torch.float32}
     run.sampler = run.student = load(AutoModelForCausalLM, path, **low).to(config.device)
-    models, eos_ids = [run.sampler], stop_ids(run.student, run.tokenizer)
-    all_stops = eos_ids
+    models = [run.sampler]
+    run.stops = {"student": stop_ids(run.student, run.tokenizer)}
     tokens = max(run.tokenizer.get_vocab().values()) + 1
     if not config.eval_only:
         if bf16:
@@ -2065,7 +2093,9 @@ def load_models(config, run, path):
         tokens = compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
         run.teacher = load(AutoModelForCausalLM, teacher, **low).to(config.device)
         models.append(run.teacher)
-        all_stops = eos_ids | stop_ids(run.teacher, run.teacher_tokenizer)
+        run.stops["teacher"] = stop_ids(run.teacher, run.teacher_tokenizer)
+    eos_ids = run.stops["student"]
+    all_stops = set().union(*run.stops.values())
     merged = len(all_stops) > 1 and not config.no_merge_stops
     if merged or config.cold_start_steps:  # which teaches the teacher's stop token, too
         eos_ids = all_stops
@@ -2076,10 +2106,14 @@ def load_models(config, run, path):
     run.vocab_size = min(tokens, *heads)
     if config.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {config.overlap_k} is more than the {run.vocab_size} tokens")
+    stop_id = None
+    if merged:  # into the tokenizer's own, if it has one
+        own = run.tokenizer.eos_token_id
+        stop_id = own if own in eos_ids else min(eos_ids)
     run.sampling = {
         "vocab_size": run.vocab_size,
         "eos_ids": eos_ids,
-        "stop_id": min(eos_ids, key=lambda i: i != run.tokenizer.eos_token_id) if merged else None,
+        "stop_id": stop_id,
         "temperature": config.temperature,
     }
     run.device = run.sampler.device
@@ -2095,9 +2129,7 @@ def load_models(config, run, path):
 
 def check_tokens(run):
     """ValueError where a prompt, or the end of a response, needs a token that is cut off."""
-    stops = stop_ids(run.student, run.tokenizer)
-    if run.teacher:
-        stops |= stop_ids(run.teacher, run.teacher_tokenizer)
+    stops = set().union(*run.stops.values())
     problems = sum([*run.pools, *run.evals.values()], [])
     asked = set().union(*[problem["prompt_ids"] + teacher_prompt(problem) for problem in problems])
     for what, ids in (("prompts have", asked), ("responses end in", stops)):
@@ -2194,31 +2226,23 @@ def memory_plan(
 ):
     """What a GPU must hold -> dict of bytes: the parts, and their sums in rollout and update.
 
-    student, teacher: parameters N, M. rows at once, of so many columns, prompt and response. Bytes
-    of a token: cache, in the caches; judged, in a pass of the teacher; kept, for backward. states:
-    bytes of the teacher's hidden states of a step. segment: columns that are judged at once.
-        weights      4 N + 2 N + 2 M     float32, the bfloat16 copy that samples, the teacher
-        gradient     4 N
-        moments      8 N of Adam
-        caches       rows * columns * cache
-        judging      tokens * judged + 10 * elements, tokens = rows * segment, at most 2^15
-        activations  rows * columns * kept + 2 N, autocast's casts
-        logits       32 * elements, those of the chunk: logits, losses, measures, gradient
-        rollout      weights, moments, states, caches, judging
-        update       weights, moments, states, gradient, activations, logits
-    elements: tokens * vocab, at most 25,000,000. Without bf16: no copy, no casts, 4 M.
+    student, teacher: their parameters. rows at once, of so many columns, prompt and response.
+    segment: columns that are judged at once. Bytes of a token: cache, in the caches; judged, in a
+    pass of the teacher; kept, for backward. states: bytes of the teacher's states of a step.
     """
-    copy = 2 * student if bf16 else 0
-    tokens = min(rows * segment, 2**15)
+    copy = 2 * student if bf16 else 0  # what samples; in the update, autocast's casts
+    read = min(rows * segment, 2**15)  # as hidden_states does
+    judged_logits = min(read * vocab, LOGITS_AT_ONCE)
+    learned_logits = min(rows * columns * vocab, LOGITS_AT_ONCE)
     plan = {
         "weights": 4 * student + copy + (2 if bf16 else 4) * teacher,
         "gradient": 4 * student,
-        "moments": 8 * student,
+        "moments": 8 * student,  # two of Adam
         "states": states,
         "caches": rows * columns * cache,
-        "judging": tokens * judged + 10 * min(tokens * vocab, 25_000_000),
+        "judging": read * judged + 10 * judged_logits,
         "activations": rows * columns * kept + copy,
-        "logits": 32 * min(rows * columns * vocab, 25_000_000),
+        "logits": 32 * learned_logits,  # of both models, losses, measures, gradient
     }
     always = plan["weights"] + plan["moments"] + states
     plan["rollout"] = always + plan["caches"] + plan["judging"]
@@ -2254,6 +2278,17 @@ def plan_phases(config, run):
     }
 
 
+def use_less(flags, flag, count, cap):
+    """What to change where so many rows at once, by this flag, need too much memory -> str"""
+    # The candidates of a prompt are sampled together
+    least = flags["num_generations"] if flag == "rollout_batch_size" else 1
+    if count > least:
+        return f"halve --{flag.removeprefix('teacher_')}, now {count}"
+    if flag == "micro_batch_size" and flags["no_gradient_checkpointing"]:
+        return "leave out --no_gradient_checkpointing"
+    return f"a single prompt is too long for it: lower --{cap}"
+
+
 def rows_that_fit(config, run):
     """How many rows at once, by the flags that end in batch_size: as they say; for 0 as a resumed
     run had, or all, on a GPU what fits. ValueError for what does not.
@@ -2272,18 +2307,15 @@ def rows_that_fit(config, run):
         # A fifth stays for what is not planned
         while fits > 1 and left(fits) < 0.2 * left(0):
             fits -= 1
-        before = run.rows_at_once.get(flag, 0)
-        if left(before) >= 0:  # else this is another GPU
-            fits = before or fits
+        before = run.rows_at_once.get(flag, 0)  # of a run that is resumed
+        if before and left(before) >= 0:  # else this is a smaller GPU
+            fits = before
         asked = getattr(config, flag.removeprefix("teacher_"))
         least = config.num_generations if flag == "rollout_batch_size" else 1
         count = max(asked or fits, least)
         if left(count) < 0:
-            instead = f"lower --{'eval_' if 'eval' in flag else ''}max_new_tokens"
-            if asked > least:
-                instead = f"lower --{flag}"
-            elif phase == "update" and config.no_gradient_checkpointing:
-                instead = "leave out --no_gradient_checkpointing"
+            cap = "eval_max_new_tokens" if "eval" in flag else "max_new_tokens"
+            instead = use_less(vars(config), flag, count, cap)
             lacks = f"lacks {tqdm.format_sizeof(-left(count))}B of GPU memory"
             raise ValueError(
                 f"{count} rows of {sizes['columns']} tokens do not fit: by the plan the {phase} "
@@ -2301,15 +2333,15 @@ def try_update(config, run):
     """An update at learning rate 0 of made-up rows, as many and as long as they get: what would run
     out of memory hours later does it now.
     """
-    run.phase, most = "an update of the longest rows", run.most
-    rows, T = run.rows_at_once["micro_batch_size"], most["response"]
-    prompts = [[0] * most["prompt"]] * rows
+    run.phase = "an update of the longest rows"
+    rows, T = run.rows_at_once["micro_batch_size"], run.most["response"]
+    prompts = [[0] * run.most["prompt"]] * rows
     batch = make_room(prompts, prompts, T, 0, run.device)
     for name in ("response_mask", "loss_mask", "token_weight"):
         batch[name] = torch.ones_like(batch["response_mask"])
     # As many of the teacher's hidden states as a step has
     width = run.teacher.config.get_text_config().hidden_size
-    states = torch.zeros(most["rows"], T, width, dtype=run.teacher.dtype, device=run.device)
+    states = torch.zeros(run.most["rows"], T, width, dtype=run.teacher.dtype, device=run.device)
     batch["teacher_hidden"] = states
     train_step(run.student, run.optimizer, batch, 0.0, **update_settings(config, run))
     run.optimizer.state.clear()  # of this step nothing stays
@@ -2328,14 +2360,17 @@ def columns_at_most(run):
 
 def evaluated_first(config, run):
     """Whom to evaluate before the first step. By columns, not by seconds: that is repeatable."""
+    if not run.evals:
+        return []
     columns = columns_at_most(run)
     teachers = ["teacher"]
     if config.teacher_prompt_template:
         teachers.append("prompted_teacher")
     both = columns["student"] + len(teachers) * columns["teacher"]
     cheap = both < 0.1 * config.max_steps * columns["step"]
-    whom = {"none": [], "student": ["student"], "both": [*teachers, "student"]}
-    return whom.get(config.eval_first, whom["both" if cheap else "student"])
+    if config.eval_first == "both" or config.eval_first == "auto" and cheap:
+        return [*teachers, "student"]
+    return [] if config.eval_first == "none" else ["student"]
 
 
 def seconds_at_most(config, run, out):
@@ -2400,7 +2435,7 @@ def own_prompt_lines(config, run, out, log_prob):
     """
     if not config.teacher_prompt_template:
         return []
-    alike = torch.cat(response_log_probs(run.teacher, out, run.vocab_size)).mean().item()
+    alike = torch.cat(response_log_probs(run.teacher, out, **run.sampling)).mean().item()
     first = run.tokenizer.decode(run.pools[0][0]["teacher_prompt_ids"])
     lines = [
         f"the teacher's own first prompt: {first!r}",
@@ -2446,15 +2481,11 @@ def preflight(config, run):
     ]
 
     # Do the two stop alike, and read alike?
-    stops = []
-    for role in ("student", "teacher"):
-        model, tokenizer = run.student, run.tokenizer
-        if role == "teacher":
-            model, tokenizer = run.teacher, run.teacher_tokenizer
-        stops.append(sorted(stop_ids(model, tokenizer)))
+    for role, model in (("student", run.student), ("teacher", run.teacher)):
         size = f"{model.num_parameters() / 1e6:.1f}M parameters"
-        rows = f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}"
-        lines.append(f"{role}: {model.config.model_type}, {size}, {rows}, stops at {stops[-1]}")
+        head = f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}"
+        stops = f"stops at {sorted(run.stops[role])}"
+        lines.append(f"{role}: {model.config.model_type}, {size}, {head}, {stops}")
     lines += [f"warning: {line}" for line in check_lengths(run)]
     if log_q.mean() < -3:
         lines.append("warning: to the teacher the student's text is very unlikely; compare prompts")
@@ -2462,9 +2493,10 @@ def preflight(config, run):
     if stop_id is not None:
         ids = sorted(run.sampling["eos_ids"])
         lines.append(f"stops: {ids} count as one, written as {stop_id}; see --no_merge_stops")
-    elif stops[0] != stops[1]:
+    elif run.stops["student"] != run.stops["teacher"]:
+        student, teacher = (sorted(run.stops[role]) for role in ("student", "teacher"))
         lines.append(
-            f"warning: student stops at {stops[0]}, teacher at {stops[1]}: it may unlearn it"
+            f"warning: student stops at {student}, teacher at {teacher}: it may unlearn it"
         )
     if run.tokenizer.chat_template != run.teacher_tokenizer.chat_template:
         lines.append("warning: the chat templates differ; both models read the student's")
@@ -2641,13 +2673,13 @@ def prepare_files(config, run, checkpoint):
     """Empty files for a new run, the checkpoint's for a resumed one. What stands in --output_dir
     of another run, or of later steps, is renamed to .old.
     """
-    os.makedirs(config.output_dir, exist_ok=True)
-    own = checkpoint and os.path.samefile(f"{checkpoint}/..", config.output_dir)
+    os.makedirs(config.output_dir, exist_ok=True)  # --eval_only in here removes it while empty
     # What goes aside
     page = [] if checkpoint else [f"{config.output_dir}/rollouts.html"]
     checkpoints = list_checkpoints(config.output_dir)
-    later = [path for path in checkpoints if not own or step_of(path) > run.step]
-    for path in [*filter(os.path.exists, run.files + page), *later]:
+    if checkpoint and os.path.samefile(f"{checkpoint}/..", config.output_dir):
+        checkpoints = [path for path in checkpoints if step_of(path) > run.step]
+    for path in [*filter(os.path.exists, run.files + page), *checkpoints]:
         shutil.rmtree(f"{path}.old", ignore_errors=True)
         os.replace(path, f"{path}.old")
     # What takes its place
@@ -2712,9 +2744,9 @@ def suspect(run):
     return ""
 
 
-def explain(error, phase, now):
-    """One line, and the exit status, for what is no error of the program; "" for what is. now: the
-    flags as they are, empty before the first of them is used
+def explain(error, phase, flags):
+    """One line, and the exit status, for what is no error of the program; "" for what is. flags: as
+    they are, and the rows at once in use; empty before the first of them is used
     """
     text = " ".join(str(error).split())[:400]
     if isinstance(error, KeyboardInterrupt):
@@ -2724,20 +2756,21 @@ def explain(error, phase, now):
         told = f"out of memory in {phase}"
         if phase == "set-up":
             return f"{told}: {text}" if text else told, 2
-        # The candidates of a prompt are sampled together
-        flag, least = "rollout_batch_size", now["num_generations"]
+        flag, cap = "rollout_batch_size", "max_new_tokens"
         if "update" in phase:
-            flag, least = "micro_batch_size", 1
-        elif phase.startswith("e"):  # evaluation, extrapolation
-            flag, least = "eval_batch_size", 1
-        if now[flag] > least:
-            return f"{told}; halve --{flag}, now {now[flag]}", 2
-        cap = "eval_max_new_tokens" if phase.startswith("evaluation") else "max_new_tokens"
-        return f"{told}: a single prompt is too long for it; lower --{cap}", 2
+            flag = "micro_batch_size"
+        elif phase.startswith("extrapolation"):
+            flag = "eval_batch_size"
+        elif phase.startswith("evaluation"):
+            flag, cap = "eval_batch_size", "eval_max_new_tokens"
+            if "by the teacher" in phase:
+                flag = "teacher_eval_batch_size"
+        return f"{told}; {use_less(flags, flag, flags[flag], cap)}", 2
     # What torch says of drawing from NaN is a RuntimeError; on a GPU it is an assert
     if isinstance(error, FloatingPointError) or re.search("probability tensor|device-side", text):
         return f"{phase} is not finite: {text}", 2
-    if isinstance(error, OSError) or isinstance(error, (ValueError, ImportError)) and not now:
+    mistake = isinstance(error, (ValueError, ImportError)) and not flags  # in set-up
+    if mistake or isinstance(error, OSError):
         module, path = getattr(error, "name", None), getattr(error, "filename", None)
         if module:
             text += f"; pip install {module.split('.')[0]}"
@@ -2792,9 +2825,12 @@ def rollout_in_groups(
     return out
 
 
-def tokens_at_once(vocab_size, elements=25_000_000):
+LOGITS_AT_ONCE = 25_000_000  # 100 MB in float32
+
+
+def tokens_at_once(vocab_size):
     """Of how many tokens the logits may exist at one time: 164 at V = 151,936, 403,225 at V = 62"""
-    return max(1, elements // vocab_size)
+    return max(1, LOGITS_AT_ONCE // vocab_size)
 
 
 @torch.no_grad()
@@ -3066,6 +3102,26 @@ def evaluate_and_save(config, run):
         save_checkpoint(config, run)
 
 
+def grade(config, run, model, problems, **settings):
+    """evaluate as the flags say, unless settings say otherwise, with this model's stops and rows at
+    once -> its metrics and answers
+    """
+    eos_ids, flag = run.sampling["eos_ids"], "eval_batch_size"
+    if model is run.teacher:
+        eos_ids, flag = eos_ids | run.stops["teacher"], "teacher_eval_batch_size"
+    how = {
+        **run.sampling,
+        "eos_ids": eos_ids,
+        "temperature": config.eval_temperature,
+        "top_p": config.eval_top_p,
+        "max_length": config.eval_max_new_tokens,
+        "segment_length": config.segment_length,
+        "seed": config.seed,
+        "rows_per_batch": run.rows_at_once[flag],
+    }
+    return evaluate(model, run.tokenizer, problems, **{**how, **settings})
+
+
 def evaluate_files(config, run, who):
     """Evaluate who on every --eval_file -> {file: metrics}; they are shown and recorded
 
@@ -3074,66 +3130,45 @@ def evaluate_files(config, run, who):
     """
     run.phase = f"evaluation after step {run.step}"
     began = clock(run.device)
-    # Who answers, and who judges the answers
+    # Who answers, who judges the answers, and what is asked
     model, judge_model = run.sampler, run.teacher
-    if who in ("teacher", "prompted_teacher", "eval_only"):
-        judge_model = None
-    how = {
-        **run.grading,
-        **run.sampling,
-        "temperature": config.eval_temperature,
-        "top_p": config.eval_top_p,
-        "max_length": config.eval_max_new_tokens,
-        "rows_per_batch": run.rows_at_once["eval_batch_size"],
-    }
+    evals, template = run.evals, config.prompt_template
     if who in ("teacher", "prompted_teacher"):
-        model = run.teacher
-        how["rows_per_batch"] = run.rows_at_once["teacher_eval_batch_size"]
-        how["eos_ids"] = run.sampling["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
-    template = config.prompt_template
-    evals = run.evals
+        run.phase += " by the teacher"
+        model, judge_model = run.teacher, None
     if who == "prompted_teacher":
-        template = config.teacher_prompt_template
-        evals = prompted_problems(run.evals)
+        evals, template = {}, config.teacher_prompt_template
+        for name, problems in run.evals.items():
+            known = [problem for problem in problems if "teacher_prompt_ids" in problem]
+            if known:
+                evals[name] = [{**own, "prompt_ids": own["teacher_prompt_ids"]} for own in known]
+    if not evals:
+        run.graded = run.step
+        return {}
     results, lines = {}, []
     for name, problems in evals.items():
-        more = {
-            "num_samples": config.eval_samples,
-            "teacher": judge_model,
-            "title": f"{who}, {name}",
-        }
-        metrics, answers = evaluate(model, problems=problems, **more, **how)
+        settings = {"num_samples": config.eval_samples, "title": f"{who}, {name}"}
+        metrics, answers = grade(config, run, model, problems, teacher=judge_model, **settings)
         if judge_model:
-            metrics |= probe(config, run, answers, metrics["avg_at_n"], how)
+            metrics |= probe(config, run, answers, metrics["avg_at_n"])
         # To the screen, the tracker, and later the files
         shown = ", ".join(f"{key} {round(value, 3)}" for key, value in metrics.items())
         say(f"{who} on {name}, step {run.step}: {shown}")
         run.tell(metrics, f"{who}/{name}/")
         results[name] = metrics
         for answer in answers:
-            told = {key: value for key, value in answer.items() if not key.endswith("_ids")}
-            told.pop("solution", None)  # it is in the file, once
-            lines.append({"step": run.step, "model": who, "eval": name, **told})
-    told = {"thinking": config.enable_thinking, "prompt_template": template}
-    told |= {"time_eval": clock(run.device) - began, **run.standing()}
+            kept = {key: value for key, value in answer.items() if not key.endswith("_ids")}
+            kept.pop("solution", None)  # it is in the file, once
+            lines.append({"step": run.step, "model": who, "eval": name, **kept})
+    asked = {"thinking": config.enable_thinking, "prompt_template": template}
+    took = {"time_eval": clock(run.device) - began}
     # All lines or none, at the end: what is broken off is done again on resume
     with whole_step(run):
         if is_main():
             append_json(run.files[1], *lines)
-        run.record({"model": who, "eval": results, **told})
+        run.record({"model": who, "eval": results, **asked, **took, **run.standing()})
         run.graded = run.step
     return results
-
-
-def prompted_problems(evals):
-    """Of {file: problems} those with a prompt for the teacher, under it; files that have any"""
-    prompted = {}
-    for name, problems in evals.items():
-        for problem in problems:
-            if "teacher_prompt_ids" in problem:
-                own = {**problem, "prompt_ids": problem["teacher_prompt_ids"]}
-                prompted.setdefault(name, []).append(own)
-    return prompted
 
 
 def gap_lines(graded):
@@ -3142,13 +3177,13 @@ def gap_lines(graded):
     """
     lines = []
     for name, informed in graded.get("prompted_teacher", {}).items():
-        student, alike = (graded[who][name] for who in ("student", "teacher"))
-        gap = informed["avg_at_n"] - student["avg_at_n"]
+        student = graded["student"][name]
+        if informed["num_problems"] < student["num_problems"]:
+            continue  # those that it has a prompt for may be the easy ones
+        gap = 100 * (informed["avg_at_n"] - student["avg_at_n"])
         lines.append(
-            f"{name}: student {student['avg_at_n']:.1%}, teacher asked alike "
-            f"{alike['avg_at_n']:.1%}, with its own prompt {informed['avg_at_n']:.1%} (on "
-            f"{informed['num_problems']} of {student['num_problems']} problems): a gap of "
-            f"{100 * gap:+.1f} points, in which the gain is said to be linear (2605.30070); "
+            f"{name}: the teacher with its own prompt is {gap:+.1f} points ahead of the student, a "
+            "gap in which the gain is said to be linear (2605.30070); "
             # A shortcut that only a solution allows is learned, too
             f"its answers have {informed['mean_length']:.0f} tokens, the student's "
             f"{student['mean_length']:.0f}"
@@ -3156,34 +3191,35 @@ def gap_lines(graded):
     return lines
 
 
-def probe(config, run, answers, accuracy, how):
+def probe(config, run, answers, accuracy):
     """How much more often the teacher ends right, going on from answers cut at --probe_depths"""
-    eos_ids = how["eos_ids"] | stop_ids(run.teacher, run.teacher_tokenizer)
-    advantages = {}
+    advantages, phase = {}, run.phase
+    run.phase += " by the teacher"
     for depth in config.probe_depths:
         begun = []
         for answer in answers:
             kept = answer["response_ids"][: answer["length"] * depth // 100]
             begun.append({**answer, "prompt_ids": teacher_prompt(answer), "begun": kept})
-        left = how["max_length"] - how["max_length"] * depth // 100  # not more in all
-        onward = {**how, "eos_ids": eos_ids, "max_length": left, "title": f"teacher from {depth}%"}
-        onward["rows_per_batch"] = run.rows_at_once["teacher_eval_batch_size"]
-        metrics, _ = evaluate(run.teacher, problems=begun, **onward)
+        most = config.eval_max_new_tokens
+        onward = {"max_length": most - most * depth // 100, "title": f"teacher from {depth}%"}
+        metrics, _ = grade(config, run, run.teacher, begun, **onward)  # not longer in all
         advantages[f"advantage_from_{depth}"] = metrics["avg_at_n"] - accuracy
+    run.phase = phase
     return advantages
 
 
 def extrapolate_student(config, run):
     """Move the student on along its update since the last time, if it helps -> metrics  [EffOPD]"""
-    run.phase, began = "extrapolation", clock(run.device)
+    run.phase = "extrapolation"
+    began = clock(run.device)
     # The same problems and the same seed every time: only the weights differ
     problems = random.Random(config.seed).sample(run.answered, config.validation_size)
 
     def validate(weights):
         run.sampler.load_state_dict(weights, strict=False)
-        settings = {**run.grading, **run.sampling, "max_length": config.max_new_tokens}
-        settings["rows_per_batch"] = run.rows_at_once["eval_batch_size"]
-        metrics, answers = evaluate(run.sampler, problems=problems, **settings)
+        # As training samples
+        settings = {"max_length": config.max_new_tokens, "temperature": config.temperature}
+        metrics, answers = grade(config, run, run.sampler, problems, top_p=1.0, **settings)
         # Its samples are part of the price
         lengths = torch.tensor([answer["length"] for answer in answers])
         prompts = torch.tensor([len(answer["prompt_ids"]) for answer in answers])
@@ -3224,7 +3260,8 @@ def cold_start_step(config, run, step):
 
     # Learn the sampled ids, of which the teacher's hidden states are not asked
     out |= {"loss_mask": mask & right[:, None], "token_weight": mask.float()}
-    out["teacher_hidden"] = [valid[valid][:, None] for valid in mask]
+    lengths = mask.sum(-1).tolist()
+    out["teacher_hidden"] = [torch.ones(length, 1, device=run.device) for length in lengths]
     settings = update_settings(config, run)
     settings |= {"teacher_head": torch.nn.Identity(), "measure": None, "token_loss": cross_entropy}
     rate = config.cold_start_learning_rate
@@ -3468,17 +3505,14 @@ def read_run(root, name):
 
         # Accuracies are means over the files; the curve is the student's
         if record.get("eval"):
-            who = record["model"]
             accuracy = np.mean([metrics["avg_at_n"] for metrics in record["eval"].values()])
-            if who == "prompted_teacher":  # as it teaches
-                who = "teacher"
-            if who == "student":
+            if record["model"] == "student":
                 run["curve"].append((record["generated_tokens"], seconds, accuracy))
-                who = "before"
+                run["after" if record["step"] else "before"] = accuracy
                 if record["step"]:
-                    who = "after"
                     run["final"] = record["eval"]
-            run[who] = accuracy
+            else:  # the teacher with its own prompt, as it teaches, comes last
+                run[record["model"].removeprefix("prompted_")] = accuracy
     run["pair"] = (seed, *sorted(run["final"]))  # runs that may be subtracted
     return run if "last" in run else None
 
@@ -3540,7 +3574,7 @@ def report_table(runs):
         *TITLES.splitlines(),
         *[report_row(group, baseline) for group in groups.values()],
         f"accuracy in %; ±: standard error over the seeds; {len(runs)} runs",
-        "opd is the first row; x: times its cost; seconds of training",
+        f"opd: here {next(iter(groups))}, the first row; x: times its cost; seconds of training",
     ]
 
 
@@ -3607,8 +3641,8 @@ def open_world(config):
 
 def open_run(config):
     """What the flags name, and --output_dir prepared -> run: new, or as a checkpoint left it"""
-    flags, folder = {**asdict(config), "processes": NUM_RANKS}, config.resume
-    state = {}
+    flags = {**asdict(config), "processes": NUM_RANKS}
+    folder, state = config.resume, {}
     if folder == "latest":
         folder = (list_checkpoints(config.output_dir) or [""])[-1]
         if not folder:
@@ -3625,11 +3659,6 @@ def open_run(config):
     kinds = ("generated", "teacher", "trained", "validation", "cold_start")
     run.counts = {f"{kind}_tokens": 0 for kind in kinds} | {"flops": 0}
     run.tokenizer = load(AutoTokenizer, folder or config.student)
-    run.grading = {
-        "tokenizer": run.tokenizer,
-        "seed": config.seed,
-        "segment_length": config.segment_length,
-    }
     read_files(config, run)
     load_models(config, run, folder or config.student)
     check_tokens(run)
@@ -3640,12 +3669,12 @@ def open_run(config):
     ask_math_verify("1", None)  # if it cannot start, better now than after an evaluation
     kind = config.report_to if is_main() else "none"
     run.track = open_tracker(kind, config.output_dir, flags, state.get("step", -1) + 1)
-    # Where it stands
-    moments = state.pop("optimizer", None)
-    vars(run).update(state, flags=flags)
-    run.rows_at_once = rows_that_fit(config, run)
-    if moments:
-        run.optimizer.load_state_dict(moments)
+    # Where it stands; of the flags those given now hold
+    for name in set(state) - {"flags", "optimizer"}:
+        setattr(run, name, state[name])
+    run.rows_at_once = rows_that_fit(config, run)  # it counts with moments yet to come
+    if state:
+        run.optimizer.load_state_dict(state["optimizer"])
     if is_main() and not config.eval_only:
         prepare_files(config, run, folder)
     return run
@@ -3704,8 +3733,8 @@ def main(argv=None):
     except (Exception, KeyboardInterrupt) as error:
         # A second one does not break off the saving
         held.enter_context(on_signals(signal.SIG_IGN))
-        now = {**vars(config), **run.rows_at_once} if run.flags else {}
-        told, status = explain(error, run.phase, now)
+        flags = {**vars(config), **run.rows_at_once} if run.flags else {}
+        told, status = explain(error, run.phase, flags)
         if "is not finite" in told:
             with contextlib.suppress(Exception):  # memory, or a GPU that fails
                 told += suspect(run)

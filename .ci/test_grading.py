@@ -264,6 +264,36 @@ def test_no_text_raises_or_takes_long_and_the_next_answer_is_graded(response, go
     assert opd.is_correct(r"\boxed{\frac{2}{4}}", "0.5")
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"5\text{" + "x" * 2000 + "{y}}",
+        "5" + r"\;" * 1500 + "x",
+        "5" + "~" * 3000 + "x",
+        "5_" + "~" * 1500 + "x" + "~" * 1500 + "y",
+        "5^" + "~" * 3000 + "x",
+        r"\a{" + "~" * 3000 + "x",
+    ],
+    ids="text thin wide base power wrapped".split(),
+)
+def test_no_spelling_takes_long_where_nothing_comes_of_a_long_run(answer):
+    """What tries every way to share out a run takes minutes, in the process that trains."""
+    begin = time.perf_counter()
+    opd.spell(answer)
+    assert time.perf_counter() - begin < 2
+
+
+def test_a_unit_is_not_sought_in_every_way_in_a_long_text(monkeypatch):
+    """Its letters, in their order, from the first: gal is gallons, and gallons is not galon..."""
+    monkeypatch.setattr(opd, "ask_math_verify", lambda *_: False)
+    begin = time.perf_counter()
+    assert not opd.is_correct(r"\boxed{5 \text{" + "galon" * 120 + "}}", r"5 \text{ gallonz}")
+    assert time.perf_counter() - begin < 2
+    assert opd.is_correct(r"\boxed{5 \text{ gal}}", r"5 \text{ gallons}")
+    assert not opd.is_correct(r"\boxed{5 \text{ lag}}", r"5 \text{ gallons}")
+    assert not opd.is_correct(r"\boxed{5 \text{ allons}}", r"5 \text{ gallons}")
+
+
 def test_a_lone_surrogate_leaves_the_process_of_math_verify_alive():
     (worker,) = [value for value in opd.ask_math_verify.__defaults__ if isinstance(value, dict)]
     before = worker["process"].pid

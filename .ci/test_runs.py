@@ -112,6 +112,7 @@ def world(small_world):
     problems = test_opd.read(small_world / "train.jsonl")
     write(small_world / "again" / "eval.jsonl", *problems[3:5])
     write(small_world / "pair.jsonl", *problems[3:5])
+    write(small_world / "double.jsonl", *problems, problems[0])
     write(small_world / "unanswered.jsonl", {"problem": "1 2 3"})
     write(small_world / "empty.jsonl", text="")
     write(small_world / "bad.jsonl", text='{"problem": "1"}\n{"problem": \n')
@@ -324,6 +325,8 @@ MOMENTS = {
     "an update": (opd, "optimizer_step", 4, any_call, "after"),
     "an extrapolation": (opd, "extrapolate", 3, any_call, "before"),  # of step 4
     "an evaluation": (opd, "evaluate", 3, of_two_problems, "before"),
+    "the teacher's evaluation": (opd, "evaluate", 1, any_call, "before"),
+    "what the teacher makes of answers": (opd, "evaluate", 4, any_call, "before"),  # of two files
     # Those graded after step 4, and not yet their means: two evaluations were before the first step
     "the writing of answers": (opd, "append_json", 3, of_samples, "after"),
     "the writing of a model": (
@@ -796,7 +799,7 @@ MISTAKES = {
         {"student": "{world}/custom"},
         "models that come with code are not supported",
     ),
-    "a chat template that raises": ({"student": "{world}/strict"}, ": no system, no answer; see"),
+    "a chat template that raises": ({"student": "{world}/strict"}, ": no system, no answer"),
     "a token in prompts that the models have not": (
         {"student": "{world}/think", "teacher": "{world}/think"},
         "prompts have the token '<think>' (24), and the models know only the first 24",
@@ -990,6 +993,16 @@ def test_fewer_prompts_than_processes_are_refused(monkeypatch):
         opd.check_config(opd.parse_args(["--batch_size", "2"]))
 
 
+def test_one_gpu_for_all_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = dataclasses.replace(opd.TINY, device="cuda:1")
+    opd.check_config(config)
+    monkeypatch.setattr(opd, "NUM_RANKS", 2)
+    opd.check_config(dataclasses.replace(config, device="cuda"))
+    with pytest.raises(ValueError, match="--device cuda:1: each process takes a GPU"):
+        opd.check_config(config)
+
+
 def test_a_run_of_two_ranks_ends_with_one_set_of_weights_and_only_the_first_rank_writes(
     world, tmp_path
 ):
@@ -998,6 +1011,7 @@ def test_a_run_of_two_ranks_ends_with_one_set_of_weights_and_only_the_first_rank
     def run(out, **changes):
         flags = {**LONG, "method": "prefix-guided", "batch_size": 3, "max_steps": 2}
         flags |= {"max_new_tokens": 8, "eval_every": 1, "save_every": 0, **changes}
+        flags["train_file"] = "{world}/double.jsonl"  # of which there is a note
         folder = tmp_path / f"{len(os.listdir(tmp_path))}"
         codes, logs, results = in_two(run_of_two, folder, command(world, out, **flags))
         assert codes == [0, 0], logs
@@ -1005,7 +1019,8 @@ def test_a_run_of_two_ranks_ends_with_one_set_of_weights_and_only_the_first_rank
         assert_same(first, second, tolerance=0)
         assert_same(first, load_student(out / checkpoints(out)[-1]).state_dict(), tolerance=0)
         assert wrote and nothing == []
-        assert "| loss" in logs[0] and "| loss" not in logs[1]
+        for told in ("| loss", "note: "):
+            assert told in logs[0] and told not in logs[1]
 
     run(tmp_path / "a")
     run(tmp_path / "b", max_steps=1)
@@ -1320,7 +1335,9 @@ def test_the_prompts_of_a_step_come_short_ones_first_with_their_candidates_toget
         ([0.2, 0.8], 10, [2, 8]),
         ([0.3, 0.7], 4, [1, 3]),  # 1.2 and 2.8
         ([0.333, 0.333, 0.334], 10, [3, 4, 3]),  # 3.33 each: edges at 3.33 and 6.66
-        ([0.15, 0.15, 0.7], 10, [2, 1, 7]),  # edges at 1.5, to the even one, and 3
+        ([0.15, 0.15, 0.7], 10, [2, 1, 7]),  # edges at 1.5, up, and 3
+        ([0.375, 0.25, 0.375], 4, [2, 1, 1]),  # edges at 1.5 and 2.5: none gets nothing
+        ([0.35, 0.1, 0.55], 10, [4, 1, 5]),  # edges at 3.5 and what Python adds up to 4.4999999
     ],
 )
 def test_a_mixture_draws_each_files_share_to_the_nearest_prompt(mix, batch_size, expected):
@@ -1395,6 +1412,27 @@ def test_grading_goes_on_when_its_process_has_died():
     worker["process"].kill()
     worker["process"].wait()
     assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
+
+
+def test_a_question_that_control_c_breaks_off_leaves_no_reply_to_the_next_one(monkeypatch):
+    """Both are right, and "True" is the reply to the first."""
+    with monkeypatch.context() as patch:
+        patch.setattr(opd.select, "select", throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            opd.ask_math_verify("1", "1")
+    assert not opd.ask_math_verify("1", "2")
+    assert opd.ask_math_verify("1", "1")
+
+
+def test_a_process_that_control_c_breaks_off_while_it_starts_is_asked_nothing(monkeypatch):
+    """Its "ready", still to be read, would be the first reply."""
+    starting = types.SimpleNamespace(readline=throw(KeyboardInterrupt()))
+    process = types.SimpleNamespace(stdout=starting, poll=lambda: None)
+    monkeypatch.setattr(opd.subprocess, "Popen", lambda *_, **__: process)
+    worker = {"process": None}
+    with pytest.raises(KeyboardInterrupt):
+        opd.ask_math_verify("1", "1", worker=worker)
+    assert worker["process"] is None
 
 
 def test_control_c_in_a_terminal_is_not_for_the_process_that_grades():
@@ -2107,6 +2145,15 @@ def test_no_chat_template_gives_the_message_as_it_is(world, tmp_path):
         assert run.tokenizer.convert_ids_to_tokens(run.pools[0][0]["prompt_ids"])[0] == first
 
 
+@pytest.mark.parametrize("flag, says", [(None, "(there is --no_chat"), (True, "the tokenizer fai")])
+def test_no_chat_template_is_named_where_it_is_not_given_yet(
+    flag, says, world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(opd, "encode_prompt", throw(TypeError("no text")))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        opened(world, tmp_path, no_chat_template=flag)
+
+
 def test_the_prompt_template_is_what_the_models_read_around_a_problem(world, tmp_path):
     template = "a {problem} b"
     _, run = opened(
@@ -2530,17 +2577,17 @@ def test_the_logits_of_a_plan_are_those_of_one_chunk():
     assert plan["judging"] == 10 * 25_000_000
 
 
-def fitting(monkeypatch, gigabytes, phase="rollout", before=0, **flags):
+def fitting(monkeypatch, gigabytes, flag="rollout_batch_size", before=0, **flags):
     """rows_that_fit on a GPU with so much free, where each of at most 20 rows takes 1 GB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 1e9, None))
-    kind = "cache" if phase == "rollout" else "kept"
+    phase, kind = ("update", "kept") if flag == "micro_batch_size" else ("rollout", "cache")
     sizes = {"student": 10**9, "teacher": 0, "bf16": False, "columns": 1000, "vocab": 1}
-    plan = {"rollout_batch_size": (phase, 20, {**sizes, kind: 10**6})}
+    plan = {flag: (phase, 20, {**sizes, kind: 10**6})}
     monkeypatch.setattr(opd, "plan_phases", lambda config, run: plan)
     run = types.SimpleNamespace(device=torch.device("cuda"))
-    run.rows_at_once = {"rollout_batch_size": before} if before else {}
+    run.rows_at_once = {flag: before} if before else {}
     rows = opd.rows_that_fit(opd.Config(**{"num_generations": 2, **flags}), run)
-    return rows["rollout_batch_size"]
+    return rows[flag]
 
 
 @pytest.mark.parametrize("gigabytes, rows", [(100, 20), (28, 16), (18, 8)])
@@ -2567,17 +2614,21 @@ def test_rows_are_told_of_only_where_fewer_fit_than_before(gigabytes, before, as
 @pytest.mark.parametrize(
     "flags, instead",
     [
-        ({"rollout_batch_size": 30}, "lower --rollout_batch_size"),
-        ({"num_generations": 30}, "lower --max_new_tokens"),
-        ({"phase": "update", "rollout_batch_size": 0}, "lower --max_new_tokens"),
+        ({"rollout_batch_size": 30}, "halve --rollout_batch_size, now 30"),
+        ({"num_generations": 30}, "a single prompt .* lower --max_new_tokens"),
+        ({"flag": "micro_batch_size"}, "a single prompt .* lower --max_new_tokens"),
         (
-            {"phase": "update", "no_gradient_checkpointing": True},
+            {"flag": "micro_batch_size", "no_gradient_checkpointing": True},
             "leave out --no_gradient_checkpointing",
+        ),
+        (
+            {"flag": "teacher_eval_batch_size", "eval_batch_size": 30},
+            "halve --eval_batch_size, now 30",
         ),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_flag_to_change(flags, instead, monkeypatch):
-    gigabytes = 11 if flags.get("phase") else 28
+    gigabytes = 11 if flags.get("flag") == "micro_batch_size" else 28
     with pytest.raises(ValueError, match=f"do not fit: .* lacks .*B of GPU memory; {instead}, or"):
         fitting(monkeypatch, gigabytes, **flags)
 
@@ -2678,6 +2729,14 @@ def test_before_the_first_step_those_are_evaluated_who_cost_little(
     config, run = opened(world, tmp_path, **flags)
     assert opd.columns_at_most(run) == {"step": 12, "student": 12, "teacher": 12}
     assert opd.evaluated_first(config, run) == whom
+
+
+def test_without_a_file_to_evaluate_on_nobody_is_evaluated_and_nothing_says_so(
+    world, tmp_path, capsys
+):
+    train(world, tmp_path, eval_file=None, cold_start_steps=1, max_steps=1)
+    assert all("eval" not in line for line in test_opd.read(tmp_path / "metrics.jsonl"))
+    assert "evaluated before step 1: nobody" in capsys.readouterr().out
 
 
 def test_a_run_that_was_not_evaluated_before_has_no_accuracy_before(world, tmp_path):
@@ -3752,6 +3811,14 @@ MEMORY = {
         "out of memory in evaluation after step 4; halve --eval_batch_size, now 5",
         "checkpoint-4",
     ),
+    "the teacher's evaluation": (
+        "out of memory in evaluation after step 0 by the teacher; halve --eval_batch_size, now 5",
+        "",
+    ),
+    "what the teacher makes of answers": (
+        "out of memory in evaluation after step 0 by the teacher; halve --eval_batch_size, now 5",
+        "",
+    ),
     "an extrapolation": (
         "out of memory in extrapolation; halve --eval_batch_size, now 5",
         "checkpoint-2",
@@ -3769,6 +3836,8 @@ def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
     if "cold" in moment:
         flags["cold_start_steps"] = 2
         monkeypatch.setattr(opd, "is_correct", lambda text, gold: True)
+    if "makes of" in moment:
+        flags["probe_depths"] = 50
     out = tmp_path / "out"
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     with monkeypatch.context() as patch:
@@ -3805,7 +3874,8 @@ def test_what_is_no_error_of_the_program_is_told_in_one_line(error, expected):
 
 
 SIZES_NOW = {"rollout_batch_size": 8, "micro_batch_size": 2, "eval_batch_size": 2}
-SIZES_NOW |= {"num_generations": 4}
+SIZES_NOW |= {"num_generations": 4, "teacher_eval_batch_size": 3}
+SIZES_NOW |= {"no_gradient_checkpointing": False}
 
 
 @pytest.mark.parametrize(
@@ -3816,17 +3886,29 @@ SIZES_NOW |= {"num_generations": 4}
         (
             "the rollout of step 1",
             {"rollout_batch_size": 4},  # the candidates of a prompt stay together
-            ": a single prompt is too long for it; lower --max_new_tokens",
+            "; a single prompt is too long for it: lower --max_new_tokens",
         ),
         (
             "the update of step 1",
             {"micro_batch_size": 1},
-            ": a single prompt is too long for it; lower --max_new_tokens",
+            "; a single prompt is too long for it: lower --max_new_tokens",
         ),
         (
             "evaluation after step 1",
             {"eval_batch_size": 1},
-            ": a single prompt is too long for it; lower --eval_max_new_tokens",
+            "; a single prompt is too long for it: lower --eval_max_new_tokens",
+        ),
+        ("evaluation after step 1 by the teacher", {}, "; halve --eval_batch_size, now 3"),
+        (
+            "the update of step 1",
+            {"micro_batch_size": 1, "no_gradient_checkpointing": True},
+            "; leave out --no_gradient_checkpointing",
+        ),
+        ("extrapolation", {}, "; halve --eval_batch_size, now 2"),
+        (
+            "extrapolation",
+            {"eval_batch_size": 1},
+            "; a single prompt is too long for it: lower --max_new_tokens",
         ),
     ],
 )
@@ -4790,7 +4872,14 @@ def test_the_first_row_is_plain_opd_wherever_it_stands(tmp_path):
         made_run(tmp_path / name)
     rows, lines = table(tmp_path)
     assert list(rows) == ["a/opd", "a/prefix-guided", "a/x"]
-    assert lines[-1].startswith("opd is the first row; x: times its cost")
+    assert lines[-1].startswith("opd: here a/opd, the first row; x: times its cost")
+
+
+def test_without_opd_the_report_says_which_row_stands_in_its_place(tmp_path):
+    for name in ("x", "prune"):
+        made_run(tmp_path / name)
+    _, lines = table(tmp_path)
+    assert lines[-1].startswith("opd: here prune, the first row")
 
 
 def test_a_difference_to_the_baseline_is_taken_seed_by_seed(tmp_path):

@@ -109,19 +109,16 @@ def test_answers_end_with_the_one_stop_in_evaluations_of_either_model(world, pai
         metrics = opd.evaluate_files(config, run, who)["eval"]
         assert metrics["stopped_fraction"] > 0
     for model in (run.student, run.teacher):
-        settings = {**run.grading, **run.sampling, "max_length": 12, "num_samples": 40}
-        _, answers = opd.evaluate(model, problems=run.evals["eval"], **settings)
+        _, answers = opd.grade(config, run, model, run.evals["eval"], num_samples=40)
         ends = [answer["response_ids"][-1] for answer in answers if not answer["truncated"]]
         assert ends and set(ends) == {SECOND}
         assert not [answer for answer in answers if END in answer["response_ids"]]
 
 
 def test_rewards_of_answers_are_of_the_merged_law(world, pair, tmp_path):
-    _, run = opened(world, tmp_path, **pair)
-    settings = {**run.grading, **run.sampling, "max_length": 12, "num_samples": 8}
-    _, answers = opd.evaluate(
-        run.student, problems=run.evals["eval"], teacher=run.teacher, **settings
-    )
+    config, run = opened(world, tmp_path, **pair)
+    judged = {"teacher": run.teacher, "num_samples": 8}
+    _, answers = opd.grade(config, run, run.student, run.evals["eval"], **judged)
     for answer in answers[:8]:
         rewards = []
         ids = torch.tensor([answer["prompt_ids"] + answer["response_ids"]])

@@ -539,14 +539,20 @@ def test_three_are_graded_before_the_first_step_and_the_gap_is_told(
         100 * line["eval"]["some_graded"]["avg_at_n"] for line in evaluations[:3]
     )
     assert len({alike, told, student}) > 1
-    line = (
-        f"some_graded: student {student:.1f}%, teacher asked alike {alike:.1f}%, with its own "
-        f"prompt {told:.1f}% (on 2 of 3 problems): a gap of {told - student:+.1f} points"
-    )
-    lengths = [of(evaluations, who)["mean_length"] for who in ("prompted_teacher", "student")]
-    tokens = f"its answers have {lengths[0]:.0f} tokens, the student's {lengths[1]:.0f}"
-    out = capsys.readouterr().out
-    assert line in out and tokens in out
+    assert "points ahead" not in capsys.readouterr().out  # of two problems and of three
+
+
+def test_before_the_first_step_a_line_tells_how_far_the_prompted_teacher_is_ahead(
+    world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(opd, "is_correct", says_a)
+    _, _, evaluations = train(world, tmp_path, **informed(max_steps=1, eval_samples=4))
+    told, student = (of(evaluations, who) for who in ("prompted_teacher", "student"))
+    gap = 100 * (told["avg_at_n"] - student["avg_at_n"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "points ahead" in line]
+    assert line.startswith(f"graded: the teacher with its own prompt is {gap:+.1f} points ahead")
+    lengths = [metrics["mean_length"] for metrics in (told, student)]
+    assert gap and line.endswith(f"have {lengths[0]:.0f} tokens, the student's {lengths[1]:.0f}")
 
 
 def test_where_no_problem_to_be_graded_has_a_solution_there_is_no_third_line(
@@ -554,8 +560,8 @@ def test_where_no_problem_to_be_graded_has_a_solution_there_is_no_third_line(
 ):
     flags = informed(eval_file="{world}/eval.jsonl", max_steps=1)
     _, _, evaluations = train(world, tmp_path, **flags)
-    (third,) = [line for line in evaluations if line["model"] == "prompted_teacher"]
-    assert third["eval"] == {} and "a gap of" not in capsys.readouterr().out.split("step")[-1]
+    assert "prompted_teacher" not in [line["model"] for line in evaluations]
+    assert "points ahead" not in capsys.readouterr().out
 
 
 def test_the_third_evaluation_counts_towards_what_is_cheap(world, tmp_path):
@@ -565,8 +571,11 @@ def test_the_third_evaluation_counts_towards_what_is_cheap(world, tmp_path):
         assert opd.evaluated_first(config, run) == whom
 
 
-def test_the_preflight_tells_what_the_teachers_prompt_changes(world, tmp_path, monkeypatch):
-    config, run = opened(world, tmp_path, **informed())
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_preflight_tells_what_the_teachers_prompt_changes(
+    temperature, world, tmp_path, monkeypatch
+):
+    config, run = opened(world, tmp_path, **informed(temperature=temperature))
     outs = []
     rollout = opd.rollout
     monkeypatch.setattr(opd, "rollout", lambda *a, **k: outs.append(rollout(*a, **k)) or outs[-1])
@@ -575,8 +584,9 @@ def test_the_preflight_tells_what_the_teachers_prompt_changes(world, tmp_path, m
     for rows in (as_read(outs[0]), rows_of(outs[0])):
         log_probs = []
         for ids, prompt in rows:
-            q = run.teacher(ids).logits[:, prompt - 1 : -1, :V].log_softmax(-1)
-            log_probs.append(q.gather(-1, ids[:, prompt:, None]).flatten())
+            logits = run.teacher(ids).logits[:, prompt - 1 : -1, :V]
+            log_q = (logits / temperature).log_softmax(-1)
+            log_probs.append(log_q.gather(-1, ids[:, prompt:, None]).flatten())
         means.append(torch.cat(log_probs).mean().item())
     own, alike = means
     assert f"teacher's mean log-prob {own:.2f}, top-4 overlap" in told
