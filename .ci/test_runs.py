@@ -3101,7 +3101,7 @@ def test_a_model_whose_probabilities_are_not_finite_ends_the_run_in_one_line(
 
     teacher = changed_copy(world, "teacher", tmp_path / "nan", forget)
     status, line = stopped(command(world, tmp_path / "out", teacher=teacher), capfd)
-    assert status == 2 and "evaluation after step 0 is not finite: " in line
+    assert status == 2 and "evaluation after step 0 by the teacher is not finite: " in line
     first = test_opd.read(world / "train.jsonl")[0]["problem"]
     assert f"; the teacher's logits are not, on the problem '{first}'" in line
 
