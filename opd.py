@@ -1334,7 +1334,7 @@ def draw_prompts(config, run, step):
         pools, shares = run.pools, config.mix
     # Each pool's share of the batch, to the nearest prompt. A half goes up: to the even number, a
     # share worth one prompt might get none
-    borders = np.round(np.cumsum([0, *shares]) * config.batch_size, 6)  # 4.5, not 4.4999999
+    borders = np.round(np.cumsum([0, *shares]) * config.batch_size, 6)  # 6.5, not 6.4999999
     counts = np.diff(np.floor(borders + 0.5)).astype(int)
     drawn = []
     for pool, count in zip(pools, counts.tolist()):
