@@ -1336,7 +1336,7 @@ def draw_prompts(config, run, step):
         pools, shares = run.pools, config.mix
     # Each pool's share of the batch, to the nearest prompt. A half goes up: to the even number, a
     # share worth one prompt might get none
-    borders = np.round(np.cumsum([0, *shares]) * config.batch_size, 6)  # 4.5, not 4.4999999
+    borders = np.round(np.cumsum([0, *shares]) * config.batch_size, 6)  # 6.5, not 6.4999999
     counts = np.diff(np.floor(borders + 0.5)).astype(int)
     drawn = []
     for pool, count in zip(pools, counts.tolist()):
@@ -1375,13 +1375,13 @@ SPELLINGS = {
     # a mixed number: 1 2/3
     r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
     # degrees: 90^\circ
-    r'\\degree|\^ *+\{?[ "]*+(\\circ|o\b)[ "]*\}?': ' "degrees"',
+    r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
     # a base, a modulus: 1011_2, 3 \pmod 4
     r"(?:\(?\b(\d\w*)\)? *+_|\(? *+\\?[pb]?(mod)\b) *+\{? *+(\w++) *+\}? *+\)?$": r'\1 "\2\3"',
     # roots: 2√3
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
     # what trails: 7. is 7; and 1 000 000
-    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]++$|(?<=\d) (?=\d{3})': "",
+    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
 }
 
 
@@ -1394,8 +1394,7 @@ def spell(answer):
     return re.sub('"[^"]*"|"', "", answer), re.sub(r"\^\d|\W|square|cubic", "", text)
 
 
-# Of a gold, value;unit, that math-verify would take for something else: words alone or among signs, a
-# modulus, dots
+# Of a gold, value;unit, that math-verify would take for something else: words, a modulus, dots
 NOT_FOR_MATH_VERIFY = r"^ *;|\\text|;mod|\.\.|\\[lc]?dots"
 
 
@@ -2254,27 +2253,30 @@ def plan_phases(config, run):
     """What memory_plan is told -> {flag of the rows at once: (phase, most rows, dict)}"""
     most, bf16 = run.most, run.sampler is not run.student
     step = {"student": 0, "teacher": 0, "bf16": bf16, "vocab": run.vocab_size}
-    evaluation = {**step, "columns": most["question"] + most["answer"]}
+    evaluation = {**step}
     if run.teacher:
         shape = run.teacher.config.get_text_config()
         wide = getattr(shape, "intermediate_size", 4 * shape.hidden_size)
-        step["student"] = evaluation["student"] = run.student.num_parameters()
-        step["teacher"] = evaluation["teacher"] = run.teacher.num_parameters()
+        step["student"] = run.student.num_parameters()
+        step["teacher"] = run.teacher.num_parameters()
+        step["judged"] = 6 * wide + 14 * shape.hidden_size
+        evaluation = {**step, "segment": most["answer"]}
         step["states"] = most["rows"] * most["response"] * shape.hidden_size * (2 if bf16 else 4)
-        step["judged"] = evaluation["judged"] = 6 * wide + 14 * shape.hidden_size
-        evaluation["segment"] = most["answer"]
-    step["columns"] = most["prompt"] + most["response"]
-    sampling = {**step, "cache": sum(run.cache_bytes), "segment": config.segment_length}
-    # Of both models as if both read the longer prompt
-    sampling["columns"] = max(most["prompt"], most["teacher_prompt"]) + most["response"]
-    teachers = {**evaluation, "cache": run.cache_bytes[-1]}
-    teachers["columns"] = max(most["question"], most["teacher_question"]) + most["answer"]
+
+    # Where both models keep a cache, as if both read the longer prompt
+    longer = max(most["prompt"], most["teacher_prompt"])
+    asked = max(most["question"], most["teacher_question"])
+    sampling = {"columns": longer + most["response"], "cache": sum(run.cache_bytes)}
+    learning = {"columns": most["prompt"] + most["response"], "kept": run.kept_bytes}
+    student = {"columns": most["question"] + most["answer"], "cache": run.cache_bytes[0]}
+    teacher = {"columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
+    sampling["segment"] = config.segment_length
     few, many = (most["rows"], 1024) if run.device.type == "cuda" else (4, 32)
     return {
-        "rollout_batch_size": ("rollout", most["rows"], sampling),
-        "micro_batch_size": ("update", few, {**step, "kept": run.kept_bytes}),
-        "eval_batch_size": ("rollout", many, {**evaluation, "cache": run.cache_bytes[0]}),
-        "teacher_eval_batch_size": ("rollout", many, teachers),
+        "rollout_batch_size": ("rollout", most["rows"], {**step, **sampling}),
+        "micro_batch_size": ("update", few, {**step, **learning}),
+        "eval_batch_size": ("rollout", many, {**evaluation, **student}),
+        "teacher_eval_batch_size": ("rollout", many, {**evaluation, **teacher}),
     }
 
 

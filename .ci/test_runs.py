@@ -1337,7 +1337,7 @@ def test_the_prompts_of_a_step_come_short_ones_first_with_their_candidates_toget
         ([0.333, 0.333, 0.334], 10, [3, 4, 3]),  # 3.33 each: edges at 3.33 and 6.66
         ([0.15, 0.15, 0.7], 10, [2, 1, 7]),  # edges at 1.5, up, and 3
         ([0.375, 0.25, 0.375], 4, [2, 1, 1]),  # edges at 1.5 and 2.5: none gets nothing
-        ([0.35, 0.1, 0.55], 10, [4, 1, 5]),  # edges at 3.5 and what Python adds up to 4.4999999
+        ([0.35, 0.3, 0.35], 10, [4, 3, 3]),  # edges at 3.5 and what is added up to 6.4999999
     ],
 )
 def test_a_mixture_draws_each_files_share_to_the_nearest_prompt(mix, batch_size, expected):
@@ -3101,7 +3101,7 @@ def test_a_model_whose_probabilities_are_not_finite_ends_the_run_in_one_line(
 
     teacher = changed_copy(world, "teacher", tmp_path / "nan", forget)
     status, line = stopped(command(world, tmp_path / "out", teacher=teacher), capfd)
-    assert status == 2 and "evaluation after step 0 is not finite: " in line
+    assert status == 2 and "evaluation after step 0 by the teacher is not finite: " in line
     first = test_opd.read(world / "train.jsonl")[0]["problem"]
     assert f"; the teacher's logits are not, on the problem '{first}'" in line
 
