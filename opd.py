@@ -1011,11 +1011,11 @@ def evaluate(
         # Sample, and let the teacher judge what was sampled
         batch = own[start : start + rows_per_batch]
         prompts = [answer["prompt_ids"] + answer.get("begun", []) for answer in batch]
-        out = rollout(model, None, prompts, Plan(max_length, segment_length), **sampling)
+        asked = [teacher_prompt(answer) + answer.get("begun", []) for answer in batch]
+        out = rollout(model, None, prompts, Plan(max_length, segment_length), asked, **sampling)
         rewards = [math.nan] * len(batch)
         if teacher:
-            asked = [teacher_prompt(answer) + answer.get("begun", []) for answer in batch]
-            log_q = response_log_probs(teacher, behind(out, asked), **head)
+            log_q = response_log_probs(teacher, out, name="teacher_prompt", **head)
             log_p = response_log_probs(model, out, **head)
             rewards = [(q - p).mean().item() for q, p in zip(log_q, log_p)]
 
@@ -1199,7 +1199,10 @@ def read_solution(value):
     and its line of the answer, and with a mark for halves of characters
     """
     text = value.strip() if isinstance(value, str) else ""
-    return re.sub(HALF, "\ufffd", re.sub(r"<<[^<>\n]*>>|####.*\Z", "", text)).strip()
+    before, mark, last = text.rpartition("####")
+    if mark and "\n" not in last:
+        text = before
+    return re.sub(HALF, "\ufffd", re.sub(r"<<[^<>\n]*>>", "", text)).strip()
 
 
 # What data sets add to a problem fights the template, and a grader of boxes. No .* is in here:
@@ -2467,7 +2470,7 @@ def preflight(config, run):
     plan = Plan(min(32, config.max_new_tokens))
     out = rollout(run.sampler, run.teacher, prompts, plan, asked, **settings)
     out["seconds"] = clock(run.device) - began
-    log_q = torch.cat(response_log_probs(run.teacher, behind(out, asked), **run.sampling))
+    log_q = torch.cat(response_log_probs(run.teacher, out, name="teacher_prompt", **run.sampling))
     overlap = out["overlap"][out["response_mask"]].mean().item()
 
     others = {"forward_kl": "KL(teacher || student)", "jsd": f"a mixture by {config.beta}"}
@@ -2836,7 +2839,7 @@ def tokens_at_once(vocab_size):
 
 
 @torch.no_grad()
-def response_logits(model, out, rows_at_once, name="prompt", *, vocab_size, **head):
+def response_logits(model, out, rows_at_once, name, vocab_size, **head):
     """What a model says at the responses of a rollout, some tokens at a time -> yields the logits
     there (n, V), and those tokens (n,)
 
@@ -2855,15 +2858,16 @@ def response_logits(model, out, rows_at_once, name="prompt", *, vocab_size, **he
 
 
 @torch.no_grad()
-def response_log_probs(model, out, vocab_size, **head):
+def response_log_probs(model, out, vocab_size, name="prompt", **head):
     """The log-probs that a model gives the responses of a rollout -> B tensors (length,)
 
-    head: for head_logits. Needs response_logits.
+    name: of the prompts that it reads, prompt or teacher_prompt. head: for head_logits. Needs
+    response_logits.
     """
-    longest = out["prompt_ids"].shape[1] + out["response_ids"].shape[1]
+    longest = out[f"{name}_ids"].shape[1] + out["response_ids"].shape[1]
     rows_at_once = max(1, 2**15 // longest)
     log_probs = []
-    for logits, tokens in response_logits(model, out, rows_at_once, vocab_size=vocab_size, **head):
+    for logits, tokens in response_logits(model, out, rows_at_once, name, vocab_size, **head):
         log_probs.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
     return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
 
@@ -3316,7 +3320,7 @@ def ask_both(run, out, k=5):
     """What both models say at each of the N tokens of a rollout's responses -> dict: sampled, kl,
     advantage (log q - log p) (N,); the k likeliest tokens of each model, and their probs (N, 2k)
     """
-    asked = response_logits(run.sampler, out, 1, **run.sampling)
+    asked = response_logits(run.sampler, out, 1, "prompt", **run.sampling)
     asked_teacher = response_logits(run.teacher, out, 1, "teacher_prompt", **run.sampling)
     chunks = []
     for (logits, sampled), (teacher_logits, _) in zip(asked, asked_teacher):

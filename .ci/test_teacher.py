@@ -10,6 +10,7 @@ torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
 import json
 import os
 import sys
+import time
 import warnings
 
 import pytest
@@ -634,3 +635,10 @@ def test_grading_alone_ignores_the_template(world, tmp_path):
             opd.main(command(world, tmp_path, **flags, teacher_prompt_template=template))
         )
     assert json.dumps(results[0]) == json.dumps(results[1])
+
+
+def test_a_solution_of_a_million_signs_is_read_in_under_a_second():
+    began = time.perf_counter()
+    for text in ("#" * 10**6 + "\nend", "<" * 10**6, "<<1" * 300_000, "####\n" * 200_000):
+        opd.read_solution(text)
+    assert time.perf_counter() - began < 4
