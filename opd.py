@@ -3295,13 +3295,14 @@ def why_stopped(config, out, row):
     if config.method == "prune":
         bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
-    if config.select == "random":
-        return "not selected"
     # Whatever it competed with, its prompt's best was kept; rows that had ended did not compete
     score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
     selected = out["kept"] & (out["response_mask"].sum(-1) > config.prefix)
-    least = score[selected & (score >= score[~out["kept"]].max())].min()
-    return f"not selected: overlap {score[row]:.3f} at first, where {least:.3f} was kept"
+    better = score[selected & (score >= score[~out["kept"]].max())]
+    # By chance, or by a rule of one's own, there is no score to tell
+    if config.method != "prefix-guided" or config.select == "random" or not len(better):
+        return "not selected"
+    return f"not selected: overlap {score[row]:.3f} at first, where {better.min():.3f} was kept"
 
 
 def first_rows(config, problems, plan, out, prompts=4):

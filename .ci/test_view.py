@@ -321,6 +321,12 @@ def test_a_row_that_ended_before_the_prefix_was_not_kept_for_its_score():
     assert headline(out, 2, **GUIDED).endswith("where 0.800 was kept")
 
 
+def test_a_rule_of_ones_own_has_no_score():
+    out = made_rollout([0.9, 0.8, 0.7], [0, 0, 0])
+    assert headline(out, 1, method="opd") == "not selected"
+    assert headline(out, 1, **GUIDED) == "not selected"
+
+
 def test_chance_has_no_score():
     out = made_rollout([0.9, 0.8, 0.7], [1, 0, 1])
     assert headline(out, 1, **GUIDED, select="random") == "not selected"
