@@ -3473,13 +3473,14 @@ def test_what_was_put_aside_before_gives_way_to_what_is_put_aside_now(world, tmp
     ]
     old = test_opd.read(tmp_path / "metrics.jsonl.old")
     assert [line for line in old if "loss" in line] == lines[1] != lines[0]
-    names = {"metrics.jsonl", "samples.jsonl", "rollouts.html", "checkpoint-1"}
+    names = {"metrics.jsonl", "samples.jsonl", "checkpoint-1"}
     assert set(os.listdir(tmp_path)) == names | {f"{name}.old" for name in names}
 
 
 def test_no_view_writes_no_rollouts(world, tmp_path):
-    train(world, tmp_path, max_steps=1, eval_file=None, no_view=True)
-    assert "rollouts.html" not in os.listdir(tmp_path)
+    for no_view in (True, None):
+        train(world, tmp_path, max_steps=1, eval_file=None, no_view=no_view)
+        assert ("rollouts.html" in os.listdir(tmp_path)) is (no_view is None)
 
 
 SIGNALS = {
@@ -3701,8 +3702,7 @@ def test_a_full_disk_ends_a_run_in_one_line_with_the_last_checkpoint_whole(
         status, line = stopped(command(world, tmp_path, **LONG), capfd)
     assert status == 2 and "No space left on device" in line and "checkpoint-2" in line
     assert_whole(tmp_path / "checkpoint-2")
-    names = ["checkpoint-2", "metrics.jsonl", "rollouts.html", "samples.jsonl"]
-    assert sorted(os.listdir(tmp_path)) == names
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "metrics.jsonl", "samples.jsonl"]
     resume(world, tmp_path)
     assert outcome(tmp_path) == outcome(whole)
 
@@ -5114,7 +5114,7 @@ def test_a_report_of_no_run_with_steps_is_refused(tmp_path, capfd):
 
 
 def test_a_run_ends_with_its_own_report_and_the_path_of_its_checkpoint(world, tmp_path, capsys):
-    train(world, tmp_path, max_steps=1, no_view=True)
+    train(world, tmp_path, max_steps=1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"checkpoint in {tmp_path}/checkpoint-1"
     own = opd.report_table([opd.read_run("", str(tmp_path))])
