@@ -7,7 +7,7 @@ PYTHON ?= python3
 demo: .venv/ready
 	.venv/bin/python opd.py --output_dir out/demo
 
-# Every claim, offline, on tiny models: two to three minutes. Three workers: some tests wait for others.
+# Every claim, offline, on tiny models: two to three minutes. Three workers: some tests wait.
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 3 --dist worksteal test_opd.py .ci/test_*.py
 
