@@ -1584,6 +1584,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150
     eval.jsonl. From one base model the teacher learns of a careful author; the student, briefly, of
     one of other habits who slips often, and believes the slips.
     """
+    # One tokenizer for both, as OPD needs it
     tokenizer = tiny_tokenizer(sum(LEXICON.values(), []))
 
     def learn(model, title, steps, lengths, habit, slip_rate, believes=False, order=1):
@@ -1959,6 +1960,7 @@ def compare_vocabularies(student_vocab, teacher_vocab):
     """Two dicts of tokens and ids -> how many ids both have. What one has beyond is cut off.
     ValueError, naming three tokens, where they differ before that, or a token has two ids.
     """
+    # The ids up to the last that is the same token in both
     size = 1 + max([i for t, i in student_vocab.items() if teacher_vocab.get(t) == i], default=-1)
     alone = dict(sorted(student_vocab.items() ^ teacher_vocab.items()))
     twice = student_vocab.keys() & teacher_vocab.keys()
@@ -2024,6 +2026,7 @@ def read_files(config, run):
         return problems
 
     run.evals, run.pools = {}, []
+    # A file's name is its evaluation's, its path where two have one name
     for path in config.eval_file:
         name = os.path.splitext(os.path.basename(path))[0]
         run.evals[path if name in run.evals else name] = read(path, needs_answers=True)
@@ -2204,6 +2207,7 @@ def check_lengths(run):
 
 def kept_for_backward(student, autocast, checkpointed):
     """The bytes that the student's forward keeps of a token for backward."""
+    # Two widths: what does not grow with the tokens, the weights, drops out of the difference
     sizes, kept = [], {}
 
     def note(tensor):  # by where it lies: many an operation keeps the same tensor
@@ -2923,6 +2927,7 @@ def read_prompts(model, prompts, pad_id):
 
 def cut_room(out, length):
     """A finished rollout, cut to its longest response, the teacher's states end to end."""
+    # There was room up to the cap; all may have ended before
     for name in ("response_ids", "response_mask", "overlap", "log_probs"):
         out[name] = out[name][:, :length]
     for row, pieces in enumerate(out["teacher_hidden"]):  # in place: never all of them twice
@@ -3007,6 +3012,7 @@ def summarise(answers, num_samples):
     def mean(key):
         return float(np.mean(values(key)))
 
+    # A row per problem, of its answers
     correct = np.array(values("correct")).reshape(-1, num_samples)
     stopped = ~np.array(values("truncated")).reshape(-1, num_samples)
     by_problem = correct.mean(1)
@@ -3324,6 +3330,7 @@ def ask_both(run, out, k=5):
     asked = response_logits(run.sampler, out, 1, "prompt", **run.sampling)
     asked_teacher = response_logits(run.teacher, out, 1, "teacher_prompt", **run.sampling)
     chunks = []
+    # One row at a time, so that both are cut into the same chunks, whatever their prompts
     for (logits, sampled), (teacher_logits, _) in zip(asked, asked_teacher):
         told = {"sampled": sampled, "kl": reverse_kl(logits, teacher_logits)}
         log_probs = torch.stack([logits, teacher_logits], dim=1).log_softmax(-1)  # (n, 2, V)
@@ -3353,9 +3360,11 @@ def row_html(config, run, row):
     shown, problem = run.shown, run.shown["problems"][row]
     ids = shown["response_ids"][row][shown["response_mask"][row]].tolist()
     parts = []
+    # The prompt, above the first of its candidates
     if row % config.num_generations == 0:
         asked = f"{run.tokenizer.decode(problem['prompt_ids'])} (answer: {problem['answer']})"
         parts.append(f"<h2>{html.escape(asked)}</h2>")
+    # What became of it
     verdict = ""
     if problem["answer"] is not None:
         text = run.tokenizer.decode(ids, skip_special_tokens=True)
@@ -3364,6 +3373,7 @@ def row_html(config, run, row):
     stopped = shown["stopped"][row]
     parts.append(f'<h3><b class="{verdict}">{verdict}</b> {len(ids)} tokens, {stopped}</h3>')
     parts.append('<div class="row">')
+    # Its tokens, each escaped: what a model writes is never markup
     bad = shown["overlap"][row] < (config.drift_threshold if config.method == "prune" else 0)
     for place, text in enumerate(token_texts(run.tokenizer, ids, problem["prompt_ids"][0])):
         kind = "border " * (place in shown["borders"]) + "bad" * bool(bad[place])
@@ -3452,14 +3462,17 @@ def write_view(config, run):
     if not run.shown:
         return
     run.phase, path = f"rollouts.html of step {run.step}", f"{config.output_dir}/rollouts.html"
+    # The numbers of all tokens, end to end, for the script
     told, valid = ask_both(run, run.shown), run.shown["response_mask"]
     data = {name: told.pop(name).tolist() for name in ("sampled", "tokens")}
     told["overlap"] = run.shown["overlap"][valid]
     told["weight"] = (run.shown["token_weight"] * run.shown["loss_mask"])[valid]
     data |= {name: x.cpu().double().round(decimals=3).tolist() for name, x in told.items()}
+    # A token's text once, not at every place where it is likely
     used = sorted(set().union(*data["tokens"]))
     before = run.shown["problems"][0]["prompt_ids"][0]
     data["words"] = {token: token_texts(run.tokenizer, [token], before)[0] for token in used}
+    # Which run this is
     usual = Config() if config.student else TINY
     usual = replace(usual, output_dir=config.output_dir, method=config.method)
     flags = [f"--{name} {x}" for name, x in vars(config).items() if x != getattr(usual, name)]
@@ -3470,8 +3483,10 @@ def write_view(config, run):
         "flags": html.escape(" ".join(flags)),
         "top": 1 + config.w_base if config.method == "prune" else 1,
         "rows": "".join(row_html(config, run, row) for row in range(len(valid))),
+        # Without "<" nothing in it can end the script
         "data": json.dumps(data, separators=(",", ":")).replace("<", r"\u003c"),
     }
+    # Whoever looks at it while it is written sees the last one
     with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
         file.write(page)
     os.replace(f"{path}.partial", path)  # whole or not at all
@@ -3571,6 +3586,7 @@ def report_row(group, baseline):
 
 def report_table(runs):
     """Runs, as read_run gives them -> lines: a row per method, the baseline first"""
+    # Whatever ends in opd is what the others are measured by
     names = sorted({run["group"] for run in runs})
     plain = [name for name in names if os.path.basename(name) == "opd"]
     groups = {name: [] for name in plain + names}
@@ -3589,6 +3605,7 @@ def draw_report(runs):
     """Accuracy against tokens and seconds, overlap by position, a colour per method -> figure"""
     from matplotlib.figure import Figure
 
+    # Not pyplot, which would look for a screen
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     by_tokens, by_position, by_seconds = figure.subplots(1, 3)
     by_tokens.set(xlabel="generated tokens", ylabel="accuracy (a line per seed)")
