@@ -205,7 +205,7 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
 
 
 def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
-    """Reverse KL of k + 1 classes: the support S of reverse_kl_topk, and all others as one more.
+    """Reverse KL of |S| + 1 classes: the support S of reverse_kl_topk, all others as one more.
 
         sum_S p (log p - log q) + p_rest (log p_rest - log q_rest),    p_rest = 1 - sum_S p
 
@@ -575,9 +575,8 @@ def head_logits(model, hidden, vocab_size, temperature=1.0, eos_ids=(), stop_id=
     eos_ids are merged into it. Set-up refuses models that do more than this behind their hidden
     states (Gemma 2's softcap, Cohere's factor).
     """
-    logits = model.get_output_embeddings()(hidden)[
-        ..., :vocab_size
-    ]  # the module: so adapters on it count
+    # The module is called, not its weight multiplied: adapters on it count
+    logits = model.get_output_embeddings()(hidden)[..., :vocab_size]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1)
     return logits if stop_id is None else merge_stops(logits, eos_ids, stop_id)
 
