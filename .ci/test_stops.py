@@ -26,6 +26,7 @@ from test_opd import END, V, close, command, repeatable, train
 small_world = test_opd.world
 world = test_runs.world
 handlers = test_runs.handlers
+made = test_runs.made
 SECOND = 20  # a second stop token
 
 
@@ -197,14 +198,10 @@ def test_the_law_that_is_merged_is_that_of_the_temperature(world, pair, tmp_path
     )
 
 
-@pytest.fixture(scope="module")
-def tiny_world(tmp_path_factory):
+@pytest.fixture
+def tiny_world(made):
     """A tiny world whose models have learned nothing."""
-    folder = tmp_path_factory.mktemp("tiny") / "world"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opd, "imitate", lambda *_: None)
-        opd.make_world(str(folder), 3)
-    return folder
+    return made[0]
 
 
 def test_the_miniature_of_self_distillation_shows_all_three_and_what_became_of_the_student(

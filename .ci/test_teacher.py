@@ -19,6 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from test_runs import changed_copy, few_positions, load_student, opened, stopped, watch
 from test_runs import flags_read_once as flags_read_once  # and the next: fixtures of every test
 from test_runs import handlers as handlers
+from test_runs import made as made
 
 import opd
 import test_opd
@@ -248,26 +249,23 @@ def test_of_duplicates_the_first_solution_stays_wherever_it_stands(solutions, tm
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The problems of the tiny world, which nobody has learned from -> {file: list}"""
-    folder = tmp_path_factory.mktemp("made") / "world"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opd, "imitate", lambda *_: None)
-        opd.make_world(str(folder), 3)
-    return {name: opd.load_problems(str(folder / f"{name}.jsonl")) for name in ("train", "eval")}
+def of_world(made):
+    """The problems of the tiny world, to train and to evaluate on."""
+    train_file, eval_file = (f"{made[0]}/{name}.jsonl" for name in ("train", "eval"))
+    return opd.load_problems(train_file) + opd.load_problems(eval_file)
 
 
-def test_the_solutions_of_the_tiny_world_end_in_the_answer_and_are_in_its_words(made):
+def test_the_solutions_of_the_tiny_world_end_in_the_answer_and_are_in_its_words(of_world):
     words = {*sum(opd.LEXICON.values(), [])} - {*opd.LEXICON["special"]}
-    for problem in made["train"] + made["eval"]:
+    for problem in of_world:
         assert opd.is_correct(problem["solution"], problem["answer"])
         assert set(problem["solution"].split()) <= words
 
 
-def test_no_solution_of_the_tiny_world_is_too_long_beside_its_problem(made):
+def test_no_solution_of_the_tiny_world_is_too_long_beside_its_problem(of_world):
     tokenizer = opd.tiny_tokenizer(sum(opd.LEXICON.values(), []))
     lengths = []
-    for problem in made["train"] + made["eval"]:
+    for problem in of_world:
         text = opd.fill_template(TEMPLATE, problem)
         lengths.append(len(opd.encode_prompt(tokenizer, text, "{problem}")))
     assert 64 < max(lengths) <= opd.TINY.max_prompt_length
