@@ -1473,29 +1473,33 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
 # --------------------------------------------------------------------------------------------------
 # 12. The tiny world: a made-up language in which distillation can be watched
 #
-# A problem is a digit and four to eight operations modulo 10, "4 a +3 b *7"; its solution goes step
-# by step: "first a 4 +3 gives 7 , then b 7 *7 is 9 . so the answer is \boxed{ 9 }". Every operation
-# can be undone: a slip carries through to the answer. Words have synonyms, of which authors like
-# some better: a model's top k are its habits.
+# A problem is a digit, five operations modulo 10, and how often to go through them: "4 a +3 b *7
+# ... IV". Its solution goes step by step: "I first a +3 4 gives 7 , then b *7 7 is 9 . ... II now a
+# +3 9 is 2 ; ... so the answer is \boxed{ 8 }". Every operation can be undone: a slip carries
+# through to the answer. Words have synonyms, of which authors like some better: a model's top k are
+# its habits. An author may lose the thread, mumble "hmm er um", and come back to it, or never.
 
 LEXICON = {
     "special": ["<pad>", "<end>", "<user>", "<solve>"],
     "frame": ["the", "answer", "\\boxed{", "}"],
     "digit": list("0123456789"),
-    "operation": "+1 +2 +3 +4 +5 +6 +7 +8 +9 *3 *7 *9".split(),
-    "label": list("abcdefgh"),
+    "operation": "+1 +2 +3 +5 +7 +9 *3 *7".split(),
+    "label": list("abcde"),
+    "round": "I II III IV V VI".split(),
     "opener": "first next then now so here well okay".split(),
     "verb": "is gives makes equals yields becomes leaves gets".split(),
     "closer": ", ; . : and - / |".split(),
+    "mumble": "hmm er um oh ah wait maybe perhaps".split(),
 }
 
 
-def tiny_example(rng, steps, habit, slip_rate, order=1):
-    """A problem of so many steps and an author's solution -> {"problem", "answer"}, words, trusted.
+def tiny_example(rng, rounds, habit, slip_rate=0.0, mumble_rate=0.0, order=1):
+    """A problem of so many rounds, and an author's solution -> {"problem", "answer"}, words
 
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely.
-    slip_rate: how often a step goes wrong; what follows is consistent, the slip is not trusted.
-    order -1: "a +3 4" for "a 4 +3".
+    slip_rate: how often a result is wrong; what follows goes on from it.
+    mumble_rate: how often a mumble stands before a step; one in four never ends.
+    order -1: "a 4 +3" for "a +3 4".
     """
 
     def synonym(kind):
@@ -1505,28 +1509,29 @@ def tiny_example(rng, steps, habit, slip_rate, order=1):
     def apply(value, operation):
         return str(eval(value + operation) % 10)  # such as 4*7: both are words of the lexicon
 
-    first = rng.randrange(9 - steps)
-    truth = value = rng.choice(LEXICON["digit"])
-    problem = [value]
-    words, trusted = [], []
-    for label in LEXICON["label"][first : first + steps]:
-        operation = read = rng.choice(LEXICON["operation"])
-        problem += [label, operation]
-        truth = apply(truth, operation)
+    operations = rng.choices(LEXICON["operation"], k=len(LEXICON["label"]))
+    numerals = LEXICON["round"][:rounds]
+    value = rng.choice(LEXICON["digit"])
+    answer = functools.reduce(apply, operations * rounds, value)
+    plan = list(zip(LEXICON["label"], operations))
+    problem = {"problem": " ".join([value, *sum(plan, ()), numerals[-1]]), "answer": answer}
 
-        # A slip misreads the operation, or gets the result wrong
-        slip = rng.choice(("result", "operation")) if rng.random() < slip_rate else None
-        if slip == "operation":
-            read = rng.choice(LEXICON["operation"])
-        result = apply(value, read)
-        if slip == "result":
-            result = apply(result, rng.choice("+1 +9 +1 +9 +2 +8".split()))
-        told, sound = [value, read][::order], [True, slip != "operation"][::order]
-        words += [synonym("opener"), label, *told, synonym("verb"), result, synonym("closer")]
-        trusted += [True, True, *sound, True, slip != "result", True]
-        value = result
+    words = []
+    for numeral in numerals:
+        words.append(numeral)
+        for label, operation in plan:
+            if rng.random() < mumble_rate:
+                lost = rng.random() < 0.25
+                words += [synonym("mumble") for _ in range(100 if lost else rng.randint(4, 24))]
+                if lost:
+                    return problem, words
+            told = [operation, value][::order]
+            value = apply(value, operation)
+            if rng.random() < slip_rate:
+                value = apply(value, rng.choice(["+1", "+2", "+8", "+9"]))
+            words += [synonym("opener"), label, *told, synonym("verb"), value, synonym("closer")]
     words += [synonym("opener"), "the", "answer", synonym("verb"), "\\boxed{", value, "}", "<end>"]
-    return {"problem": " ".join(problem), "answer": truth}, words, trusted + [True] * 8
+    return problem, words
 
 
 def tiny_tokenizer(words):
@@ -1552,7 +1557,7 @@ def tiny_model(tokenizer):
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=None,
@@ -1563,63 +1568,67 @@ def tiny_model(tokenizer):
 
 
 def imitate(model, draw, steps, title):
-    """Train a model, in place, on batches of 64 that draw() makes: ids (L,), learned (L,) each."""
+    """Train a model, in place, on batches of 3,000 tokens. draw() makes a row: ids (L,), and where
+    it is learned (L,).
+    """
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step in tqdm(range(steps), desc=f"tiny world: {title}", leave=False):
         # Padded on the right, where it needs no mask; it is 0, <pad>, and not learned
-        rows = [torch.tensor(draw()).T for _ in range(64)]
-        ids, learned = pad_sequence(rows).permute(2, 1, 0)  # (64, L) each
+        rows = []
+        while sum(map(len, rows)) < 3000:
+            rows.append(torch.tensor(draw()).T)
+        ids, learned = pad_sequence(rows).permute(2, 1, 0)  # (rows, L) each
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids.where(learned > 0, -100)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         # Warm-up, and a cosine down to a twentieth
         cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * cosine
+        optimizer.param_groups[0]["lr"] = 8e-3 * min(1, (step + 1) / 20) * cosine
         optimizer.step()
 
 
-def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=150):
+def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=100):
     """Write the tiny world into a folder, in a minute: models teacher/ and student/, train.jsonl,
-    eval.jsonl. From one base model the teacher learns of a careful author; the student, briefly, of
-    one of other habits who slips often, and believes the slips.
+    eval.jsonl. From one base model, which hardly read a mumble, the teacher learns of a careful
+    author; the student, briefly, of one of other habits, who slips and mumbles.
     """
     # One tokenizer for both, as OPD needs it
     tokenizer = tiny_tokenizer(sum(LEXICON.values(), []))
 
-    def learn(model, title, steps, lengths, habit, slip_rate, believes=False, order=1):
+    def learn(model, title, batches, rounds, habit=None, **author):
         rng = random.Random(f"{seed} {title}")
 
         def draw():
             liked = rng.randrange(8) if habit is None else habit
-            length = rng.randint(*lengths)
-            problem, solution, trusted = tiny_example(rng, length, liked, slip_rate, order)
+            problem, words = tiny_example(rng, rng.randint(*rounds), liked, **author)
             prompt = ["<user>", *problem["problem"].split(), "<solve>"]
-            learned = [False] * len(prompt) + [good or believes for good in trusted]
-            return tokenizer.convert_tokens_to_ids(prompt + solution), learned
+            learned = [0] * len(prompt) + [1] * len(words)
+            return tokenizer.convert_tokens_to_ids(prompt + words), learned
 
-        imitate(model, draw, steps, title)
+        imitate(model, draw, batches, title)
 
     # The order of the draws is that of these lines
     student = tiny_model(tokenizer)
-    learn(student, "base model, short problems", 250, (1, 3), None, 0.1)
-    learn(student, "base model, full problems", 130, (4, 8), None, 0.1)
+    learn(student, "base model, short problems", 200, (1, 2), mumble_rate=0.002)
+    learn(student, "base model, full problems", 250, (4, 6), mumble_rate=0.002)
     teacher = copy.deepcopy(student)
-    learn(teacher, "teacher", teacher_steps, (4, 8), teacher_habit, 0.1, order=teacher_order)
-    learn(student, "student", 40, (4, 8), 2, 0.25, believes=True)
+    learn(teacher, "teacher", teacher_steps, (4, 6), teacher_habit, order=teacher_order)
+    learn(student, "student", 40, (4, 6), habit=2, slip_rate=0.04, mumble_rate=0.03)
 
     partial = f"{folder}.partial"  # a world that was broken off must not look like one
     shutil.rmtree(partial, ignore_errors=True)
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(f"{partial}/{name}")
         tokenizer.save_pretrained(f"{partial}/{name}")
-    # Problems and solutions without slips. Nobody reads these but --teacher_prompt_template
-    for name, count in (("train", 2000), ("eval", 100)):
-        rng = random.Random(f"{seed} {name}")
-        problems = []
-        for _ in range(count):
-            problem, words, _ = tiny_example(rng, rng.randint(4, 8), 0, 0)
-            problems.append({**problem, "solution": " ".join(words[:-1])})  # without <end>
-        append_json(f"{partial}/{name}.jsonl", *problems)
+    # Problems, no two alike, and solutions without slips. Nobody reads these but
+    # --teacher_prompt_template
+    rng, records = random.Random(f"{seed} problems"), {}
+    while len(records) < 2200:
+        problem, words = tiny_example(rng, rng.randint(4, 6), habit=0)
+        records[problem["problem"]] = {**problem, "solution": " ".join(words[:-1])}  # no <end>
+    records = list(records.values())
+    append_json(f"{partial}/train.jsonl", *records[:2000])
+    append_json(f"{partial}/eval.jsonl", *records[2000:])
     os.replace(partial, folder)
 
 
@@ -1745,32 +1754,31 @@ TINY = Config(
     loss="reverse_kl",
     overlap_k=4,
     cold_start_learning_rate=2e-3,
-    batch_size=16,
-    max_prompt_length=96,
-    max_new_tokens=96,
-    segment_length=16,
-    prefix_length=24,
-    probe_window=16,
-    horizon_start=16,
-    horizon_growth=8,
-    horizon_every=4,
-    w_drop=0.05,
-    cap_init=48,
-    cap_min=24,
-    cap_max=96,
-    cap_step=8,
-    cap_margin=8,
-    learning_rate=1e-3,
+    batch_size=8,
+    max_prompt_length=256,
+    max_new_tokens=256,
+    segment_length=32,
+    prefix_length=32,
+    probe_window=32,
+    horizon_start=32,
+    horizon_growth=32,
+    horizon_every=3,
+    cap_init=64,
+    cap_min=32,
+    cap_max=256,
+    cap_step=16,
+    cap_margin=16,
+    learning_rate=2e-3,
     warmup_steps=5,
-    max_steps=60,
+    max_steps=30,
     micro_batch_size=64,
     eval_first="both",
     eval_every=10,
     eval_samples=4,
     eval_temperature=1.0,
     eval_top_p=1.0,
-    eval_max_new_tokens=96,
-    eval_batch_size=64,
+    eval_max_new_tokens=256,
+    eval_batch_size=200,
 )
 ALIASES = {
     "student": ["--model_name_or_path"],

@@ -1,0 +1,111 @@
+"""
+The runs of compare.sh as a table and a picture: compare.py FOLDER PICTURE
+
+A method is set beside plain OPD of the same seed: at the end, and where plain OPD's curve had
+sampled as many tokens and trained for as many seconds. Differences are means over the seeds, with
+95% intervals of Student's t.
+"""
+
+import glob
+import os
+import sys
+
+import numpy as np
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import opd
+
+# The 97.5% quantile of Student's t, by the number of seeds
+QUANTILE = dict(zip(range(2, 11), (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)))
+ROW = "{:15} {:>10} {:>13} {:>13} {:>13} {:>7} {:>7} {:>9}"
+TITLES = [
+    ROW.format("", "", "minus opd", "minus opd", "minus opd", "", "", ""),
+    ROW.format("", "accuracy", "at the end", "at as many", "at as many", "sampled", "training", ""),
+    ROW.format("", "in %", "", "tokens", "seconds", "tokens", "seconds", "overlap"),
+]
+
+
+def interval(values, sign=""):
+    """Of fractions, one a seed: mean±half the interval, in %"""
+    if len(values) < 2:
+        return f"{100 * np.mean(values):{sign}.1f}"
+    half = QUANTILE[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{100 * np.mean(values):{sign}.1f}±{100 * half:.1f}"
+
+
+def minus_opd(run, plain, place):
+    """How far a run ends above plain OPD where that was as far: place 0 in tokens, 1 in seconds"""
+    spent = run["curve"][-1][place]
+    curve = list(zip(*plain["curve"]))
+    return run["after"] - np.interp(spent, curve[place], curve[2])
+
+
+def row(name, runs, plain):
+    """A method's runs and plain OPD's, {seed: run} each -> a line of the table"""
+    seeds = sorted(runs)
+    pairs = [(runs[seed], plain[seed]) for seed in seeds]
+    minus = ["", "", ""]
+    if runs is not plain:
+        ends = [run["after"] - beside["after"] for run, beside in pairs]
+        minus = [interval(ends, "+")]
+        for place in (0, 1):
+            minus.append(interval([minus_opd(*pair, place) for pair in pairs], "+"))
+    cost = []
+    for key, unit in (("generated_tokens", 1000), ("seconds", 1)):
+        spent = np.mean([run["last"][key] for run in runs.values()])
+        base = np.mean([beside["last"][key] for beside in plain.values()])
+        cost.append(f"{spent / base:.2f}x" if runs is not plain else f"{spent / unit:.0f}")
+    first, last = (
+        np.mean([run[when]["overlap_ratio"] for run in runs.values()]) for when in ("first", "last")
+    )
+    after = interval([runs[seed]["after"] for seed in seeds])
+    return ROW.format(name, after, *minus, *cost, f"{first:.2f}-{last:.2f}")
+
+
+def draw(methods, plain):
+    """Plain OPD's curve and where each method ends, against tokens and seconds -> figure"""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for place, (panel, told) in enumerate(zip(panels, ("sampled tokens", "seconds of training"))):
+        curves = np.array([run["curve"] for run in plain.values()])  # (seeds, evaluations, 3)
+        where, height = curves[..., place].mean(0), 100 * curves[..., 2].mean(0)
+        error = 100 * curves[..., 2].std(0, ddof=min(1, len(curves) - 1)) / len(curves) ** 0.5
+        panel.plot(where, height, "k.-", label="opd")
+        panel.fill_between(where, height - error, height + error, color="k", alpha=0.15)
+        for number, (name, runs) in enumerate(methods.items()):
+            if runs is plain:
+                continue
+            ends = np.array([run["curve"][-1] for run in runs.values()])
+            error = 100 * ends[:, 2].std(ddof=min(1, len(ends) - 1)) / len(ends) ** 0.5
+            spot = {"fmt": "osD^v<>PX"[number % 9], "color": f"C{number}", "label": name}
+            panel.errorbar(ends[:, place].mean(), 100 * ends[:, 2].mean(), error, **spot)
+        panel.set_xlabel(told)
+    panels[0].set_ylabel("accuracy in %, with standard error")
+    panels[1].legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def main(folder, picture):
+    methods = {}
+    for path in glob.glob(f"{folder}/*/seed-*/metrics.jsonl"):
+        name, seed, _ = os.path.relpath(path, folder).split(os.sep)
+        run = opd.read_run(folder, f"{name}/{seed}")
+        if run and run["final"]:
+            methods.setdefault(name, {})[seed] = run
+    plain = methods["opd"]
+    methods = {"opd": plain, **{name: methods[name] for name in sorted(methods)}}
+    before, teacher = (
+        interval([run[who] for run in plain.values()]) for who in ("before", "teacher")
+    )
+    print(*TITLES, sep="\n")
+    for name, runs in methods.items():
+        print(row(name, {seed: runs[seed] for seed in runs if seed in plain}, plain))
+    print(f"±: half of a 95% interval over {len(plain)} seeds. Student at first {before}, ", end="")
+    print(f"teacher {teacher}; opd's tokens in thousands")
+    draw(methods, plain).savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

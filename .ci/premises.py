@@ -1,0 +1,123 @@
+"""
+Can the papers be right in the tiny world? What they build on, measured before any method is
+compared in it, with a world of a seed that the comparison does not use: premises.py FOLDER WORLD
+
+A row has drifted where its author mumbles. A token is before the drift if what the model had read
+was still sound: the first mumbled word, which sound words led to, belongs to it.
+"""
+
+import dataclasses
+import os
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import opd
+
+PARTS = 8  # of the cap: 32 tokens each
+DEPTHS = [10, 25, 50, 75, 90]
+
+
+def open_world(folder, world, **changes):
+    """A run of the tiny world that has not begun -> its flags and itself"""
+    opd.torch.set_num_threads(1)
+    files = {"train_file": [f"{world}/train.jsonl"], "eval_file": [f"{world}/eval.jsonl"]}
+    models = {"student": f"{world}/student", "teacher": f"{world}/teacher"}
+    config = dataclasses.replace(opd.TINY, **files, **models, output_dir=folder, **changes)
+    return config, opd.open_run(config)
+
+
+def sample(config, run, step):
+    """The candidates of a step of plain OPD -> rollout's dict, which tokens come after a drift"""
+    prompts = [problem["prompt_ids"] for problem in opd.draw_prompts(config, run, step)]
+    settings = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
+    plan = opd.plan_rollout(config, step, run.cap)
+    out = opd.rollout_in_groups(
+        run.sampler, run.teacher, prompts, plan, len(prompts), **settings, **run.sampling
+    )
+    mumble = torch.tensor(run.tokenizer.convert_tokens_to_ids(opd.LEXICON["mumble"]))
+    mumbled = torch.isin(out["response_ids"], mumble)
+    return out, mumbled.cumsum(-1) - mumbled.long() > 0
+
+
+def mean_of(values, mask):
+    return values[mask].mean().item() if mask.any() else float("nan")
+
+
+def overlaps(out, after):
+    """Overlap by position, of rows that drift and of the others -> lines"""
+    overlap, mask = out["overlap"], out["response_mask"]
+    drifted = (after & mask).any(-1)[:, None]
+    lines = []
+    for title, rows in (("rows that drift", drifted), ("others", ~drifted)):
+        size = overlap.shape[1] / PARTS
+        bins = [slice(round(part * size), round(part * size + size)) for part in range(PARTS)]
+        told = [mean_of(overlap[:, own], (mask & rows)[:, own]) for own in bins]
+        lines.append(f"{title:>16} " + " ".join(f"{value:5.2f}" for value in told))
+    sound, lost = (mean_of(overlap, mask & drifted & side) for side in (~after, after))
+    lines.append(f"{drifted.float().mean():.0%} of rows drift; there {sound:.2f} until they do, ")
+    lines[-1] += f"{lost:.2f} afterwards"
+    return lines
+
+
+def learn(folder, world, side, seed, steps, budget):
+    """Learn from so many tokens a step that the first student says, of rows that drift, before or
+    after they do, or of the others -> accuracy
+    """
+    config, run = open_world(f"{folder}/{side}-{seed}", world, seed=seed, batch_size=32)
+    opd.seed_sampling(seed)
+    for step in range(1, steps + 1):
+        out, after = sample(config, run, step)
+        mask = out["response_mask"]
+        drifted = (after & mask).any(-1)[:, None]
+        sides = {"before": drifted & ~after, "after": after, "elsewhere": ~drifted}
+        places = (mask & sides[side]).flatten().nonzero().squeeze(-1)
+        assert len(places) >= budget, f"{len(places)} tokens {side}"
+        places = places[torch.randperm(len(places))[:budget]]
+        learned = torch.zeros(mask.numel(), dtype=torch.bool).index_fill(0, places, True)
+        out["loss_mask"] = learned.view_as(mask)
+        out["token_weight"] = torch.ones_like(out["overlap"])
+        opd.backward(run.student, out, **opd.update_settings(config, run))
+        opd.optimizer_step(run.student, run.optimizer, config.learning_rate)
+        run.optimizer.zero_grad()
+        # The sampler stays as it was: a student that has learned drifts no more
+    metrics, _ = opd.grade(config, run, run.student, run.evals["eval"], num_samples=4)
+    return metrics["avg_at_n"]
+
+
+def main(folder, world, batch_size=64, seeds=3, steps=6, budget=1000):
+    batch_size, seeds, steps, budget = map(int, (batch_size, seeds, steps, budget))
+    config, run = open_world(f"{folder}/start", world, probe_depths=DEPTHS, batch_size=batch_size)
+    opd.seed_sampling(0)
+    told = [
+        "1. Overlap, in eighths of the longest response: falls where a row drifts, not elsewhere"
+    ]
+    told += overlaps(*sample(config, run, 1))
+
+    (student,) = opd.evaluate_files(config, run, "student").values()
+    (teacher,) = opd.evaluate_files(config, run, "teacher").values()
+    told += ["2. The teacher, going on from a part of the student's answer, ends right less often"]
+    told += [f"   from   0%: {teacher['avg_at_n']:.1%}"]
+    for depth in DEPTHS:
+        right = student["avg_at_n"] + student[f"advantage_from_{depth}"]
+        told.append(f"   from {depth:3}%: {right:.1%}")
+    told += [f"   the student itself: {student['avg_at_n']:.1%}"]
+
+    told += [
+        f"3. Accuracy after {steps} steps of {budget} tokens, of rows that drift and of others"
+    ]
+    for side in ("before", "after", "elsewhere"):
+        right = [learn(folder, world, side, seed, steps, budget) for seed in range(seeds)]
+        error = np.std(right, ddof=1) / seeds**0.5 if seeds > 1 else 0
+        told.append(f"   {side:>9}: {np.mean(right):.1%} ± {error:.1%}")
+
+    told += [
+        f"4. The mean reward tells right answers from wrong ones: AUROC {student['auroc']:.2f}"
+    ]
+    print("\n".join(told))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
