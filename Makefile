@@ -1,9 +1,8 @@
-# Every target works on a fresh machine with Python 3.11 or newer and make: .venv is made when it is
-# missing or out of date. The times are those of two CPU cores.
+# Needs Python 3.11 or newer: .venv is made when missing or out of date. Times are of two CPU cores.
 PYTHON ?= python3
 .PHONY: demo test lint bench premises compare conditions real clean
 
-# A tiny teacher and student are made, and the student learns from the teacher: one to two minutes.
+# A tiny teacher and student are made, and the student learns from the teacher: two to three minutes.
 demo: .venv/ready
 	.venv/bin/python opd.py --output_dir out/demo
 
@@ -22,11 +21,9 @@ bench: .venv/ready
 
 # Does what the papers build on hold in the tiny world? Four minutes.
 premises: .venv/ready
-	.ci/world.sh seed-100 seed=100
-	.venv/bin/python .ci/premises.py out/premises out/world/seed-100
+	.ci/world.sh seed-100 seed=100 && .venv/bin/python .ci/premises.py out/premises out/world/seed-100
 
-# Every method from the same tiny student, with five seeds: 25 minutes. It ends in a table and a
-# picture, in assets/; broken off, it goes on with the runs that are not done.
+# Every method with five seeds, a table and a picture: 25 minutes. Broken off, it goes on.
 compare: .venv/ready
 	.ci/compare.sh
 

@@ -68,8 +68,8 @@ def learn(folder, world, side, seed, steps, budget):
     """
     config, run = open_world(f"{folder}/{side}-{seed}", world, seed=seed, batch_size=32)
     opd.seed_sampling(seed)
-    for step in range(1, steps + 1):
-        out, after = sample(config, run, step)
+    # All of it from the student as it was: one that has learned drifts no more
+    for out, after in [sample(config, run, step) for step in range(1, steps + 1)]:
         mask = out["response_mask"]
         drifted = (after & mask).any(-1)[:, None]
         sides = {"before": drifted & ~after, "after": after, "elsewhere": ~drifted}
@@ -82,7 +82,6 @@ def learn(folder, world, side, seed, steps, budget):
         opd.backward(run.student, out, **opd.update_settings(config, run))
         opd.optimizer_step(run.student, run.optimizer, config.learning_rate)
         run.optimizer.zero_grad()
-        # The sampler stays as it was: a student that has learned drifts no more
     metrics, _ = opd.grade(config, run, run.student, run.evals["eval"], num_samples=4)
     return metrics["avg_at_n"]
 
