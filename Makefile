@@ -19,9 +19,9 @@ lint: .venv/ready
 bench: .venv/ready
 	.venv/bin/python .ci/bench.py
 
-# Does what the papers build on hold in the tiny world? Four minutes.
+# Does what the papers build on hold in the tiny world? Five minutes.
 premises: .venv/ready
-	.ci/world.sh seed-100 seed=100 && .venv/bin/python .ci/premises.py out/premises out/world/seed-100
+	.venv/bin/python .ci/premises.py out/premises | tail -n 17 | tee assets/premises.txt
 
 # Every method with five seeds, a table and a picture: 25 minutes. Broken off, it goes on.
 compare: .venv/ready

@@ -2845,7 +2845,7 @@ LOGITS_AT_ONCE = 25_000_000  # 100 MB in float32
 
 
 def tokens_at_once(vocab_size):
-    """Of how many tokens the logits may exist at one time: 164 at V = 151,936, 403,225 at V = 62"""
+    """Of how many tokens the logits may exist at one time: 164 at V = 151,936, 362,318 at V = 69"""
     return max(1, LOGITS_AT_ONCE // vocab_size)
 
 

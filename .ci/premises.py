@@ -1,6 +1,6 @@
 """
 Can the papers be right in the tiny world? What they build on, measured before any method is
-compared in it, with a world of a seed that the comparison does not use: premises.py FOLDER WORLD
+compared in it, in a world of a seed that the comparison does not use: premises.py FOLDER
 
 A row has drifted where its author mumbles. A token is before the drift if what the model had read
 was still sound: the first mumbled word, which sound words led to, belongs to it.
@@ -16,13 +16,13 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import opd
 
+SEED = 100
 PARTS = 8  # of the cap: 32 tokens each
 DEPTHS = [10, 25, 50, 75, 90]
 
 
 def open_world(folder, world, **changes):
     """A run of the tiny world that has not begun -> its flags and itself"""
-    opd.torch.set_num_threads(1)
     files = {"train_file": [f"{world}/train.jsonl"], "eval_file": [f"{world}/eval.jsonl"]}
     models = {"student": f"{world}/student", "teacher": f"{world}/teacher"}
     config = dataclasses.replace(opd.TINY, **files, **models, output_dir=folder, **changes)
@@ -86,8 +86,11 @@ def learn(folder, world, side, seed, steps, budget):
     return metrics["avg_at_n"]
 
 
-def main(folder, world, batch_size=64, seeds=3, steps=6, budget=1000):
-    batch_size, seeds, steps, budget = map(int, (batch_size, seeds, steps, budget))
+def main(folder, batch_size=64, seeds=3, steps=6, budget=1000):
+    opd.torch.set_num_threads(1)
+    world = f"{folder}/world"
+    if not os.path.exists(world):
+        opd.make_world(world, SEED)
     config, run = open_world(f"{folder}/start", world, probe_depths=DEPTHS, batch_size=batch_size)
     opd.seed_sampling(0)
     told = [
