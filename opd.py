@@ -15,7 +15,7 @@ The trip of the data through one step, and back to where the student has learned
     problems -> prompts (ids) -> rollout -> token_weights -> backward -> student -> sampler
                                  for each segment, up to a border:
                                    write    the student samples on its cache     its top k
-                                   judge    the teacher reads what is new        its top k, overlap
+                                   judge    the teacher reads what is new        its states, overlap
                                    choose   who goes on? the method's one rule   kept
                                    leave    the others leave both caches
 
@@ -31,10 +31,10 @@ Papers, by the tags used below
     [EOS]             2609.20511   all tokens that end a response count as one
     [OPSD]            2601.18734   a teacher that reads the solution: the student itself
 
-Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt p is row
-p * G + g), b of them still run; S prompt length, T response length, L both, n of it new; V
-vocabulary, K the top k, H hidden size (H' the teacher's), N response tokens of some rows end to
-end. p and q are the probabilities of student and teacher, never logits.
+Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt i is row
+i * G + g), b of them still run; S prompt length, T response length, L both, n of it new, or in a
+chunk; V vocabulary, K the top k, H hidden size (H' the teacher's), N response tokens of some rows
+end to end. p and q are the probabilities of student and teacher, never logits.
 
 Part I is what the papers define, in the order in which one would explain it. Part II is plumbing.
 """
@@ -252,7 +252,7 @@ def alignment(student_logits, teacher_logits, response_mask, k):
     """How well the two models agree where the student went. (B, T, V), (B, T, V), (B, T) -> dict of
     floats, means over the mask. With response_mask None: dict of (B, T), each position's own.
                                                                         [Rethinking-OPD, eqs. 6-10]
-    It is logged, of what is learned; methods act on the overlap of all that is sampled, judge's.
+    Logged of what is learned, but overlap_ratio of all that is sampled, on which methods act.
     I: the tokens in the top k of both; _bar: renormalised on I. Needs is_among.
         overlap_ratio            |I| / k
         overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar) = -KL(p_bar || q_bar)/|I|
@@ -339,10 +339,10 @@ def best_prefixes(
 ):
     """The rule of prefix-guided OPD, a goes_on of Plan. overlap (B, length) -> (B,) bool   [PG-OPD]
 
-    At length `at` (the prefix) keep_ratio * B rows go on, those that run with the highest mean
-    overlap in the first probe_window tokens, and one or more of every prompt that has one running;
-    random: by chance, a control. The others leave both caches, and token_weights leaves them out of
-    the loss. B: the rows of one rollout, so a group of rollout_in_groups. Needs select_prefixes.
+    At length `at` (the prefix) keep_ratio * B running rows go on: the best of every prompt, then
+    the best of all others, by mean overlap in the first probe_window tokens; random: by chance, a
+    control. The others leave both caches; token_weights may leave them out of the loss. B: the rows
+    of one rollout, so a group of rollout_in_groups. Needs select_prefixes.
     """
     if length != at:
         return torch.ones_like(ended)
@@ -358,8 +358,9 @@ def best_prefixes(
     return select_prefixes(score, min(len(ended), slots)).flatten()
 
 
-# Prune-OPD in four places: w from the overlap, here; the stop where w is 0, reliable_rows; the loss
-# weight w + w_base, token_weights; the cap that moves after each update, next_max_length, in train.
+# Prune-OPD in four places: w from the overlap, here; the stop at a border where w is 0,
+# reliable_rows; the loss weight w + w_base, token_weights; the cap that moves after each update,
+# next_max_length, through next_cap in train.
 
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
@@ -413,7 +414,7 @@ def extrapolate(weights, anchor, validate, max_tries=5):
         not strictly better than the one before
 
     weights, anchor: dicts of tensors, as they are now and as the last call returned them (at first
-    as before step 1); validate: dict -> float. It is called after steps 1, 2, 4, 8, ...; Adam's
+    as before step 1); validate: dict -> float. Tried after steps 1, 2, 4, 8, ...; Adam's
     moments stay. Example: from anchor 1 to weight 2, the tries are 4, 6, 8, 10, 12.
     -> the accepted dict, the accepted k (0: plain OPD goes on), the scores of weights and every try
     """
@@ -491,10 +492,10 @@ def generate(
     top_p=1.0,
     record_k=0,
 ):
-    """Sample up to max_new_tokens further tokens of each row, with top_p 1 from what losses score.
+    """Sample up to max_new_tokens further tokens of each row, at top_p 1 as the losses score them.
 
     input_ids, attention_mask: (B, L), padded on the left. cache: of the columns 0 to L - 2, as the
-    last call left it, or None; it grows in place, and transformers computes what it lacks alone.
+    last call left it, or None; it grows in place, and transformers computes only what it lacks.
     temperature 0 is greedy. stop_id: what all eos_ids are written as, see merge_stops; None: each
     is a token of its own. pad_id: what rows that ended go on with, any id that has an embedding;
     when all have ended, there are no more columns.
@@ -511,6 +512,8 @@ def generate(
         topk.append(within.topk(record_k).indices)  # (B, K)
         return within
 
+    # transformers asks for its signature at every token: that of a wrapper is parsed from text
+    as_scored.__call__ = as_scored
     draw = {"do_sample": False}
     if temperature:
         draw = {"do_sample": True, "top_p": top_p, "top_k": 0}
@@ -632,7 +635,7 @@ def rollout(
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), 0 off the mask
         log_probs   (B, T), as sampled, of each segment's last token, else NaN
-        ended, kept   (B,): has an EOS, was stopped by the plan at no border
+        ended, kept   (B,): has an EOS; was never stopped by the plan
         teacher_hidden   B of (length, H'), or of None;   teacher_seconds
     """
     device = student.device
@@ -891,9 +894,9 @@ def train(config, run):
         plan = plan_rollout(config, step, run.cap)
         candidates = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
         candidates["for_teacher"] = [teacher_prompt(problem) for problem in problems]
-        rows = run.rows_at_once["rollout_batch_size"]
+        size = run.rows_at_once["rollout_batch_size"]
         out = rollout_in_groups(
-            run.sampler, run.teacher, prompts, plan, rows, **candidates, **run.sampling
+            run.sampler, run.teacher, prompts, plan, size, **candidates, **run.sampling
         )
 
         run.phase = f"the update of step {step}"
@@ -932,7 +935,7 @@ THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # up to the last end, or all if
 
 def last_boxed(text):
     r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is
-    none: a solution that was cut off in its answer has no answer. \boxed 4 is a box, too.
+    none: the one before it counts. \boxed 4 is a box, too.
     Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"
     """
     text = re.sub(r"\\boxed\s*(-?[\d.]*\d|\\[a-z][^\s$]*)", r"\\boxed{\1}", text)
@@ -1016,7 +1019,7 @@ def evaluate(
         if teacher:
             log_q = response_log_probs(teacher, out, name="teacher_prompt", **head)
             log_p = response_log_probs(model, out, **head)
-            rewards = [(q - p).mean().item() for q, p in zip(log_q, log_p)]
+            rewards = [(theirs - ours).mean().item() for theirs, ours in zip(log_q, log_p)]
 
         # Grade the text, without the tokens that end it
         for row, answer in enumerate(batch):
@@ -1498,7 +1501,7 @@ def tiny_example(rng, rounds, habit, slip_rate=0.0, mumble_rate=0.0, order=1):
 
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely.
     slip_rate: how often a result is wrong; what follows goes on from it.
-    mumble_rate: how often a mumble stands before a step; one in four never ends.
+    mumble_rate: how often a mumble stands before a step; after one in four nothing else comes.
     order -1: "a 4 +3" for "a +3 4".
     """
 
@@ -1607,7 +1610,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=100
 
         imitate(model, draw, batches, title)
 
-    # The order of the draws is that of these lines
+    # Each draws from a stream of its own
     student = tiny_model(tokenizer)
     learn(student, "base model, short problems", 200, (1, 2), mumble_rate=0.002)
     learn(student, "base model, full problems", 250, (4, 6), mumble_rate=0.002)

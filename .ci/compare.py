@@ -2,8 +2,8 @@
 The runs of compare.sh as a table and a picture: compare.py FOLDER PICTURE
 
 A method is set beside plain OPD of the same seed: at the end, and where plain OPD's curve had
-sampled as many tokens and trained for as many seconds. Differences are means over the seeds, with
-95% intervals of Student's t.
+sampled as many tokens and trained for as many seconds; beyond its end that is its end. Differences
+are means over the seeds, with 95% intervals of Student's t.
 """
 
 import glob
@@ -34,22 +34,24 @@ def interval(values, sign=""):
 
 
 def minus_opd(run, plain, place):
-    """How far a run ends above plain OPD where that was as far: place 0 in tokens, 1 in seconds"""
+    """How far a run ends above plain OPD where that was as far, 0 in tokens, 1 in seconds, and
+    whether that was measured: not before the first evaluation after a step, nor beyond the last
+    """
     spent = run["curve"][-1][place]
     curve = list(zip(*plain["curve"]))
-    return run["after"] - np.interp(spent, curve[place], curve[2])
+    measured = curve[place][1] <= spent <= curve[place][-1]
+    return run["after"] - np.interp(spent, curve[place], curve[2]), measured
 
 
 def row(name, runs, plain):
-    """A method's runs and plain OPD's, {seed: run} each -> a line of the table"""
-    seeds = sorted(runs)
-    pairs = [(runs[seed], plain[seed]) for seed in seeds]
+    """A method's runs and plain OPD's, {seed: run} of the same seeds -> a line of the table"""
+    pairs = [(runs[seed], plain[seed]) for seed in runs]
     minus = ["", "", ""]
     if runs is not plain:
-        ends = [run["after"] - beside["after"] for run, beside in pairs]
-        minus = [interval(ends, "+")]
+        minus = [interval([run["after"] - beside["after"] for run, beside in pairs], "+")]
         for place in (0, 1):
-            minus.append(interval([minus_opd(*pair, place) for pair in pairs], "+"))
+            ends, measured = zip(*[minus_opd(*pair, place) for pair in pairs])
+            minus.append(interval(ends, "+") + "*" * (not all(measured)))
     cost = []
     for key, unit in (("generated_tokens", 1000), ("seconds", 1)):
         spent = np.mean([run["last"][key] for run in runs.values()])
@@ -58,7 +60,7 @@ def row(name, runs, plain):
     first, last = (
         np.mean([run[when]["overlap_ratio"] for run in runs.values()]) for when in ("first", "last")
     )
-    after = interval([runs[seed]["after"] for seed in seeds])
+    after = interval([run["after"] for run in runs.values()])
     return ROW.format(name, after, *minus, *cost, f"{first:.2f}-{last:.2f}")
 
 
@@ -89,21 +91,24 @@ def draw(methods, plain):
 
 def main(folder, picture):
     methods = {}
-    for path in glob.glob(f"{folder}/*/seed-*/metrics.jsonl"):
+    for path in glob.glob(f"{folder}/*/seed-*/done"):
         name, seed, _ = os.path.relpath(path, folder).split(os.sep)
-        run = opd.read_run(folder, f"{name}/{seed}")
-        if run and run["final"]:
-            methods.setdefault(name, {})[seed] = run
-    plain = methods["opd"]
-    methods = {"opd": plain, **{name: methods[name] for name in sorted(methods)}}
+        methods.setdefault(name, {})[seed] = opd.read_run(folder, f"{name}/{seed}")
+    # The seeds that all have
+    seeds = sorted(set.intersection(*map(set, methods.values())))
+    methods = {name: {seed: methods[name][seed] for seed in seeds} for name in sorted(methods)}
+    plain = methods.pop("opd")
+    methods = {"opd": plain, **methods}
     before, teacher = (
         interval([run[who] for run in plain.values()]) for who in ("before", "teacher")
     )
     print(*TITLES, sep="\n")
     for name, runs in methods.items():
-        print(row(name, {seed: runs[seed] for seed in runs if seed in plain}, plain))
-    print(f"±: half of a 95% interval over {len(plain)} seeds. Student at first {before}, ", end="")
-    print(f"teacher {teacher}; opd's tokens in thousands")
+        print(row(name, runs, plain))
+    print(f"±: half of a 95% interval over {len(seeds)} seeds; opd's tokens in thousands")
+    print(f"the student had {before} at first, its teacher {teacher}")
+    print("*: outside of plain OPD's curve for a seed or more: its end, or a line from its start,")
+    print("stands in. Two runs share the machine: seconds are good to a quarter")
     draw(methods, plain).savefig(picture, dpi=110)
 
 

@@ -10,14 +10,13 @@ import dataclasses
 import os
 import sys
 
-import numpy as np
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import opd
 
 SEED = 100
-PARTS = 8  # of the cap: 32 tokens each
+PARTS = 8  # of the longest response
 DEPTHS = [10, 25, 50, 75, 90]
 
 
@@ -52,9 +51,7 @@ def overlaps(out, after):
     drifted = (after & mask).any(-1)[:, None]
     lines = []
     for title, rows in (("rows that drift", drifted), ("others", ~drifted)):
-        size = overlap.shape[1] / PARTS
-        bins = [slice(round(part * size), round(part * size + size)) for part in range(PARTS)]
-        told = [mean_of(overlap[:, own], (mask & rows)[:, own]) for own in bins]
+        told = opd.overlap_by_position(overlap, mask & rows, PARTS)
         lines.append(f"{title:>16} " + " ".join(f"{value:5.2f}" for value in told))
     sound, lost = (mean_of(overlap, mask & drifted & side) for side in (~after, after))
     lines.append(f"{drifted.float().mean():.0%} of rows drift; there {sound:.2f} until they do, ")
@@ -67,8 +64,8 @@ def learn(folder, world, side, seed, steps, budget):
     after they do, or of the others -> accuracy
     """
     config, run = open_world(f"{folder}/{side}-{seed}", world, seed=seed, batch_size=32)
-    opd.seed_sampling(seed)
-    # All of it from the student as it was: one that has learned drifts no more
+    # All of it from the student as it was: one that has learned drifts no more. draw_prompts seeds
+    # torch: all sides of a seed see the same rows
     for out, after in [sample(config, run, step) for step in range(1, steps + 1)]:
         mask = out["response_mask"]
         drifted = (after & mask).any(-1)[:, None]
@@ -92,15 +89,14 @@ def main(folder, batch_size=64, seeds=3, steps=6, budget=1000):
     if not os.path.exists(world):
         opd.make_world(world, SEED)
     config, run = open_world(f"{folder}/start", world, probe_depths=DEPTHS, batch_size=batch_size)
-    opd.seed_sampling(0)
-    told = [
-        "1. Overlap, in eighths of the longest response: falls where a row drifts, not elsewhere"
-    ]
+    told = ["1. Overlap in eighths of the longest response: does it fall where a row drifts?"]
     told += overlaps(*sample(config, run, 1))
 
     (student,) = opd.evaluate_files(config, run, "student").values()
     (teacher,) = opd.evaluate_files(config, run, "teacher").values()
-    told += ["2. The teacher, going on from a part of the student's answer, ends right less often"]
+    told += [
+        "2. Does the teacher, going on from a part of the student's answer, end right less often?"
+    ]
     told += [f"   from   0%: {teacher['avg_at_n']:.1%}"]
     for depth in DEPTHS:
         right = student["avg_at_n"] + student[f"advantage_from_{depth}"]
@@ -112,13 +108,11 @@ def main(folder, batch_size=64, seeds=3, steps=6, budget=1000):
     ]
     for side in ("before", "after", "elsewhere"):
         right = [learn(folder, world, side, seed, steps, budget) for seed in range(seeds)]
-        error = np.std(right, ddof=1) / seeds**0.5 if seeds > 1 else 0
-        told.append(f"   {side:>9}: {np.mean(right):.1%} ± {error:.1%}")
-
-    told += [
-        f"4. The mean reward tells right answers from wrong ones: AUROC {student['auroc']:.2f}"
-    ]
-    print("\n".join(told))
+        told.append(f"   {side:>9}: " + ", ".join(f"{accuracy:.1%}" for accuracy in right))
+    told += [f"4. Does the mean reward tell right from wrong? AUROC {student['auroc']:.2f}"]
+    opd.say(*told)
+    with open(f"{folder}/premises.txt", "w", encoding="utf-8") as file:
+        file.write("\n".join(told) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ import compare
 import premises
 import test_runs
 
-from test_opd import close
-
 made = test_runs.made
 
 # --------------------------------------------------------------------------------------------------
@@ -49,15 +47,20 @@ def test_the_interval_of_the_mean_is_students_t():
 def test_a_method_is_beside_plain_opd_where_that_had_spent_as_much():
     """After 2,000 tokens plain OPD was half way from .4 to .8, after 15 seconds a quarter."""
     own = run_of([(2000, 15, 0.7)])
-    close(compare.minus_opd(own, PLAIN[0]["seed-0"], 0), 0.7 - 0.6)
-    close(compare.minus_opd(own, PLAIN[0]["seed-0"], 1), 0.7 - 0.5)
+    for place, beside in ((0, 0.6), (1, 0.5)):
+        minus, measured = compare.minus_opd(own, PLAIN[0]["seed-0"], place)
+        assert minus == pytest.approx(0.7 - beside) and measured
 
 
-def test_what_spent_more_is_beside_the_end_of_plain_opd():
-    own = run_of([(9000, 90, 0.7)])
-    assert [compare.minus_opd(own, PLAIN[0]["seed-0"], place) for place in (0, 1)] == [
-        pytest.approx(-0.1)
-    ] * 2
+@pytest.mark.parametrize("spent, expected", [((9000, 90), -0.1), ((500, 5), 0.4)])
+def test_what_lies_outside_the_curve_is_told(spent, expected):
+    """Beyond the end of plain OPD it is beside that; until the first evaluation on a line there."""
+    own = run_of([(*spent, 0.7)])
+    for place in (0, 1):
+        minus, measured = compare.minus_opd(own, PLAIN[0]["seed-0"], place)
+        assert minus == pytest.approx(expected) and not measured
+    table = compare.row("mine", {"seed-0": own}, PLAIN[0])
+    assert table.count("*") == 2 and len(table) <= 100
 
 
 def test_differences_are_taken_seed_by_seed():
@@ -70,6 +73,26 @@ def test_differences_are_taken_seed_by_seed():
     plain_cells = compare.row("opd", plain, plain).split()
     assert plain_cells == ["opd", "85.0±63.5", "3", "30", "0.50-0.75"]
     assert all(len(line) <= 100 for line in compare.TITLES)
+
+
+def test_the_table_has_what_all_finished_runs_of_a_folder_say(tmp_path, monkeypatch, capsys):
+    """Plain OPD first, with its costs. Here seed-1 of one method is not done."""
+    runs = {"a": PLAIN[0] | PLAIN[1], "opd": PLAIN[0] | PLAIN[1]}
+    for name in ("a/seed-0", "opd/seed-0", "opd/seed-1"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "done").touch()
+
+    def read_run(root, name):
+        group, seed = name.split("/")
+        return {**runs[group][seed], "before": 0.1, "teacher": 0.9}
+
+    monkeypatch.setattr(compare.opd, "read_run", read_run)
+    compare.main(str(tmp_path), tmp_path / "picture.png")
+    table = capsys.readouterr().out.splitlines()[3:]
+    assert table[0].split() == ["opd", "80.0", "3", "30", "0.50-0.75"]
+    assert table[1].split()[:5] == ["a", "80.0", "+0.0", "+0.0", "+0.0"]
+    assert "over 1 seeds" in table[2] and (tmp_path / "picture.png").exists()
+    assert all(len(line) <= 100 for line in table)
 
 
 def test_the_picture_has_a_curve_and_a_point_per_method():
@@ -105,7 +128,39 @@ def test_what_comes_after_a_drift_had_a_mumble_in_its_context(first_step):
 def test_overlap_is_shown_apart_for_rows_that_drift(first_step):
     """Here it is 1 until a row drifts, and 0 from there on."""
     _, out, after = first_step
-    lines = premises.overlaps({**out, "overlap": 1 - after.float()}, after)
-    assert lines[1].split()[1:] == ["1.00"] * premises.PARTS
-    assert lines[0].split()[4] == "1.00" or float(lines[0].split()[4]) < 1
-    assert lines[2].endswith("there 1.00 until they do, 0.00 afterwards")
+    overlap = 1 - after.float()
+    mask = out["response_mask"]
+    drifted = (after & mask).any(-1)[:, None]
+    first, second, told = premises.overlaps({**out, "overlap": overlap}, after)
+    expected = premises.opd.overlap_by_position(overlap, mask & drifted, premises.PARTS)
+    assert first.split()[3:] == [f"{value:.2f}" for value in expected] and min(expected) < 0.5
+    assert second.split()[1:] == ["1.00"] * premises.PARTS
+    assert told.endswith("there 1.00 until they do, 0.00 afterwards")
+
+
+@pytest.mark.parametrize("side", ["before", "after", "elsewhere"])
+def test_a_side_learns_so_many_of_its_own_tokens(side, made, tmp_path, monkeypatch):
+    learned = []
+
+    def backward(student, out, **settings):
+        learned.append(out)
+        return {}
+
+    monkeypatch.setattr(premises.opd, "backward", backward)
+    monkeypatch.setattr(premises.opd, "optimizer_step", lambda *_: 0.0)
+    monkeypatch.setattr(premises.opd, "grade", lambda *_, **settings: ({"avg_at_n": 0.25}, []))
+    monkeypatch.setattr(
+        premises.opd, "TINY", premises.opd.replace(premises.opd.TINY, max_new_tokens=16)
+    )
+    told = premises.learn(str(tmp_path), str(made[0]), side, 0, 2, 20)
+    assert told == 0.25 and len(learned) == 2
+    mumbles = set(premises.opd.LEXICON["mumble"])
+    tokenizer = premises.opd.AutoTokenizer.from_pretrained(made[0] / "student")
+    for out in learned:
+        assert out["loss_mask"].sum() == 20 and not (out["loss_mask"] & ~out["response_mask"]).any()
+        for ids, mask, chosen in zip(out["response_ids"], out["response_mask"], out["loss_mask"]):
+            words = tokenizer.convert_ids_to_tokens(ids[mask].tolist())
+            drifts = bool(mumbles & set(words[:-1]))
+            for place in chosen.nonzero().flatten().tolist():
+                behind = bool(mumbles & set(words[:place]))
+                assert side == ("elsewhere" if not drifts else "after" if behind else "before")

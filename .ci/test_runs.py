@@ -1578,7 +1578,7 @@ def test_an_author_likes_the_synonym_of_the_habit_best_and_each_next_one_less(ha
     assert counts[1] / counts[0] == pytest.approx(0.6, abs=0.1)
 
 
-def test_imitation_learns_where_it_is_told_to_and_pads_no_row():
+def test_imitation_learns_where_it_is_told_to_and_no_padding():
     """labels are -100 elsewhere, which transformers leaves out of the loss."""
     seen = []
 
@@ -3424,6 +3424,14 @@ def test_what_changes_no_number_may_change_on_resume_and_nothing_else_may(whole)
         if name not in MAY_CHANGE:
             with pytest.raises(ValueError, match=f"another run: --{name} was"):
                 opd.read_checkpoint(folder, {**flags, name: "other"})
+
+
+def test_a_flag_that_changed_on_resume_is_what_the_next_checkpoint_says(world, tmp_path):
+    train(world, tmp_path, max_steps=1, eval_file=None)
+    train(world, tmp_path, max_steps=2, micro_batch_size=2, eval_file=None, resume=True)
+    saved = torch.load(tmp_path / "checkpoint-2" / "trainer_state.pt", weights_only=True)
+    told = [saved["flags"][name] for name in ("max_steps", "micro_batch_size")]
+    assert told == [2, 2]
 
 
 def test_a_run_resumes_where_its_models_and_files_have_moved(world, tmp_path):
