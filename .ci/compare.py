@@ -105,6 +105,10 @@ def main(folder, picture):
     print(*TITLES, sep="\n")
     for name, runs in methods.items():
         print(row(name, runs, plain))
+    if {"prefix-guided", "guided-random"} <= set(methods):
+        guided, by_chance = methods["prefix-guided"], methods["guided-random"]
+        ahead = [guided[seed]["after"] - by_chance[seed]["after"] for seed in seeds]
+        print(f"prefix-guided minus guided-random at the end: {interval(ahead, '+')}")
     print(f"±: half of a 95% interval over {len(seeds)} seeds; opd's tokens in thousands")
     print(f"the student had {before} at first, its teacher {teacher}")
     print("*: outside of plain OPD's curve for a seed or more: its end, or a line from its start,")
