@@ -34,9 +34,9 @@ while read -r name flags; do
     touch "$out/$name/done"
 done << 'END'
 opd            --method opd --loss forward_kl --eval_first both
-reverse-kl     --method opd --loss reverse_kl --eval_first none
 prefix         --method prefix --loss forward_kl --eval_first none
 prefix-guided  --method prefix-guided --loss forward_kl --eval_first none
 prune          --method prune --loss forward_kl --eval_first none
+reverse-kl     --method opd --loss reverse_kl --eval_first none
 END
 .venv/bin/python opd.py --report $out
