@@ -6,7 +6,7 @@ PYTHON ?= python3
 demo: .venv/ready
 	.venv/bin/python opd.py --output_dir out/demo
 
-# Every claim, offline, on tiny models: two to three minutes. Three workers: some tests wait.
+# Every claim, offline, on tiny models: two minutes. Three workers: some tests wait.
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 3 --dist worksteal test_opd.py .ci/test_*.py
 
@@ -27,7 +27,7 @@ premises: .venv/ready
 compare: .venv/ready
 	.ci/compare.sh
 
-# When does OPD work at all? The same student with five teachers: 3 to 4 minutes.
+# When does OPD work at all? The same student with five teachers: six minutes.
 conditions: .venv/ready
 	.ci/conditions.sh
 

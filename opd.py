@@ -1515,9 +1515,11 @@ def tiny_example(rng, rounds, habit, slip_rate=0.0, mumble_rate=0.0, order=1):
     operations = rng.choices(LEXICON["operation"], k=len(LEXICON["label"]))
     numerals = LEXICON["round"][:rounds]
     value = rng.choice(LEXICON["digit"])
-    answer = functools.reduce(apply, operations * rounds, value)
     plan = list(zip(LEXICON["label"], operations))
-    problem = {"problem": " ".join([value, *sum(plan, ()), numerals[-1]]), "answer": answer}
+    problem = {
+        "problem": " ".join([value, *sum(plan, ()), numerals[-1]]),
+        "answer": functools.reduce(apply, operations * rounds, value),
+    }
 
     words = []
     for numeral in numerals:
@@ -1531,7 +1533,7 @@ def tiny_example(rng, rounds, habit, slip_rate=0.0, mumble_rate=0.0, order=1):
             told = [operation, value][::order]
             value = apply(value, operation)
             if rng.random() < slip_rate:
-                value = apply(value, rng.choice(["+1", "+2", "+8", "+9"]))
+                value = apply(value, rng.choice("+1 +2 +8 +9".split()))
             words += [synonym("opener"), label, *told, synonym("verb"), value, synonym("closer")]
     words += [synonym("opener"), "the", "answer", synonym("verb"), "\\boxed{", value, "}", "<end>"]
     return problem, words

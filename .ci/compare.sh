@@ -39,4 +39,6 @@ one-prompt       -one --method opd $end
 END
 done | sed 's/\(seed-[0-9]\)- /\1 /' | xargs -P 2 -L 1 .ci/one_run.sh
 
-.venv/bin/python .ci/compare.py out/compare assets/compare.png | tee assets/compare.txt
+.venv/bin/python .ci/compare.py out/compare assets/compare.png > out/compare/table.txt
+cp out/compare/table.txt assets/compare.txt
+cat assets/compare.txt

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # The student is the same in all three. The teachers: the demo's; one of other favourite synonyms;
-# one that writes "a 4 +3" for "a +3 4", taught for as long as it takes to solve as well
+# one that writes "a 4 +3" for "a +3 4", taught for longer, which yet solves fewer
 xargs -P 2 -L 1 .ci/world.sh << 'END'
 seed-0       seed=0
 other-words  seed=0 teacher_habit=6

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # one_run.sh NAME WORLD [FLAG ...]: a run of opd.py in out/NAME, on a copy of out/world/WORLD,
-# unless it is done. FLAGS="--max_steps 2" make compare: more flags, for every run not done.
+# unless it is done with the same flags. FLAGS="--max_steps 2" make compare: more flags, for all runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=out/$1 world=out/world/$2
 shift 2
-if [ -e "$run/done" ]; then exit; fi
+told="$* ${FLAGS:-}"
+if [ "$(cat "$run/done" 2> /dev/null)" = "$told" ]; then exit; fi
 
 echo "running $run"
 rm -rf "$run"
@@ -16,4 +17,4 @@ if ! .venv/bin/python opd.py --output_dir "$run" "$@" ${FLAGS:-} > "$run/log" 2>
     tail -n 3 "$run/log"
     exit 255  # xargs starts no other
 fi
-touch "$run/done"
+echo "$told" > "$run/done"
