@@ -2404,13 +2404,21 @@ def seconds_at_most(config, run, out):
     size = run.teacher.num_parameters() / run.student.num_parameters()
     learned = 4 * judged / size  # a token: four forwards of the student
     columns, most = columns_at_most(run), run.most
+
+    def wider(flag):
+        """What a column of an evaluation costs more: a GPU hardly notices its rows, a CPU does"""
+        rows = min(run.rows_at_once[flag], most["answers"])
+        return max(1, rows / B) if run.device.type == "cpu" else 1
+
+    of_student = columns["student"] * written * wider("eval_batch_size")
+    of_teacher = columns["teacher"] * written * size * wider("teacher_eval_batch_size")
     tokens = most["response"] * (judged + learned) + most["prompt"] * learned
     step = columns["step"] * written + most["rows"] * tokens
     return {
         "a step": step,
         "all steps": config.max_steps * step,
-        "an evaluation of the student": columns["student"] * written,
-        "one of the teacher": columns["teacher"] * written * size,
+        "an evaluation of the student": of_student,
+        "one of the teacher": of_teacher,
     }
 
 

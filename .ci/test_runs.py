@@ -2782,12 +2782,21 @@ def test_seconds_at_most_by_hand(world, tmp_path):
     out = {"response_ids": torch.zeros(4, 3), "seconds": 9.0, "teacher_seconds": 6.0}
     prompt = max(len(problem["prompt_ids"]) for problem in run.pools[0])
     step = 12 * 1 + 4 * (12 * 0.5 + (prompt + 12) * 2)
-    assert opd.seconds_at_most(config, run, out) == {
-        "a step": step,
-        "all steps": 3 * step,
-        "an evaluation of the student": 12,
-        "one of the teacher": 12,
-    }
+    told = {"a step": step, "all steps": 3 * step}
+    assert run.most["answers"] <= 4  # no more rows than out has
+    for_student, for_teacher = "an evaluation of the student", "one of the teacher"
+    expected = {**told, for_student: 12, for_teacher: 12}
+    assert opd.seconds_at_most(config, run, out) == expected
+
+    # Three answers beside an out of one row, two of them at once by the teacher: on a CPU a column
+    # costs as many rows, on a GPU one
+    run.most["answers"], run.rows_at_once["teacher_eval_batch_size"] = 3, 2
+    one = {"response_ids": torch.zeros(1, 3), "seconds": 9.0, "teacher_seconds": 6.0}
+    told = opd.seconds_at_most(config, run, one)
+    assert (told[for_student], told[for_teacher]) == (3 * 12, 2 * 2 * 12)
+    run.device = torch.device("cuda")
+    told = opd.seconds_at_most(config, run, one)
+    assert (told[for_student], told[for_teacher]) == (12, 2 * 12)
 
 
 @pytest.mark.parametrize(
