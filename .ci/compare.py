@@ -43,8 +43,13 @@ def minus_opd(run, plain, place):
     return run["after"] - np.interp(spent, curve[place], curve[2]), measured
 
 
+def mean(runs, when, key):
+    return np.mean([run[when][key] for run in runs.values()])
+
+
 def row(name, runs, plain):
     """A method's runs and plain OPD's, {seed: run} of the same seeds -> a line of the table"""
+    # Differences, seed by seed
     pairs = [(runs[seed], plain[seed]) for seed in runs]
     minus = ["", "", ""]
     if runs is not plain:
@@ -52,14 +57,15 @@ def row(name, runs, plain):
         for place in (0, 1):
             ends, measured = zip(*[minus_opd(*pair, place) for pair in pairs])
             minus.append(interval(ends, "+") + "*" * (not all(measured)))
+
+    # What it cost: plain OPD in thousands of tokens and in seconds, the others in its cost
     cost = []
     for key, unit in (("generated_tokens", 1000), ("seconds", 1)):
-        spent = np.mean([run["last"][key] for run in runs.values()])
-        base = np.mean([beside["last"][key] for beside in plain.values()])
-        cost.append(f"{spent / base:.2f}x" if runs is not plain else f"{spent / unit:.0f}")
-    first, last = (
-        np.mean([run[when]["overlap_ratio"] for run in runs.values()]) for when in ("first", "last")
-    )
+        spent = mean(runs, "last", key)
+        ratio = spent / mean(plain, "last", key)
+        cost.append(f"{spent / unit:.0f}" if runs is plain else f"{ratio:.2f}x")
+
+    first, last = mean(runs, "first", "overlap_ratio"), mean(runs, "last", "overlap_ratio")
     after = interval([run["after"] for run in runs.values()])
     return ROW.format(name, after, *minus, *cost, f"{first:.2f}-{last:.2f}")
 
@@ -94,14 +100,12 @@ def main(folder, picture):
     for path in glob.glob(f"{folder}/*/seed-*/done"):
         name, seed, _ = os.path.relpath(path, folder).split(os.sep)
         methods.setdefault(name, {})[seed] = opd.read_run(folder, f"{name}/{seed}")
-    # The seeds that all have
+    # The seeds that all have, and plain OPD in front
     seeds = sorted(set.intersection(*map(set, methods.values())))
     methods = {name: {seed: methods[name][seed] for seed in seeds} for name in sorted(methods)}
     plain = methods.pop("opd")
     methods = {"opd": plain, **methods}
-    before, teacher = (
-        interval([run[who] for run in plain.values()]) for who in ("before", "teacher")
-    )
+
     print(*TITLES, sep="\n")
     for name, runs in methods.items():
         print(row(name, runs, plain))
@@ -109,6 +113,8 @@ def main(folder, picture):
         guided, by_chance = methods["prefix-guided"], methods["guided-random"]
         ahead = [guided[seed]["after"] - by_chance[seed]["after"] for seed in seeds]
         print(f"prefix-guided minus guided-random at the end: {interval(ahead, '+')}")
+    before = interval([run["before"] for run in plain.values()])
+    teacher = interval([run["teacher"] for run in plain.values()])
     print(f"±: half of a 95% interval over {len(seeds)} seeds; opd's tokens in thousands")
     print(f"the student had {before} at first, its teacher {teacher}")
     print("*: outside of plain OPD's curve for a seed or more: its end, or a line from its start,")
