@@ -2,7 +2,7 @@
 PYTHON ?= python3
 .PHONY: demo test lint bench premises compare conditions real clean
 
-# A tiny teacher and student are made, and the student learns from the teacher: two to three minutes.
+# A tiny teacher and student are made, and one learns from the other: two to three minutes.
 demo: .venv/ready
 	.venv/bin/python opd.py --output_dir out/demo
 

@@ -2406,7 +2406,7 @@ def seconds_at_most(config, run, out):
     columns, most = columns_at_most(run), run.most
 
     def wider(flag):
-        """What a column of an evaluation costs more: a GPU hardly notices its rows, a CPU does"""
+        """What a column of an evaluation costs more; a GPU is taken not to notice its rows"""
         rows = min(run.rows_at_once[flag], most["answers"])
         return max(1, rows / B) if run.device.type == "cpu" else 1
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # one_run.sh NAME WORLD [FLAG ...]: a run of opd.py in out/NAME, on a copy of out/world/WORLD,
-# unless it is done with the same flags. FLAGS="--max_steps 2" make compare: more flags, for all runs.
+# unless it is done with the same flags. FLAGS="--max_steps 2" make compare: more flags for all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=out/$1 world=out/world/$2

@@ -15,9 +15,10 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import opd
 
-SEED = 100
+SEED = 100  # of the world
 PARTS = 8  # of the longest response
-DEPTHS = [10, 25, 50, 75, 90]
+DEPTHS = [10, 25, 50, 75, 90]  # percent of an answer
+STEPS, BUDGET, REPEATS = 6, 1000, 3  # of what is learned: updates, tokens of each, how often
 
 
 def open_world(folder, world, **changes):
@@ -59,20 +60,20 @@ def overlaps(out, after):
     return lines
 
 
-def learn(folder, world, side, seed, steps, budget):
+def learn(folder, world, side, seed):
     """Learn from so many tokens a step that the first student says, of rows that drift, before or
     after they do, or of the others -> accuracy
     """
     config, run = open_world(f"{folder}/{side}-{seed}", world, seed=seed, batch_size=32)
     # All of it from the student as it was: one that has learned drifts no more. draw_prompts seeds
     # torch: all sides of a seed see the same rows
-    for out, after in [sample(config, run, step) for step in range(1, steps + 1)]:
+    for out, after in [sample(config, run, step) for step in range(1, STEPS + 1)]:
         mask = out["response_mask"]
         drifted = (after & mask).any(-1)[:, None]
         sides = {"before": drifted & ~after, "after": after, "elsewhere": ~drifted}
         places = (mask & sides[side]).flatten().nonzero().squeeze(-1)
-        assert len(places) >= budget, f"{len(places)} tokens {side}"
-        places = places[torch.randperm(len(places))[:budget]]
+        assert len(places) >= BUDGET, f"{len(places)} tokens {side}"
+        places = places[torch.randperm(len(places))[:BUDGET]]
         learned = torch.zeros(mask.numel(), dtype=torch.bool).index_fill(0, places, True)
         out["loss_mask"] = learned.view_as(mask)
         out["token_weight"] = torch.ones_like(out["overlap"])
@@ -83,12 +84,12 @@ def learn(folder, world, side, seed, steps, budget):
     return metrics["avg_at_n"]
 
 
-def main(folder, batch_size=64, seeds=3, steps=6, budget=1000):
-    opd.torch.set_num_threads(1)
+def main(folder):
+    torch.set_num_threads(1)
     world = f"{folder}/world"
     if not os.path.exists(world):
         opd.make_world(world, SEED)
-    config, run = open_world(f"{folder}/start", world, probe_depths=DEPTHS, batch_size=batch_size)
+    config, run = open_world(f"{folder}/start", world, probe_depths=DEPTHS, batch_size=64)
     told = ["1. Overlap in eighths of the longest response: does it fall where a row drifts?"]
     told += overlaps(*sample(config, run, 1))
 
@@ -104,10 +105,10 @@ def main(folder, batch_size=64, seeds=3, steps=6, budget=1000):
     told += [f"   the student itself: {student['avg_at_n']:.1%}"]
 
     told += [
-        f"3. Accuracy after {steps} steps of {budget} tokens, of rows that drift and of others"
+        f"3. Accuracy after {STEPS} steps of {BUDGET} tokens, of rows that drift and of others"
     ]
     for side in ("before", "after", "elsewhere"):
-        right = [learn(folder, world, side, seed, steps, budget) for seed in range(seeds)]
+        right = [learn(folder, world, side, seed) for seed in range(REPEATS)]
         told.append(f"   {side:>9}: " + ", ".join(f"{accuracy:.1%}" for accuracy in right))
     told += [f"4. Does the mean reward tell right from wrong? AUROC {student['auroc']:.2f}"]
     opd.say(*told)
@@ -116,4 +117,4 @@ def main(folder, batch_size=64, seeds=3, steps=6, budget=1000):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

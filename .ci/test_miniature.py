@@ -152,7 +152,9 @@ def test_a_side_learns_so_many_of_its_own_tokens(side, made, tmp_path, monkeypat
     monkeypatch.setattr(
         premises.opd, "TINY", premises.opd.replace(premises.opd.TINY, max_new_tokens=16)
     )
-    told = premises.learn(str(tmp_path), str(made[0]), side, 0, 2, 20)
+    monkeypatch.setattr(premises, "STEPS", 2)
+    monkeypatch.setattr(premises, "BUDGET", 20)
+    told = premises.learn(str(tmp_path), str(made[0]), side, 0)
     assert told == 0.25 and len(learned) == 2
     mumbles = set(premises.opd.LEXICON["mumble"])
     tokenizer = premises.opd.AutoTokenizer.from_pretrained(made[0] / "student")
