@@ -593,14 +593,15 @@ class Plan:
     """How far the rollouts of a step go, and who goes on."""
 
     max_length: int  # cap of a response, in tokens
-    segment_length: int = 512  # tokens between two looks at who goes on
+    segment_length: int = 0  # tokens between two looks; 0: an eighth of max_length, at most 512
     look_at: int = 0  # one more look, at this many tokens
     # (length, overlap (B, length), mask (B, length), ended (B,)) -> (B,) bool, at each border, of
     # all B rows, also of those that left. Rows that have ended stay complete. None: all go on
     goes_on: object = None
 
     def borders(self):
-        every_segment = range(self.segment_length, self.max_length, self.segment_length)
+        length = self.segment_length or min(max(self.max_length // 8, 1), 512)
+        every_segment = range(length, self.max_length, length)
         borders = {*every_segment, self.look_at, self.max_length}
         return sorted(border for border in borders if 0 < border <= self.max_length)
 
@@ -987,7 +988,7 @@ def evaluate(
     num_samples=1,
     seed=0,
     rows_per_batch=32,
-    segment_length=512,
+    segment_length=0,
     teacher=None,
     title="",
     **sampling,
@@ -1696,7 +1697,8 @@ class Config:
     temperature: float = 1.0  # divides the logits of both models, in sampling and loss [all: 1]
     no_merge_stops: bool = False  # keep stop tokens apart; else, where student and teacher have
     # several, they count as one [EOS]
-    segment_length: int = 512  # tokens between two looks at who goes on (our choice)
+    segment_length: int = 0  # tokens between two looks at who goes on; 0: an eighth of the cap, at
+    # most 512 (our choice)
     rollout_batch_size: int = 0  # rows a process samples at once; 0: on a GPU what fits, else all
     prefix_length: int = 0  # tokens of the prefix; 0: 1024 in prefix (our choice), 128 in
     # prefix-guided [PG-OPD, second hand]
@@ -1836,9 +1838,9 @@ def parse_args(argv=None):
 def check_config(config):
     """ValueError for flags that cannot work, alone or together, before anything is loaded."""
     may_be_zero = (
-        "seed cold_start_steps rollout_batch_size prefix_length horizon_growth drift_threshold "
-        "w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every micro_batch_size "
-        "eval_every eval_temperature eval_batch_size"
+        "seed cold_start_steps rollout_batch_size segment_length prefix_length horizon_growth "
+        "drift_threshold w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every "
+        "micro_batch_size eval_every eval_temperature eval_batch_size"
     ).split()
     at_most = {"keep_ratio": 1, "eval_top_p": 1}
     # Each alone; a Config may come from a notebook
@@ -2289,7 +2291,7 @@ def plan_phases(config, run):
     learning = {"columns": most["prompt"] + most["response"], "kept": run.kept_bytes}
     student = {"columns": most["question"] + most["answer"], "cache": run.cache_bytes[0]}
     teacher = {"columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
-    sampling["segment"] = config.segment_length
+    sampling["segment"] = Plan(max(most["response"], 1), config.segment_length).borders()[0]
     few, many = (most["rows"], 1024) if run.device.type == "cuda" else (4, 32)
     return {
         "rollout_batch_size": ("rollout", most["rows"], {**step, **sampling}),

@@ -1203,6 +1203,12 @@ def test_borders_are_the_segments_one_more_look_and_the_cap():
     assert opd.Plan(8, 20, look_at=9).borders() == [8]  # a look behind the cap is none
 
 
+def test_a_plan_looks_eight_times_or_every_512_tokens_unless_told_otherwise():
+    assert opd.Plan(16).borders() == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert opd.Plan(3).borders() == [1, 2, 3]
+    assert opd.Plan(7168).borders()[:2] == [512, 1024]
+
+
 def test_the_overlap_of_every_row_is_topk_overlap_on_full_logits():
     """Also of rows that ended while others ran on: what came after their end must not show."""
     out = roll(STUDENT, TEACHER, eos_ids=ENDS)

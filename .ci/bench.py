@@ -797,7 +797,7 @@ def plan_line(subject):
     prompts = subject.prompts(torch.full((sizes.rows,), columns))
     for _ in range(2):  # the first one is to warm up
         began = opd.clock(student.device)
-        opd.rollout(student, None, prompts, opd.Plan(columns), **subject.law)
+        opd.rollout(student, None, prompts, opd.Plan(columns, columns), **subject.law)
         column = (opd.clock(student.device) - began) / columns
     # All jobs take about as long as 30 rollouts of all rows
     seconds = 30 * (REPEATS[sizes.device] + 1) * sizes.tokens * column

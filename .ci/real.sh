@@ -10,14 +10,21 @@ mkdir -p $out
 head -n 400 assets/word_problems.jsonl > $out/train.jsonl
 tail -n 100 assets/word_problems.jsonl > $out/eval.jsonl
 
-# Which prompt makes a teacher of it? The second row is the one taken here
+# Which prompt makes a teacher of it? The last row is the one taken here
 if [ ! -e $out/prompts.txt ]; then
     .venv/bin/python .ci/teacher_prompts.py "$SMOL" $out/train.jsonl 24 > $out/prompts.part
     mv $out/prompts.part $out/prompts.txt
 fi
 cat $out/prompts.txt
 asked='{problem} Please reason in one sentence, and put your final answer within \boxed{}.'
-told=$asked$'\n\nHere is a reference solution: {solution}\n\nNow solve the problem again in the same way.'
+told='Question: A pen costs 3 coins. What do 4 pens cost?
+Answer: Each of 4 pens costs 3 coins: 4 * 3 = 12. The answer is \boxed{12}.
+
+Question: {problem}
+Answer: {solution}
+
+Question: {problem}
+Answer:'
 
 while read -r name flags; do
     if [ -e "$out/$name/done" ]; then continue; fi
@@ -27,9 +34,10 @@ while read -r name flags; do
         --prompt_template "$asked" --train_file $out/train.jsonl --eval_file $out/eval.jsonl \
         --batch_size 3 --num_generations 4 --max_new_tokens 48 --segment_length 16 \
         --prefix_length 16 --probe_window 16 --cap_init 48 --cap_min 16 --cap_max 48 --cap_step 8 \
-        --cap_margin 8 --w_drop .05 --learning_rate 1e-4 --max_steps "${STEPS:-24}" \
+        --cap_margin 8 --w_drop .05 --learning_rate 1e-4 --warmup_steps 4 \
+        --temperature .7 --max_steps "${STEPS:-24}" \
         --micro_batch_size 12 --eval_every 0 --eval_samples "${SAMPLES:-4}" \
-        --eval_max_new_tokens 64 --eval_batch_size 100 --output_dir "$out/$name" $flags \
+        --eval_max_new_tokens 48 --eval_batch_size 100 --output_dir "$out/$name" $flags \
         > "$out/$name.log" 2>&1
     touch "$out/$name/done"
 done << 'END'

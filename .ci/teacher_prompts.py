@@ -2,7 +2,7 @@
 What a teacher should read so that it is worth listening to: teacher_prompts.py MODEL FILE [COUNT]
 
 The same model answers COUNT problems of FILE, each once at temperature .7, asked as the student is
-and then with the solution in its prompt, in several ways. Templates are read by real.sh, by name.
+and then with the solution in its prompt, in several ways. The last is what real.sh takes.
 """
 
 import re
@@ -13,21 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import opd
 
 BOXED = "{problem} Please reason in one sentence, and put your final answer within \\boxed{}."
-EXAMPLES = """\
-A pen costs 3 coins. What do 4 pens cost?
-Each of 4 pens costs 3 coins: 4 * 3 = 12. The answer is \\boxed{12}.
-
-Sam had 9 nuts and ate 2. How many are left?
-What was eaten is taken off: 9 - 2 = 7. The answer is \\boxed{7}.
+EXAMPLE = """\
+Question: A pen costs 3 coins. What do 4 pens cost?
+Answer: Each of 4 pens costs 3 coins: 4 * 3 = 12. The answer is \\boxed{12}.
 """
+TWICE = "Question: {problem}\nAnswer: {solution}\n\nQuestion: {problem}\nAnswer:"
 TEMPLATES = {
     "as the student": BOXED,
     "again": BOXED + "\n\nHere is a reference solution: {solution}\n\nNow solve the problem again "
     "in the same way.",
     "repeat": BOXED + "\n\nHere is a reference solution:\n{solution}\n\nRepeat this solution.",
-    "examples": EXAMPLES + "\n{problem}\n{solution}\n\n" + BOXED,
-    "examples, repeat": EXAMPLES
-    + "\nIn the same form, repeat the solution of this problem: {problem}\n{solution}",
+    "example": EXAMPLE + "\n{problem}\n{solution}\n\n" + BOXED,
+    "twice": TWICE,
+    "example, twice": EXAMPLE + "\n" + TWICE,
 }
 ROW = "{:18} {:>9} {:>6} {:>18} {:>7} {:>8}"
 
