@@ -88,7 +88,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 
 
 def reverse_kl(student_logits, teacher_logits):
-    """KL(student || teacher), whole vocabulary. (B, T, V), (B, T, V) -> (B, T)        [GKD, eq. 1]
+    """KL(student || teacher), whole vocabulary. (B, T, V), (B, T, V) -> (B, T)               [GKD]
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
@@ -98,14 +98,14 @@ def reverse_kl(student_logits, teacher_logits):
     # Not F.kl_div(log_p, log_q), which is KL(q || p): with that the student spreads over all that
     # the teacher might do. bfloat16 becomes float32, and float64 stays what it is
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    # Clamped, since p = 0 times log p - log q = -inf - -inf is NaN: what nobody says costs nothing
+    # Clamped: at p = q = 0, p (log p - log q) would be NaN, but what nobody says costs nothing
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def forward_kl(student_logits, teacher_logits):
-    """KL(teacher || student), sum_v q (log q - log p). (B, T, V), (B, T, V) -> (B, T)  [GKD, eq. 1]
+    """KL(teacher || student), sum_v q (log q - log p). (B, T, V), (B, T, V) -> (B, T)         [GKD]
 
     Large where the student misses what the teacher might do.
     """
@@ -116,7 +116,7 @@ def forward_kl(student_logits, teacher_logits):
 
 
 def jsd(student_logits, teacher_logits, beta):
-    """The generalised Jensen-Shannon divergence. (B, T, V), (B, T, V) -> (B, T)               [GKD]
+    """The generalised Jensen-Shannon divergence. (B, T, V), (B, T, V) -> (B, T)        [GKD, eq. 1]
 
         beta KL(q || m) + (1 - beta) KL(p || m),    m = beta q + (1 - beta) p,    0 < beta < 1
 
@@ -209,7 +209,7 @@ def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
 
         sum_S p (log p - log q) + p_rest (log p_rest - log q_rest),    p_rest = 1 - sum_S p
 
-    At most reverse_kl, and, to rounding, equal to it where S is everything. Nothing is
+    To rounding, at most reverse_kl, and equal to it where S is everything. Nothing is
     renormalised: its own gradient moves mass between S and the rest. Needs topk_support.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
@@ -252,7 +252,7 @@ def alignment(student_logits, teacher_logits, response_mask, k):
     """How well the two models agree where the student went. (B, T, V), (B, T, V), (B, T) -> dict of
     floats, means over the mask. With response_mask None: dict of (B, T), each position's own.
                                                                         [Rethinking-OPD, eqs. 6-10]
-    Logged of what is learned, but overlap_ratio of all that is sampled, on which methods act.
+    Logged over the learned tokens, but overlap_ratio over all sampled: on those the methods act.
     I: the tokens in the top k of both; _bar: renormalised on I. Needs is_among.
         overlap_ratio            |I| / k
         overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar) = -KL(p_bar || q_bar)/|I|
@@ -294,7 +294,7 @@ def alignment(student_logits, teacher_logits, response_mask, k):
 
 
 def overlap_by_position(overlap, response_mask, parts=8):
-    """Mean overlap in equal parts of the longest response. (B, T), (B, T) -> floats, NaN of none"""
+    """Mean overlap in equal parts of the longest response. (B, T), (B, T) -> floats, NaN: empty"""
     valid = overlap.where(response_mask.bool(), torch.nan)
     return [part.nanmean().item() for part in valid.tensor_split(parts, dim=1)]
 
@@ -342,7 +342,7 @@ def best_prefixes(
     At length `at` (the prefix) keep_ratio * B running rows go on: the best of every prompt, then
     the best of all others, by mean overlap in the first probe_window tokens; random: by chance, a
     control. The others leave both caches; token_weights may leave them out of the loss. B: the rows
-    of one rollout, so a group of rollout_in_groups. Needs select_prefixes.
+    of one rollout, a group (rollout_in_groups), not the paper's batch. Needs select_prefixes.
     """
     if length != at:
         return torch.ones_like(ended)
@@ -413,8 +413,8 @@ def extrapolate(weights, anchor, validate, max_tries=5):
         try weights + 2 * k * (weights - anchor), k = 1, ..., max_tries; stop at the first that is
         not strictly better than the one before
 
-    weights, anchor: dicts of tensors, as they are now and as the last call returned them (at first
-    as before step 1); validate: dict -> float. Tried after steps 1, 2, 4, 8, ...; Adam's
+    weights: a dict of tensors, as they are now; anchor: the dict that the last call returned (at
+    first, of before step 1); validate: dict -> float. Tried after steps 1, 2, 4, 8, ...; Adam's
     moments stay. Example: from anchor 1 to weight 2, the tries are 4, 6, 8, 10, 12.
     -> the accepted dict, the accepted k (0: plain OPD goes on), the scores of weights and every try
     """
@@ -461,7 +461,7 @@ def mask_through_eos(ids, eos_ids):
 def merge_stops(logits, stop_ids, stop_id):
     """All tokens that end a response as the one class stop_id. (..., V) -> (..., V), new      [EOS]
 
-        z'(stop_id) = log sum_E exp z(v),   z' = -1e30 at the others of E, the stop_ids,   else z
+        z'(stop_id) = log sum_E exp z(v),   z' = -1e30 at the others of E,  else z;  E = stop_ids
 
     Where a base student ends with one token and a chat teacher with another, the teacher finds the
     student's end unlikely, and the student unlearns to stop. Merged before any softmax, top k and
@@ -492,7 +492,7 @@ def generate(
     top_p=1.0,
     record_k=0,
 ):
-    """Sample up to max_new_tokens further tokens of each row, at top_p 1 as the losses score them.
+    """Sample up to max_new_tokens more tokens of each row, at top_p 1 from what the losses score.
 
     input_ids, attention_mask: (B, L), padded on the left. cache: of the columns 0 to L - 2, as the
     last call left it, or None; it grows in place, and transformers computes only what it lacks.
@@ -512,7 +512,7 @@ def generate(
         topk.append(within.topk(record_k).indices)  # (B, K)
         return within
 
-    # transformers asks for its signature at every token: that of a wrapper is parsed from text
+    # transformers inspects __call__ at every token; a function's own is parsed from text, slowly
     as_scored.__call__ = as_scored
     draw = {"do_sample": False}
     if temperature:
@@ -533,6 +533,7 @@ def generate(
         )
     finally:
         model.generation_config = shipped
+        del as_scored.__call__  # it holds itself, and the (B, V) scores, until garbage is collected
 
     new_ids = ids[:, input_ids.shape[1] :]  # (B, n)
     # Where transformers looks late whether all have ended (mps), it takes the last step back
@@ -607,9 +608,9 @@ class Plan:
 
 
 def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
-    """The teacher judges the last n columns of ids, mask (b, L), reading what its cache lacks but
-    the last -> its hidden states (b, n, H'), the overlap of student_topk (b, n, K) with its own top
-    k (b, n), 0 off the mask. head: for head_logits
+    """The teacher judges the last n columns of ids, mask (b, L): it reads what its cache lacks, to
+    column L - 2 -> its hidden states (b, n, H'), the overlap of student_topk (b, n, K) with its own
+    top k (b, n), 0 off the mask. head: for head_logits
     """
     num_new, k = student_topk.shape[1:]
     hidden = hidden_states(teacher, ids, mask, num_new, cache)
@@ -636,7 +637,7 @@ def rollout(
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), 0 off the mask
         log_probs   (B, T), as sampled, of each segment's last token, else NaN
-        ended, kept   (B,): has an EOS; was never stopped by the plan
+        ended, kept   (B,): has an EOS; the plan never said stop, not even at the cap
         teacher_hidden   B of (length, H'), or of None;   teacher_seconds
     """
     device = student.device
@@ -680,8 +681,8 @@ def rollout(
 
         # Choose: the method says who goes on; what has ended is complete
         if plan.goes_on:
-            overlap, valid = out["overlap"][:, :length], out["response_mask"][:, :length]
-            chosen = plan.goes_on(length, overlap, valid, out["ended"])
+            so_far = [out[name][:, :length] for name in ("overlap", "response_mask")]
+            chosen = plan.goes_on(length, *so_far, out["ended"])
             out["kept"] &= chosen | out["ended"]
 
         # Leave: whoever ended or was not chosen gives up its place in both caches
@@ -722,15 +723,14 @@ def backward_in_chunks(
     """
     gradients, measured = [], []
     total = 0.0
-    columns = (hidden.detach(), teacher_hidden, response_ids, log_probs, token_weight)
-    for chunk in zip(*(column.split(chunk_tokens) for column in columns)):
+    per_token = (hidden.detach(), teacher_hidden, response_ids, log_probs, token_weight)
+    for chunk in zip(*(values.split(chunk_tokens) for values in per_token)):
         states, teacher_states, ids, sampled_log_probs, weight = chunk
         states.requires_grad_()
         student_logits = student_head(states)  # (n, V)
         teacher_logits = teacher_head(teacher_states).detach()
         loss = (token_loss(student_logits, teacher_logits, ids) * weight).sum()
-        # Backward now, while these logits exist: kept to the end, they would fill (B, T, V) several
-        # times
+        # Backward now, while these logits exist: kept, they would fill (B, T, V) several times
         loss.backward()
         gradients.append(states.grad)
         total = total + loss.detach()  # not .item(): a GPU would wait at every chunk
@@ -759,14 +759,13 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     if not num_tokens:
         return {}
     for module in student.modules():
-        # transformers recomputes a layer in training mode only; all else stays in eval mode: no
-        # dropout
+        # transformers recomputes a layer in training mode only; all else stays in eval: no dropout
         module.training = getattr(module, "gradient_checkpointing", False)
 
     loss, measured = 0.0, []
     most_tokens = micro_batch_size * len(rows[0][0]) if rows else 0  # padding counted
     while rows:
-        # As many of the longest rows that are left as that allows, padded on the right
+        # Of the rows left, as many of the longest as most_tokens allows, padded on the right
         count = most_tokens // len(rows[0][0])
         ids, learned, columns = zip(*rows[:count])
         rows = rows[count:]
@@ -778,10 +777,10 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
         columns["token_weight"] = columns["token_weight"] / num_tokens
         with autocast or contextlib.nullcontext():
             hidden = hidden_states(student, ids, mask, ids.shape[1] - 1)[learned[:, 1:]]  # (N, H)
-            gradient, value, values = backward_in_chunks(hidden, **columns, **chunk)
+            gradient, total, measures = backward_in_chunks(hidden, **columns, **chunk)
         hidden.backward(gradient)
-        loss = loss + value
-        measured += values
+        loss = loss + total
+        measured += measures
     student.eval()
     sum_gradients(student)  # a sum: num_tokens is of all processes
 
@@ -818,8 +817,8 @@ def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **se
 
 
 def plan_rollout(config, step, cap):
-    """How far the rollouts of step 1, 2, ... go, and who goes on: here the methods differ, in
-    token_weights, and in train where Prune-OPD's cap moves. cap: that, in tokens.
+    """How far the rollouts of step 1, 2, ... go, and who goes on. The methods differ here, in
+    token_weights, and in train, where Prune-OPD's cap moves. cap: Prune-OPD's, in tokens.
     """
     plan = Plan(config.max_new_tokens, config.segment_length)
     if config.method == "prefix":
@@ -893,11 +892,11 @@ def train(config, run):
         problems = draw_prompts(config, run, config.cold_start_steps + step)
         prompts = [problem["prompt_ids"] for problem in problems]
         plan = plan_rollout(config, step, run.cap)
-        candidates = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
-        candidates["for_teacher"] = [teacher_prompt(problem) for problem in problems]
+        settings = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
+        settings["for_teacher"] = [teacher_prompt(problem) for problem in problems]
         size = run.rows_at_once["rollout_batch_size"]
         out = rollout_in_groups(
-            run.sampler, run.teacher, prompts, plan, size, **candidates, **run.sampling
+            run.sampler, run.teacher, prompts, plan, size, **settings, **run.sampling
         )
 
         run.phase = f"the update of step {step}"
@@ -931,7 +930,7 @@ def train(config, run):
 # --------------------------------------------------------------------------------------------------
 # 9. Evaluation
 
-THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # up to the last end, or all if some are open
+THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # up to the last </think>, or all if one is open
 
 
 def last_boxed(text):
@@ -939,7 +938,7 @@ def last_boxed(text):
     none: the one before it counts. \boxed 4 is a box, too.
     Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"
     """
-    text = re.sub(r"\\boxed\s*(-?[\d.]*\d|\\[a-z][^\s$]*)", r"\\boxed{\1}", text)
+    text = re.sub(r"\\boxed\s*(-?[\d.,/]*\d|\\[a-z][^\s$]*)", r"\\boxed{\1}", text)
     for rest in reversed(re.split(r"\\boxed\s*\{", text)[1:]):
         depth = 1
         for brace in re.finditer(r"\\.|[{}]", rest):  # \{ is a brace of a set, not of the box
@@ -970,13 +969,13 @@ def pass_at_k(num_samples, num_correct, k):
 
 def auroc(scores, correct):
     """The chance that a right answer scores higher than a wrong one. lists -> [0, 1], NaN unless
-    there are both. A tie counts half. Example: .9, .4 right, .4, .1 wrong -> .875
+    there are both, and scores. A tie counts half. Example: .9, .4 right, .4, .1 wrong -> .875
     """
-    scores, correct = np.array(scores), np.array(correct)
-    if correct.all() or not correct.any():
+    scores, correct = np.array(scores), np.array(correct, dtype=bool)
+    if correct.all() or not correct.any() or np.isnan(scores).any():
         return math.nan
-    ranks = np.sign(scores[correct][:, None] - scores[~correct])
-    return float((ranks.mean() + 1) / 2)
+    wins = np.sign(scores[correct][:, None] - scores[~correct])  # 1, 0 a tie, -1
+    return float((wins.mean() + 1) / 2)
 
 
 def evaluate(
@@ -995,7 +994,7 @@ def evaluate(
 ):
     """Sample and grade num_samples answers to every problem, after seeding torch's global stream.
 
-    problems: dicts with prompt_ids, answer, perhaps teacher_prompt_ids and begun, its first ids.
+    problems: dicts with prompt_ids, answer, perhaps teacher_prompt_ids, begun (of the answer).
     sampling: vocab_size, eos_ids, stop_id, temperature and top_p, for rollout. With a
     teacher an answer has a reward, the mean of log q - log p at temperature 1, else NaN.
     -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]

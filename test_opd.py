@@ -1834,6 +1834,8 @@ def test_auroc_by_hand_counts_a_tie_half_and_needs_both_kinds():
     assert opd.auroc([0.9, 0.4, 0.4, 0.1], [True, False, True, False]) == 3.5 / 4
     assert opd.auroc([0.1, 0.9], [True, False]) == 0
     assert math.isnan(opd.auroc([0.1, 0.2], [True] * 2) + opd.auroc([0.1, 0.2], [False] * 2))
+    assert math.isnan(opd.auroc([0.1, math.nan], [True, False]))  # nobody judged
+    assert opd.auroc([0.1, 0.9, 0.4], [0, 1, 0]) == 1  # the right ones may be numbers
 
 
 def test_the_error_is_over_problems_and_one_right_answer_passes_a_problem():

@@ -148,6 +148,8 @@ def test_every_gold_is_right_as_it_is(gold):
         (r"\boxed 42", "42"),
         (r"so $\boxed4$.", "4"),
         (r"\boxed -3.5.", "-3.5"),
+        (r"\boxed 1,234, or so", "1,234"),
+        (r"\boxed 3/4.", "3/4"),
         (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
         (r"\boxed{3}, as \boxed was asked for", "3"),
         (r"\boxed{\begin{pmatrix}1\\{2}\end{pmatrix}}", r"\begin{pmatrix}1\\{2}\end{pmatrix}"),

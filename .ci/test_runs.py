@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import inspect
 import io
 import itertools
@@ -2433,6 +2434,20 @@ def test_generate_needs_no_cache_and_takes_a_pad_id_beyond_the_vocabulary():
     through_eos = opd.mask_through_eos(new, ENDS)
     assert (new[~through_eos] == V + 7).all() and new[through_eos].max() < V
     assert not through_eos.all() and log_probs.isfinite().all()
+
+
+def test_generate_leaves_no_scores_behind_for_the_garbage_collector():
+    """(B, V) of a real vocabulary, at every segment: a reference circle would keep them long."""
+    wide = tiny_llama(1, vocab_size=977)
+    gc.collect()
+    gc.disable()
+    try:
+        ids, mask = prompts(*LENGTHS)
+        opd.generate(wide, ids, mask, max_new_tokens=8, vocab_size=977, eos_ids=ENDS)
+        shapes = [thing.shape for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    finally:
+        gc.enable()
+    assert (len(LENGTHS), 977) not in shapes
 
 
 def test_on_a_gpu_auto_is_bfloat16_and_elsewhere_float32(world, tmp_path, monkeypatch):
