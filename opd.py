@@ -1165,13 +1165,18 @@ def read_gold(value):
     return "" if re.fullmatch(NO_ANSWER, text) else text
 
 
+def first_of(values):
+    """The first that says something, else None"""
+    return next(filter(None, values), None)
+
+
 def read_fields(record):
-    """A record of any kind of file -> its problem; its answer and its worked solution, "" where
+    """A record of any kind of file -> its problem, its answer and its worked solution, None where
     there is none; the turns of a chat that are left out
     """
     fields, left_out = dict(record), []
     if isinstance(record.get("reward_model"), dict):
-        fields = {**record["reward_model"], **record}
+        fields = record["reward_model"] | record
     # Of a chat the last question is asked, and what comes after it is an answer
     chat = record.get("prompt") or record.get("messages")
     if isinstance(chat, list):
@@ -1180,20 +1185,20 @@ def read_fields(record):
         fields |= {f"{turn.get('role')}:": turn.get("content") for turn in turns[last:]}
         left_out = turns[:last]
 
-    def values(*names):
+    def values(names):
         return [fields[name] for name in names if fields.get(name) is not None]
 
     # In this order. A label may be of another kind, and beside a field that says "no answer" a
     # solution counts only for its box
-    given, labels, worked = (values(*names) for names in (ANSWERS, LABELS, WORKED))
+    given, labels, worked = map(values, (ANSWERS, LABELS, WORKED))
     boxed = [text for text in worked if re.search(r"\\boxed|####", str(text))]
-    golds = [*given, *boxed, *labels] or worked
-    problem = next(filter(None, values("problem", "question", "user:", "prompt")), "")
-    answer = next(filter(None, map(read_gold, golds)), "")
+    golds = given + boxed + labels or worked
     # GSM8K's solutions are in its answers, before "####"
     before = [text for text in given if "####" in str(text)]
-    solutions = [*values(*WORKED, *REASONED), *before]
-    return problem, answer, next(filter(None, map(read_solution, solutions)), ""), left_out
+    solutions = worked + values(REASONED) + before
+    problem = first_of(values(("problem", "question", "user:", "prompt")))
+    answer = first_of(map(read_gold, golds))
+    return problem, answer, first_of(map(read_solution, solutions)), left_out
 
 
 def read_solution(value):
@@ -1238,7 +1243,7 @@ def load_problems(path, needs_answers=False):
         wrong = ""
         if not isinstance(problem, str) or not problem.strip():
             wrong = "needs a text in problem, question, prompt or messages"
-        elif re.search(HALF, problem + answer):
+        elif re.search(HALF, f"{problem}{answer}"):
             wrong = "has half a character, a lone surrogate"
         elif needs_answers and not answer:
             wrong = f"evaluation needs an answer, in {', '.join(ANSWERS + LABELS)} or solution"
@@ -1258,12 +1263,12 @@ def load_problems(path, needs_answers=False):
         if problem in problems:
             notes["duplicates are left out"].append(problem)
         kept = problems.setdefault(problem, {"problem": problem, "answer": None, "solution": None})
-        kept["answer"] = kept["answer"] or answer or None
-        kept["solution"] = kept["solution"] or solution or None
+        kept["answer"] = kept["answer"] or answer
+        kept["solution"] = kept["solution"] or solution
     if not problems:
         raise ValueError(f"{path}: the file is empty; it needs one problem per line")
     for what, examples in notes.items():
-        warnings.warn(f"{path}: {len(examples)} {what}, such as {examples[0]!r:.120}", stacklevel=2)
+        note(f"{path}: {len(examples)} {what}, such as {examples[0]!r:.120}")
     return list(problems.values())
 
 
@@ -1271,12 +1276,10 @@ def fill_template(template, problem):
     """{problem}, {answer} and {solution} in a template become those of a problem, a dict -> text,
     or None where it lacks one. What looks like a name inside these is text.
     """
-    parts = re.split(r"\{(problem|answer|solution)\}", template)  # every second one is a name
-    told = [problem[name] for name in parts[1::2]]
-    if None in told:
+    names = r"\{(problem|answer|solution)\}"
+    if None in [problem[name] for name in re.findall(names, template)]:
         return None
-    parts[1::2] = told
-    return "".join(parts)
+    return re.sub(names, lambda name: problem[name[1]], template)
 
 
 def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):
@@ -1292,7 +1295,7 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
     encoded = tokenizer(text + "\n", return_special_tokens_mask=True)
     while encoded.special_tokens_mask.pop():
         last = tokenizer.decode(encoded.input_ids.pop())
-        warnings.warn(f"{last!r} after prompts is left out", stacklevel=2)
+        note(f"{last!r} after prompts is left out")
     return encoded.input_ids
 
 
@@ -1313,13 +1316,19 @@ def prompt_end(tokenizer, problem):
     return prompt.rstrip()[-len("<think>") :]
 
 
-def pad_left(prompts, pad_id):
+def is_solved(tokenizer, problem, ids):
+    """Whether a response, these ids behind the prompt of a problem, has its answer"""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return is_correct(prompt_end(tokenizer, problem) + text, problem["answer"])
+
+
+def pad_left(prompts, pad_id, device="cpu"):
     """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: responses start in one column."""
     ids = [torch.tensor(prompt) for prompt in prompts]
     # From the lengths, not ids != pad_id: where pad and EOS are one id, that would hide real tokens
-    mask = [torch.ones(len(prompt), dtype=torch.bool) for prompt in prompts]
+    mask = [torch.ones_like(row, dtype=torch.bool) for row in ids]
     left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    return left(ids, padding_value=pad_id), left(mask)
+    return left(ids, padding_value=pad_id).to(device), left(mask).to(device)
 
 
 def batch_indices(step, batch_size, num_problems, seed):
@@ -1327,11 +1336,12 @@ def batch_indices(step, batch_size, num_problems, seed):
     It depends on its arguments alone: there is no sampler to save, and every method meets the same
     prompts in the same order.
     """
-    first = (step - 1) * batch_size
-    epochs = range(first // num_problems, (first + batch_size - 1) // num_problems + 1)
-    orders = [np.random.default_rng((seed, n)).permutation(num_problems) for n in epochs]
-    start = first % num_problems
-    return np.concatenate(orders)[start : start + batch_size].tolist()
+    epoch, start = divmod((step - 1) * batch_size, num_problems)
+    order = []  # from this epoch on
+    while len(order) < start + batch_size:
+        order += np.random.default_rng((seed, epoch)).permutation(num_problems).tolist()
+        epoch += 1
+    return order[start : start + batch_size]
 
 
 def draw_prompts(config, run, step):
@@ -1339,14 +1349,13 @@ def draw_prompts(config, run, step):
     pools, shares = [sum(run.pools, [])], [1]  # all files are one pool, or each its own
     if config.mix:
         pools, shares = run.pools, config.mix
-    # Each pool's share of the batch, to the nearest prompt. A half goes up: to the even number, a
-    # share worth one prompt might get none
-    borders = np.round(np.cumsum([0, *shares]) * config.batch_size, 6)  # 6.5, not 6.4999999
-    counts = np.diff(np.floor(borders + 0.5)).astype(int)
+    # Each pool's share of the batch, to the nearest prompt. A half goes up, and so does 6.4999999:
+    # to the even number, a share worth one prompt might get none
+    borders = np.cumsum([0, *shares]) * config.batch_size + 0.500001
+    counts = np.diff(borders.astype(int)).tolist()
     drawn = []
-    for pool, count in zip(pools, counts.tolist()):
-        indices = batch_indices(step, count, len(pool), config.seed)
-        drawn += [pool[index] for index in indices]
+    for pool, count in zip(pools, counts):
+        drawn += [pool[index] for index in batch_indices(step, count, len(pool), config.seed)]
     # Seeded here, the sampling of a step does not depend on what was drawn before
     seed_sampling(config.seed * 1_000_003 + step)
     own = sorted(share(drawn), key=prompt_length)
@@ -1416,7 +1425,7 @@ def is_same(answer, gold, text):
     answer, other = spell(answer)
 
     # Letters commute in math-verify: strings of them are text. A unit may be missing or short
-    same = "".join(gold.split()) == "".join(answer.split())
+    same = gold.replace(" ", "") == answer.replace(" ", "")
     if re.search(NOT_FOR_MATH_VERIFY, f"{gold};{unit}"):
         return same and unit == other
     short, long = sorted([unit, other], key=len)
@@ -1483,17 +1492,18 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
 # its habits. An author may lose the thread, mumble "hmm er um", and come back to it, or never.
 
 LEXICON = {
-    "special": ["<pad>", "<end>", "<user>", "<solve>"],
-    "frame": ["the", "answer", "\\boxed{", "}"],
-    "digit": list("0123456789"),
-    "operation": "+1 +2 +3 +5 +7 +9 *3 *7".split(),
-    "label": list("abcde"),
-    "round": "I II III IV V VI".split(),
-    "opener": "first next then now so here well okay".split(),
-    "verb": "is gives makes equals yields becomes leaves gets".split(),
-    "closer": ", ; . : and - / |".split(),
-    "mumble": "hmm er um oh ah wait maybe perhaps".split(),
+    "special": "<pad> <end> <user> <solve>",
+    "frame": "the answer \\boxed{ }",
+    "digit": "0 1 2 3 4 5 6 7 8 9",
+    "operation": "+1 +2 +3 +5 +7 +9 *3 *7",
+    "label": "a b c d e",
+    "round": "I II III IV V VI",
+    "opener": "first next then now so here well okay",
+    "verb": "is gives makes equals yields becomes leaves gets",
+    "closer": ", ; . : and - / |",
+    "mumble": "hmm er um oh ah wait maybe perhaps",
 }
+LEXICON = {kind: words.split() for kind, words in LEXICON.items()}
 
 
 def tiny_example(rng, rounds, habit, slip_rate=0.0, mumble_rate=0.0, order=1):
@@ -1565,7 +1575,6 @@ def tiny_model(tokenizer):
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.05,
-        bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -1585,11 +1594,9 @@ def imitate(model, draw, steps, title):
         ids, learned = pad_sequence(rows).permute(2, 1, 0)  # (rows, L) each
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids.where(learned > 0, -100)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         # Warm-up, and a cosine down to a twentieth
         cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = 8e-3 * min(1, (step + 1) / 20) * cosine
-        optimizer.step()
+        optimizer_step(model, optimizer, 8e-3 * min(1, (step + 1) / 20) * cosine)
 
 
 def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=100):
@@ -1827,7 +1834,7 @@ def parse_args(argv=None):
             if getattr(TINY, name) != default:
                 text += f"; tiny world {getattr(TINY, name)}"
             how["help"] = text.replace("%", "%%") + ")"
-            group.add_argument(f"--{name}", *ALIASES.get(name, []), dest=name, **how)
+            group.add_argument(f"--{name}", *ALIASES.get(name, []), **how)
 
     given = vars(parser.parse_args(argv))
     named = given.get("student") or given.get("teacher")
@@ -1841,16 +1848,14 @@ def check_config(config):
         "drift_threshold w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every "
         "micro_batch_size eval_every eval_temperature eval_batch_size"
     ).split()
-    at_most = {"keep_ratio": 1, "eval_top_p": 1}
     # Each alone; a Config may come from a notebook
     for name, kind in Config.__annotations__.items():
         value = getattr(config, name)
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"--{name} {value}: one of {', '.join(get_args(kind))}")
-        least = 0 if name in may_be_zero else 1e-300  # any positive number
-        most = at_most.get(name, 1e12)
+        least, above = (0, "at least") if name in may_be_zero else (1e-300, "above")
+        most = 1 if name in ("keep_ratio", "eval_top_p") else 1e12
         if type(value) in (int, float) and not least <= value <= most:
-            above = "at least" if least == 0 else "above"
             raise ValueError(f"--{name} {value} must be {above} 0, and at most {most:g}")
 
     if not 0 < config.beta < 1:
@@ -1858,7 +1863,7 @@ def check_config(config):
         raise ValueError(f"--beta {config.beta} must lie between 0 and 1; {ends}")
     if config.tail and config.loss != "topk":
         raise ValueError(f"--tail is of --loss topk alone, and --loss is {config.loss}")
-    if not {*config.probe_depths} <= {*range(100)}:
+    if any(depth not in range(100) for depth in config.probe_depths):
         raise ValueError(f"--probe_depths {config.probe_depths}: percentages from 0 to 99")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if config.device not in ("cpu", "mps", *gpus) and not (gpus and config.device == "cuda"):
@@ -1952,9 +1957,9 @@ class Run:
 
     def standing(self):
         """What every line of metrics.jsonl says of where the run stands."""
-        standing = {"cap": self.cap, "misses": self.misses}
-        standing["rollout_batch_size"] = self.rows_at_once["rollout_batch_size"]
-        return {**standing, **self.counts}
+        rows = self.rows_at_once["rollout_batch_size"]
+        standing = {"cap": self.cap, "misses": self.misses, "rollout_batch_size": rows}
+        return standing | self.counts
 
     def record(self, metrics):
         """A line of metrics.jsonl, and its numbers to the tracker."""
@@ -1965,8 +1970,8 @@ class Run:
     def tell(self, metrics, prefix=""):
         """The numbers among the metrics, to the tracker if there is one."""
         if self.track:
-            numbers = {name: x for name, x in metrics.items() if type(x) in (int, float)}
-            self.track({prefix + name: x for name, x in numbers.items()}, self.step)
+            numbers = {prefix + name: x for name, x in metrics.items() if type(x) in (int, float)}
+            self.track(numbers, self.step)
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
@@ -1974,7 +1979,8 @@ def compare_vocabularies(student_vocab, teacher_vocab):
     ValueError, naming three tokens, where they differ before that, or a token has two ids.
     """
     # The ids up to the last that is the same token in both
-    size = 1 + max([i for t, i in student_vocab.items() if teacher_vocab.get(t) == i], default=-1)
+    shared = student_vocab.items() & teacher_vocab.items()
+    size = 1 + max(dict(shared).values(), default=-1)
     alone = dict(sorted(student_vocab.items() ^ teacher_vocab.items()))
     twice = student_vocab.keys() & teacher_vocab.keys()
     different = [token for token, index in alone.items() if index < size or token in twice]
@@ -1983,8 +1989,8 @@ def compare_vocabularies(student_vocab, teacher_vocab):
         count = f"different ids for {len(different)} tokens"
         raise ValueError(f"use models of one tokenizer: {count}: {', '.join(ids)}")
     if alone:
-        note = f"tokens that only one model has are cut off, {len(alone)} such as {min(alone)!r}"
-        warnings.warn(f"{note}; {size} stay", stacklevel=2)
+        told = f"tokens that only one model has are cut off, {len(alone)} such as {min(alone)!r}"
+        note(f"{told}; {size} stay")
     return size
 
 
@@ -2031,11 +2037,9 @@ def read_files(config, run):
                 if filled:
                     problem["teacher_prompt_ids"] = encode(filled, "{problem}")
             except Exception as error:  # a chat template raises what it likes
-                failed = "the chat template (there is --no_chat_template)"
-                if config.no_chat_template:
-                    failed = "the tokenizer"
-                why = f"{failed} fails at {problem['problem']!r:.60}: {error}"
-                raise ValueError(f"{path}: {why}") from None
+                failed = "the tokenizer or its chat template (there is --no_chat_template) fails"
+                why = f"{path}: {failed} at {problem['problem']!r:.60}: {error}"
+                raise ValueError(why) from None
         return problems
 
     run.evals, run.pools = {}, []
@@ -2052,8 +2056,7 @@ def read_files(config, run):
             if not told:
                 raise ValueError(f"{path}: {lacking} --teacher_prompt_template names")
             if len(told) < len(pool):
-                note = "--teacher_prompt_template names, and are left out"
-                warnings.warn(f"{path}: {lacking} {note}", stacklevel=2)
+                note(f"{path}: {lacking} --teacher_prompt_template names, and are left out")
             pool = told
         fitting = []
         for problem in pool:
@@ -2094,29 +2097,36 @@ def load_models(config, run, path):
     """Both models, the student from this path, and all that depends on them, into the run."""
     on_gpu = config.device.startswith("cuda")
     bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and on_gpu
-    # Loaded in bfloat16, not cast: a cast rounds the rotary frequencies, too, and turns positions
-    # around 1,000 by over .1 rad
-    low = {"dtype": torch.bfloat16 if bf16 else torch.float32}
-    run.sampler = run.student = load(AutoModelForCausalLM, path, **low).to(config.device)
+    low = torch.bfloat16 if bf16 else torch.float32
+
+    def load_model(path, dtype):
+        # Loaded in bfloat16, not cast: a cast rounds the rotary frequencies, too, and turns
+        # positions around 1,000 by over .1 rad
+        return load(AutoModelForCausalLM, path, dtype=dtype).to(config.device)
+
+    run.sampler = run.student = load_model(path, low)
     models = [run.sampler]
     run.stops = {"student": stop_ids(run.student, run.tokenizer)}
     tokens = max(run.tokenizer.get_vocab().values()) + 1
     if not config.eval_only:
         if bf16:
             # At a learning rate of 1e-6 most updates are smaller than bfloat16 can add
-            run.student = load(AutoModelForCausalLM, path, dtype=torch.float32).to(config.device)
+            run.student = load_model(path, torch.float32)
         # Else the student as it was first, wherever it has been resumed from
         teacher = config.teacher or config.student
         run.teacher_tokenizer = load(AutoTokenizer, teacher)
         tokens = compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
-        run.teacher = load(AutoModelForCausalLM, teacher, **low).to(config.device)
+        run.teacher = load_model(teacher, low)
         models.append(run.teacher)
         run.stops["teacher"] = stop_ids(run.teacher, run.teacher_tokenizer)
-    eos_ids = run.stops["student"]
+    eos_ids, stop_id = run.stops["student"], None
     all_stops = set().union(*run.stops.values())
-    merged = len(all_stops) > 1 and not config.no_merge_stops
-    if merged or config.cold_start_steps:  # which teaches the teacher's stop token, too
+    if config.cold_start_steps:  # it teaches the teacher's stop token, too
         eos_ids = all_stops
+    if len(all_stops) > 1 and not config.no_merge_stops:
+        # Into the tokenizer's own, which is one of them if it has one
+        eos_ids, own = all_stops, run.tokenizer.eos_token_id
+        stop_id = min(all_stops) if own is None else own
 
     run.cache_bytes = [check_model(model, config.eval_only) for model in models]
     # Both heads may have rows beyond the tokens that exist
@@ -2124,10 +2134,6 @@ def load_models(config, run, path):
     run.vocab_size = min(tokens, *heads)
     if config.overlap_k > run.vocab_size:
         raise ValueError(f"--overlap_k {config.overlap_k} is more than the {run.vocab_size} tokens")
-    stop_id = None
-    if merged:  # into the tokenizer's own, if it has one
-        own = run.tokenizer.eos_token_id
-        stop_id = own if own in eos_ids else min(eos_ids)
     run.sampling = {
         "vocab_size": run.vocab_size,
         "eos_ids": eos_ids,
@@ -2161,7 +2167,7 @@ def position_limit(model):
     """The length that a model's positions are for; why no run may go beyond, "" where one may"""
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
-    limit = next(filter(None, [getattr(config, name, None) for name in names]), math.inf)
+    limit = first_of(getattr(config, name, None) for name in names) or math.inf
     rotary = getattr(config, "rope_parameters", None)
     if not rotary:
         return limit, "they are a table"
@@ -2199,20 +2205,20 @@ def check_lengths(run):
     of it, and of a student that does not stop; ValueError where it will fail
     """
     lines, most = [], run.most
-    for role, model in (("student", run.student), ("teacher", run.teacher)):
+    for role, prompt, response, flag in (
+        ("student", "prompt", "response", "max_new_tokens"),
+        ("student", "question", "answer", "eval_max_new_tokens"),
+        ("teacher", "teacher_prompt", "response", "max_new_tokens"),
+        ("teacher", "teacher_question", "answer", "eval_max_new_tokens"),
+    ):
+        model = getattr(run, role)
         limit, why = position_limit(model) if model else (math.inf, "")
-        own = "teacher_" if role == "teacher" else ""
-        for prompt, response, flag in (
-            ("prompt", "response", "max_new_tokens"),
-            ("question", "answer", "eval_max_new_tokens"),
-        ):
-            longest = most[own + prompt]
-            if longest + most[response] > limit:
-                sizes = f"a prompt of {longest} and a response of {most[response]} tokens"
-                beyond = f"{sizes} (--{flag}) are more than the {limit} positions of the {role}"
-                if why:
-                    raise ValueError(f"{beyond}, and {why}: use less")
-                lines.append(beyond)
+        if most[prompt] + most[response] > limit:
+            sizes = f"a prompt of {most[prompt]} and a response of {most[response]} tokens"
+            beyond = f"{sizes} (--{flag}) are more than the {limit} positions of the {role}"
+            if why:
+                raise ValueError(f"{beyond}, and {why}: use less")
+            lines.append(beyond)
     if not run.sampling["eos_ids"]:
         lines.append("the student has no stop token: all its responses go on to the cap")
     return lines
@@ -2223,14 +2229,15 @@ def kept_for_backward(student, autocast, checkpointed):
     # Two widths: what does not grow with the tokens, the weights, drops out of the difference
     sizes, kept = [], {}
 
-    def note(tensor):  # by where it lies: many an operation keeps the same tensor
-        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+    def keep(tensor):  # by where it lies: many an operation keeps the same tensor
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
 
     for width in (16, 32):
         ids = torch.ones(1, width + 1, dtype=torch.long, device=student.device)  # any text
-        with autocast, torch.autograd.graph.saved_tensors_hooks(note, note):
+        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, keep):
             states = hidden_states(student, ids, torch.ones_like(ids), width)
-        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+        sizes.append(sum(storage.nbytes() for storage in kept.values()))
         kept.clear()
     every_layer = (sizes[1] - sizes[0]) // 16  # weights and their casts are in both
     if not checkpointed:
@@ -2286,17 +2293,18 @@ def plan_phases(config, run):
     # Where both models keep a cache, as if both read the longer prompt
     longer = max(most["prompt"], most["teacher_prompt"])
     asked = max(most["question"], most["teacher_question"])
-    sampling = {"columns": longer + most["response"], "cache": sum(run.cache_bytes)}
-    learning = {"columns": most["prompt"] + most["response"], "kept": run.kept_bytes}
-    student = {"columns": most["question"] + most["answer"], "cache": run.cache_bytes[0]}
-    teacher = {"columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
+    sampling = {**step, "columns": longer + most["response"], "cache": sum(run.cache_bytes)}
     sampling["segment"] = Plan(max(most["response"], 1), config.segment_length).borders()[0]
+    learning = {**step, "columns": most["prompt"] + most["response"], "kept": run.kept_bytes}
+    student = {**evaluation, "columns": most["question"] + most["answer"]}
+    student["cache"] = run.cache_bytes[0]
+    teacher = {**evaluation, "columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
     few, many = (most["rows"], 1024) if run.device.type == "cuda" else (4, 32)
     return {
-        "rollout_batch_size": ("rollout", most["rows"], {**step, **sampling}),
-        "micro_batch_size": ("update", few, {**step, **learning}),
-        "eval_batch_size": ("rollout", many, {**evaluation, **student}),
-        "teacher_eval_batch_size": ("rollout", many, {**evaluation, **teacher}),
+        "rollout_batch_size": ("rollout", most["rows"], sampling),
+        "micro_batch_size": ("update", few, learning),
+        "eval_batch_size": ("rollout", many, student),
+        "teacher_eval_batch_size": ("rollout", many, teacher),
     }
 
 
@@ -2347,7 +2355,7 @@ def rows_that_fit(config, run):
         if rows[flag] < before and not asked:
             less.append(f"--{flag.removeprefix('teacher_')} was {before} and is {rows[flag]}")
     if less:
-        warnings.warn(f"this GPU holds less: {'; '.join(less)}", stacklevel=2)
+        note(f"this GPU holds less: {'; '.join(less)}")
     return rows
 
 
@@ -2382,7 +2390,7 @@ def columns_at_most(run):
 
 def evaluated_first(config, run):
     """Whom to evaluate before the first step. By columns, not by seconds: that is repeatable."""
-    if not run.evals:
+    if not run.evals or config.eval_first == "none":
         return []
     columns = columns_at_most(run)
     teachers = ["teacher"]
@@ -2392,7 +2400,7 @@ def evaluated_first(config, run):
     cheap = both < 0.1 * config.max_steps * columns["step"]
     if config.eval_first == "both" or config.eval_first == "auto" and cheap:
         return [*teachers, "student"]
-    return [] if config.eval_first == "none" else ["student"]
+    return ["student"]
 
 
 def seconds_at_most(config, run, out):
@@ -2406,66 +2414,57 @@ def seconds_at_most(config, run, out):
     learned = 4 * judged / size  # a token: four forwards of the student
     columns, most = columns_at_most(run), run.most
 
-    def wider(flag):
-        """What a column of an evaluation costs more; a GPU is taken not to notice its rows"""
+    def answered(flag):
+        """What a column of an evaluation costs; a GPU is taken not to notice its rows"""
         rows = min(run.rows_at_once[flag], most["answers"])
-        return max(1, rows / B) if run.device.type == "cpu" else 1
+        return written * max(1, rows / B) if run.device.type == "cpu" else written
 
-    of_student = columns["student"] * written * wider("eval_batch_size")
-    of_teacher = columns["teacher"] * written * size * wider("teacher_eval_batch_size")
     tokens = most["response"] * (judged + learned) + most["prompt"] * learned
     step = columns["step"] * written + most["rows"] * tokens
     return {
         "a step": step,
         "all steps": config.max_steps * step,
-        "an evaluation of the student": of_student,
-        "one of the teacher": of_teacher,
+        "an evaluation of the student": columns["student"] * answered("eval_batch_size"),
+        "one of the teacher": columns["teacher"] * size * answered("teacher_eval_batch_size"),
     }
 
 
 def plan_lines(config, run, out):
     """The memory and the time that a run will take at most, from a short rollout -> lines"""
-    plans = {}
-    for flag, (_, _, sizes) in plan_phases(config, run).items():
+
+    def sizes_of(flag):
+        """What memory_plan says of the rows at once of this flag, as texts"""
+        _, _, sizes = plan_phases(config, run)[flag]
         plan = memory_plan(**sizes, rows=run.rows_at_once[flag])
-        plans[flag] = {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
-    told = {
-        **run.most,
-        "prompt": max(run.most["prompt"], run.most["teacher_prompt"]),
-        **run.rows_at_once,
-        **plans["rollout_batch_size"],
-        "learned": plans["micro_batch_size"],
-        "device": run.device.type,
-        "first": " and ".join(evaluated_first(config, run)) or "nobody",
-    }
-    if run.device.type == "cuda":
-        told["device"] += f" of {tqdm.format_sizeof(torch.cuda.mem_get_info(run.device)[1])}B"
+        return {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
+
+    most, rows, device = run.most, run.rows_at_once, run.device.type
+    if device == "cuda":
+        device += f" of {tqdm.format_sizeof(torch.cuda.mem_get_info(run.device)[1])}B"
+    prompt = max(most["prompt"], most["teacher_prompt"])
+    step, update = sizes_of("rollout_batch_size"), sizes_of("micro_batch_size")
     seconds = seconds_at_most(config, run, out)
-    told["time"] = ", ".join(f"{k} {tqdm.format_interval(took)}" for k, took in seconds.items())
-    return PLAN.format(**told).splitlines()
-
-
-PLAN = """\
-plan for {device}: weights {weights}, gradient {gradient}, Adam's moments {moments}, the \
-teacher's hidden states of a step {states}
-rollout: {rollout_batch_size} rows at once of {prompt} + {response} tokens, caches {caches}, \
-judging {judging}; in all {rollout}
-update: {micro_batch_size} rows at once, activations {learned[activations]}, logits of a chunk \
-{learned[logits]}; in all {learned[update]}
-evaluation: of {question} + {answer} tokens {eval_batch_size} rows at once of the student, \
-{teacher_eval_batch_size} of the teacher
-time at most, if tokens cost what the first did: {time}
-evaluated before step 1: {first}"""
+    times = [f"{what} {tqdm.format_interval(took)}" for what, took in seconds.items()]
+    return [
+        f"plan for {device}: weights {step['weights']}, gradient {step['gradient']}, Adam's "
+        f"moments {step['moments']}, the teacher's hidden states of a step {step['states']}",
+        f"rollout: {rows['rollout_batch_size']} rows at once of {prompt} + {most['response']} "
+        f"tokens, caches {step['caches']}, judging {step['judging']}; in all {step['rollout']}",
+        f"update: {rows['micro_batch_size']} rows at once, activations {update['activations']}, "
+        f"logits of a chunk {update['logits']}; in all {update['update']}",
+        f"evaluation: of {most['question']} + {most['answer']} tokens {rows['eval_batch_size']} "
+        f"rows at once of the student, {rows['teacher_eval_batch_size']} of the teacher",
+        f"time at most, if tokens cost what the first did: {', '.join(times)}",
+        f"evaluated before step 1: {' and '.join(evaluated_first(config, run)) or 'nobody'}",
+    ]
 
 
 def own_prompt_lines(config, run, out, log_prob):
-    """What --teacher_prompt_template changes before any training -> lines, none without it
+    """What --teacher_prompt_template changes before any training -> lines
 
     log_prob: the mean that the teacher, reading its own prompts, gives the responses of out.
     """
-    if not config.teacher_prompt_template:
-        return []
-    alike = torch.cat(response_log_probs(run.teacher, out, **run.sampling)).mean().item()
+    alike = torch.cat(response_log_probs(run.teacher, out, **run.sampling)).mean()
     first = run.tokenizer.decode(run.pools[0][0]["teacher_prompt_ids"])
     lines = [
         f"the teacher's own first prompt: {first!r}",
@@ -2474,7 +2473,7 @@ def own_prompt_lines(config, run, out, log_prob):
         "where its prompt tells the teacher nothing, it is 0",
     ]
     if not config.teacher:
-        size = sum(weights.nbytes for weights in run.teacher.parameters())
+        size = run.teacher.get_memory_footprint(return_buffers=False)
         told = "the teacher is the student as it was first, frozen: a copy more of its weights"
         lines.append(f"{told}, {tqdm.format_sizeof(size)}B")
     return lines
@@ -2485,48 +2484,52 @@ def preflight(config, run):
     # Can the answers be graded, and does the teacher make sense of what the student writes?
     golds = [problem["answer"] for problem in run.answered[:500]]
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
-    train = sum(run.pools, [])
-    rows = run.rows_at_once["rollout_batch_size"]
-    problems = draw_prompts(config, run, step=1)[:rows]
+    problems = draw_prompts(config, run, step=1)[: run.rows_at_once["rollout_batch_size"]]
     prompts = [problem["prompt_ids"] for problem in problems]
     asked = [teacher_prompt(problem) for problem in problems]
-    settings = {"overlap_k": config.overlap_k, **run.sampling}
-    began = clock(run.device)
     plan = Plan(min(32, config.max_new_tokens))
-    out = rollout(run.sampler, run.teacher, prompts, plan, asked, **settings)
+    began = clock(run.device)
+    out = rollout(
+        run.sampler, run.teacher, prompts, plan, asked, overlap_k=config.overlap_k, **run.sampling
+    )
     out["seconds"] = clock(run.device) - began
     log_q = torch.cat(response_log_probs(run.teacher, out, name="teacher_prompt", **run.sampling))
-    overlap = out["overlap"][out["response_mask"]].mean().item()
+    overlap = out["overlap"][out["response_mask"]].mean()
 
     others = {"forward_kl": "KL(teacher || student)", "jsd": f"a mixture by {config.beta}"}
     divergence = others.get(config.loss, "KL(student || teacher)")
     lines = [
         f"method {config.method}; loss {config.loss} of {divergence}, mean over a step's tokens",
-        f"data: {len(train)} training prompts, those that are too long left out; {readable} of the "
-        f"first {len(golds)} answers can be read; first prompt: "
-        f"{run.tokenizer.decode(train[0]['prompt_ids'])!r}",
+        f"data: {sum(map(len, run.pools))} training prompts, those that are too long left out; "
+        f"{readable} of the first {len(golds)} answers can be read; "
+        f"first prompt: {run.tokenizer.decode(run.pools[0][0]['prompt_ids'])!r}",
         f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, "
         f"top-{config.overlap_k} overlap {overlap:.2f}",
-        *own_prompt_lines(config, run, out, log_q.mean().item()),
     ]
+    if config.teacher_prompt_template:
+        lines += own_prompt_lines(config, run, out, log_q.mean())
 
     # Do the two stop alike, and read alike?
-    for role, model in (("student", run.student), ("teacher", run.teacher)):
-        size = f"{model.num_parameters() / 1e6:.1f}M parameters"
-        head = f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}"
-        stops = f"stops at {sorted(run.stops[role])}"
-        lines.append(f"{role}: {model.config.model_type}, {size}, {head}, {stops}")
+    for role in ("student", "teacher"):
+        model = getattr(run, role)
+        lines.append(
+            f"{role}: {model.config.model_type}, {model.num_parameters() / 1e6:.1f}M parameters, "
+            f"{model.get_output_embeddings().weight.shape[0]} rows cut to {run.vocab_size}, "
+            f"stops at {sorted(run.stops[role])}"
+        )
     lines += [f"warning: {line}" for line in check_lengths(run)]
     if log_q.mean() < -3:
         lines.append("warning: to the teacher the student's text is very unlikely; compare prompts")
     stop_id = run.sampling["stop_id"]
     if stop_id is not None:
-        ids = sorted(run.sampling["eos_ids"])
-        lines.append(f"stops: {ids} count as one, written as {stop_id}; see --no_merge_stops")
-    elif run.stops["student"] != run.stops["teacher"]:
-        student, teacher = (sorted(run.stops[role]) for role in ("student", "teacher"))
         lines.append(
-            f"warning: student stops at {student}, teacher at {teacher}: it may unlearn it"
+            f"stops: {sorted(run.sampling['eos_ids'])} count as one, written as {stop_id}; "
+            "see --no_merge_stops"
+        )
+    elif run.stops["student"] != run.stops["teacher"]:
+        lines.append(
+            f"warning: student stops at {sorted(run.stops['student'])}, "
+            f"teacher at {sorted(run.stops['teacher'])}: it may unlearn it"
         )
     if run.tokenizer.chat_template != run.teacher_tokenizer.chat_template:
         lines.append("warning: the chat templates differ; both models read the student's")
@@ -2535,6 +2538,11 @@ def preflight(config, run):
 
 # --------------------------------------------------------------------------------------------------
 # 15. Files, checkpoints, endings
+
+
+def note(text):
+    """What a user should know. main has it begin with "note:"; once for each place of a caller"""
+    warnings.warn(text, stacklevel=3)
 
 
 def say(*lines, file=None):
@@ -2574,13 +2582,10 @@ def own_folder(config):
 
 def append_json(path, *records):
     """More lines of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
-    text = ""
-    for record in records:
-        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
-        text += json.dumps(record) + "\n"
+    records = json.loads(json.dumps(records), parse_constant=lambda _: None)
     # In one write: a kill must not leave half of the lines, or half a line
     with open(path, "a", encoding="utf-8") as file:
-        file.write(text)
+        file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def open_tracker(kind, folder, flags, step):
@@ -2615,12 +2620,17 @@ def list_checkpoints(folder):
     return sorted([path for path in paths if step_of(path) is not None], key=step_of)
 
 
+def last_checkpoint(config):
+    """The path of the last checkpoint in --output_dir, "" without one"""
+    return (list_checkpoints(config.output_dir) or [""])[-1]
+
+
 def digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-STANDING = ("step", "graded", "rows_at_once", "cap", "misses", "anchor", "counts", "flags")
+STANDING = "step graded rows_at_once cap misses anchor counts flags".split()
 
 
 def save_checkpoint(config, run):
@@ -2636,10 +2646,8 @@ def save_checkpoint(config, run):
     if os.path.exists(folder):
         return
     try:
-        tensors = [*run.student.state_dict().values(), *run.anchor.values()]
-        for moments in run.optimizer.state.values():
-            tensors += moments.values()
-        if not all(tensor.isfinite().all() for tensor in tensors):
+        parts = [run.student.state_dict(), run.anchor, *run.optimizer.state.values()]
+        if not all(tensor.isfinite().all() for part in parts for tensor in part.values()):
             raise FloatingPointError("not all weights and moments of Adam are finite")
         # Whoever loads it stops where it has learned to
         run.student.generation_config.eos_token_id = sorted(run.sampling["eos_ids"])
@@ -2704,11 +2712,10 @@ def prepare_files(config, run, checkpoint):
     of another run, or of later steps, is renamed to .old.
     """
     os.makedirs(config.output_dir, exist_ok=True)  # --eval_only in here removes it while empty
-    # What goes aside
-    page = [] if checkpoint else [f"{config.output_dir}/rollouts.html"]
-    checkpoints = list_checkpoints(config.output_dir)
+    # What goes aside: all of another run, of this one what is later
+    page, checkpoints = [f"{config.output_dir}/rollouts.html"], list_checkpoints(config.output_dir)
     if checkpoint and os.path.samefile(f"{checkpoint}/..", config.output_dir):
-        checkpoints = [path for path in checkpoints if step_of(path) > run.step]
+        page, checkpoints = [], [path for path in checkpoints if step_of(path) > run.step]
     for path in [*filter(os.path.exists, run.files + page), *checkpoints]:
         shutil.rmtree(f"{path}.old", ignore_errors=True)
         os.replace(path, f"{path}.old")
@@ -2745,7 +2752,7 @@ def whole_step(run):
     no line in the run's files, and run.halfway: nothing to save.
     """
     waiting = []
-    files = [path for path in run.files if is_main()]
+    files = run.files if is_main() else []
     sizes = {path: os.path.getsize(path) for path in files if os.path.exists(path)}
     with on_signals(lambda number, _: waiting.append(number)):
         run.halfway = True
@@ -2789,12 +2796,12 @@ def explain(error, phase, flags):
         flag, cap = "rollout_batch_size", "max_new_tokens"
         if "update" in phase:
             flag = "micro_batch_size"
-        elif phase.startswith("extrapolation"):
+        elif "extrapolation" in phase:
             flag = "eval_batch_size"
-        elif phase.startswith("evaluation"):
+        elif "by the teacher" in phase:
+            flag, cap = "teacher_eval_batch_size", "eval_max_new_tokens"
+        elif "evaluation" in phase:
             flag, cap = "eval_batch_size", "eval_max_new_tokens"
-            if "by the teacher" in phase:
-                flag = "teacher_eval_batch_size"
         return f"{told}; {use_less(flags, flag, flags[flag], cap)}", 2
     # What torch says of drawing from NaN is a RuntimeError; on a GPU it is an assert
     if isinstance(error, FloatingPointError) or re.search("probability tensor|device-side", text):
@@ -2842,9 +2849,7 @@ def rollout_in_groups(
     out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
     out["seconds"] = clock(student.device) - began
     for name in groups[0]:
-        rows = []
-        for group in groups:
-            rows += list(group[name])
+        rows = [row for group in groups for row in group[name]]
         if name == "teacher_hidden":
             out[name] = rows
         elif rows[0].dim() == 0:  # ended, kept
@@ -2864,35 +2869,32 @@ def tokens_at_once(vocab_size):
 
 
 @torch.no_grad()
-def response_logits(model, out, rows_at_once, name, vocab_size, **head):
+def response_logits(model, out, name, vocab_size, **head):
     """What a model says at the responses of a rollout, some tokens at a time -> yields the logits
-    there (n, V), and those tokens (n,)
+    there (n, V), and those tokens (n,): the same ones whichever prompts it reads
 
-    name: of the prompts that it reads, prompt or teacher_prompt. head: for head_logits. Needs
+    name: of these prompts, prompt or teacher_prompt. head: for head_logits. Needs read_so_far,
     hidden_states, head_logits, tokens_at_once.
     """
-    ids = torch.cat([out[f"{name}_ids"], out["response_ids"]], dim=1)  # (B, S + T)
-    mask = torch.cat([out[f"{name}_mask"], out["response_mask"]], dim=1)
-    T = out["response_ids"].shape[1]
+    B, T = out["response_ids"].shape
+    longest = max(out["prompt_ids"].shape[1], out["teacher_prompt_ids"].shape[1]) + T
     size = tokens_at_once(vocab_size)  # never (B, T, V)
-    for own_ids, own_mask in zip(ids.split(rows_at_once), mask.split(rows_at_once)):
-        valid = own_mask[:, -T:]
-        hidden = hidden_states(model, own_ids, own_mask, T)[valid]  # (N, H)
-        for states, tokens in zip(hidden.split(size), own_ids[:, -T:][valid].split(size)):
+    for rows in torch.arange(B).split(max(1, 2**15 // longest)):
+        ids, mask = read_so_far(out, name, rows, T)  # (b, S + T)
+        valid = mask[:, -T:]
+        hidden = hidden_states(model, ids, mask, T)[valid]  # (N, H)
+        for states, tokens in zip(hidden.split(size), ids[:, -T:][valid].split(size)):
             yield head_logits(model, states, vocab_size, **head), tokens
 
 
-@torch.no_grad()
 def response_log_probs(model, out, vocab_size, name="prompt", **head):
     """The log-probs that a model gives the responses of a rollout -> B tensors (length,)
 
     name: of the prompts that it reads, prompt or teacher_prompt. head: for head_logits. Needs
     response_logits.
     """
-    longest = out[f"{name}_ids"].shape[1] + out["response_ids"].shape[1]
-    rows_at_once = max(1, 2**15 // longest)
     log_probs = []
-    for logits, tokens in response_logits(model, out, rows_at_once, name, vocab_size, **head):
+    for logits, tokens in response_logits(model, out, name, vocab_size, **head):
         log_probs.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
     return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
 
@@ -2900,14 +2902,15 @@ def response_log_probs(model, out, vocab_size, name="prompt", **head):
 def make_room(prompts, for_teacher, max_length, pad_id, device):
     """An empty rollout of B prompts, with room for the longest response; what is blank is masked"""
     B = len(prompts)
-    blank = torch.zeros(B, max_length, device=device)
-    out = {
-        "response_ids": torch.full_like(blank, pad_id, dtype=torch.long),
-        "response_mask": torch.zeros_like(blank, dtype=torch.bool),
-        "overlap": blank,
-        "log_probs": torch.full_like(blank, torch.nan),
-        "ended": torch.zeros_like(blank[:, 0], dtype=torch.bool),
-        "kept": torch.ones_like(blank[:, 0], dtype=torch.bool),
+    tokens = functools.partial(torch.full, (B, max_length), device=device)
+    rows = functools.partial(torch.full, (B,), device=device)
+    out = {  # of the kind of what it is filled with: int, bool or float
+        "response_ids": tokens(pad_id),
+        "response_mask": tokens(False),
+        "overlap": tokens(0.0),
+        "log_probs": tokens(torch.nan),
+        "ended": rows(False),
+        "kept": rows(True),
         "teacher_hidden": [[] for _ in range(B)],
         "teacher_seconds": 0.0,
     }
@@ -2917,7 +2920,7 @@ def make_room(prompts, for_teacher, max_length, pad_id, device):
 
 def behind(out, prompts, name="prompt", pad_id=0):
     """A rollout with these prompts, lists of ids, under this name -> dict"""
-    ids, mask = (part.to(out["ended"].device) for part in pad_left(prompts, pad_id))
+    ids, mask = pad_left(prompts, pad_id, out["ended"].device)
     return {**out, f"{name}_ids": ids, f"{name}_mask": mask}
 
 
@@ -2937,10 +2940,10 @@ def read_prompts(model, prompts, pad_id):
     """A cache of all columns but the last, a row per prompt. Equal prompts are read once."""
     places = {}
     place = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
-    ids, mask = pad_left(places, pad_id)
+    ids, mask = pad_left(places, pad_id, model.device)
     cache = DynamicCache(config=model.config)
     if ids.shape[1] > 1:
-        hidden_states(model, ids.to(model.device), mask.to(model.device), 1, cache)
+        hidden_states(model, ids, mask, 1, cache)
         if len(places) < len(prompts):
             cache.batch_select_indices(torch.tensor(place, device=model.device))
     return cache
@@ -3035,8 +3038,8 @@ def summarise(answers, num_samples):
 
     # A row per problem, of its answers
     correct = np.array(values("correct")).reshape(-1, num_samples)
-    stopped = ~np.array(values("truncated")).reshape(-1, num_samples)
     by_problem = correct.mean(1)
+    of_stopped = [answer["correct"] for answer in answers if not answer["truncated"]]
     error = math.nan
     if len(correct) > 1:
         # Not over answers: those to one problem are not independent evidence
@@ -3047,9 +3050,9 @@ def summarise(answers, num_samples):
         "pass_at_n": float(correct.any(1).mean()),
         "n": num_samples,
         "num_problems": len(correct),
-        "stopped_fraction": float(stopped.mean()),
+        "stopped_fraction": len(of_stopped) / len(answers),
         "answered_fraction": 1 - mean("no_box"),
-        "avg_of_stopped": float(correct[stopped].mean()) if stopped.any() else math.nan,
+        "avg_of_stopped": float(np.mean(of_stopped)) if of_stopped else math.nan,
         "truncated_fraction": mean("truncated"),
         "no_box_fraction": mean("no_box"),
         "mean_length": mean("length"),
@@ -3069,7 +3072,7 @@ def row_facts(config, batch):
     """What is logged of every row of a step, of all processes -> dict of (B,)"""
     mask, overlap = batch["response_mask"], batch["overlap"]
     reliability = drift_weights(overlap, mask, config.drift_threshold, config.w_drop)
-    responses = [ids[valid].tolist() for ids, valid in zip(batch["response_ids"], mask)]
+    repeated = [repetition(ids[valid].tolist()) for ids, valid in zip(batch["response_ids"], mask)]
     facts = {
         "prompt_length": batch["prompt_mask"].sum(-1),
         "teacher_prompt_length": batch["teacher_prompt_mask"].sum(-1),
@@ -3080,7 +3083,7 @@ def row_facts(config, batch):
         "stopped_fraction": batch["ended"],
         "truncated_fraction": ~batch["ended"],
         "kept_fraction": batch["kept"],
-        "repetition": torch.tensor([repetition(ids) for ids in responses]),
+        "repetition": torch.tensor(repeated),
     }
     return concatenate(gather([{name: fact.cpu().double() for name, fact in facts.items()}]))
 
@@ -3127,11 +3130,14 @@ def step_metrics(run, batch, rows, update):
 
 def evaluate_and_save(config, run):
     """The evaluation and the checkpoint that are due after this step, and not done yet."""
-    last = run.step >= config.max_steps
-    if run.step > run.graded and (last or run.step % (config.eval_every or config.max_steps) == 0):
+
+    def due(every):  # 0: only at the end
+        return run.step >= config.max_steps or every and run.step % every == 0
+
+    if run.step > run.graded and due(config.eval_every):
         write_view(config, run)
         evaluate_files(config, run, "student")
-    if run.step and (last or run.step % (config.save_every or config.max_steps) == 0):
+    if run.step and due(config.save_every):
         save_checkpoint(config, run)
 
 
@@ -3151,8 +3157,9 @@ def grade(config, run, model, problems, **settings):
         "segment_length": config.segment_length,
         "seed": config.seed,
         "rows_per_batch": run.rows_at_once[flag],
+        **settings,
     }
-    return evaluate(model, run.tokenizer, problems, **{**how, **settings})
+    return evaluate(model, run.tokenizer, problems, **how)
 
 
 def evaluate_files(config, run, who):
@@ -3164,22 +3171,19 @@ def evaluate_files(config, run, who):
     run.phase = f"evaluation after step {run.step}"
     began = clock(run.device)
     # Who answers, who judges the answers, and what is asked
-    model, judge_model = run.sampler, run.teacher
-    evals, template = run.evals, config.prompt_template
+    model, judge_model, template = run.sampler, run.teacher, config.prompt_template
     if who in ("teacher", "prompted_teacher"):
         run.phase += " by the teacher"
         model, judge_model = run.teacher, None
     if who == "prompted_teacher":
-        evals, template = {}, config.teacher_prompt_template
-        for name, problems in run.evals.items():
-            known = [problem for problem in problems if "teacher_prompt_ids" in problem]
-            if known:
-                evals[name] = [{**own, "prompt_ids": own["teacher_prompt_ids"]} for own in known]
-    if not evals:
-        run.graded = run.step
-        return {}
+        template = config.teacher_prompt_template
     results, lines = {}, []
-    for name, problems in evals.items():
+    for name, problems in run.evals.items():
+        if who == "prompted_teacher":
+            known = [problem for problem in problems if "teacher_prompt_ids" in problem]
+            problems = [{**own, "prompt_ids": own["teacher_prompt_ids"]} for own in known]
+        if not problems:
+            continue
         settings = {"num_samples": config.eval_samples, "title": f"{who}, {name}"}
         metrics, answers = grade(config, run, model, problems, teacher=judge_model, **settings)
         if judge_model:
@@ -3193,13 +3197,21 @@ def evaluate_files(config, run, who):
             kept = {key: value for key, value in answer.items() if not key.endswith("_ids")}
             kept.pop("solution", None)  # it is in the file, once
             lines.append({"step": run.step, "model": who, "eval": name, **kept})
-    asked = {"thinking": config.enable_thinking, "prompt_template": template}
-    took = {"time_eval": clock(run.device) - began}
+    record = {
+        "model": who,
+        "eval": results,
+        "thinking": config.enable_thinking,
+        "prompt_template": template,
+        "time_eval": clock(run.device) - began,
+        **run.standing(),
+    }
     # All lines or none, at the end: what is broken off is done again on resume
     with whole_step(run):
         if is_main():
+            os.makedirs(config.output_dir, exist_ok=True)  # another run removes it while empty
             append_json(run.files[1], *lines)
-        run.record({"model": who, "eval": results, **asked, **took, **run.standing()})
+        if results:
+            run.record(record)
         run.graded = run.step
     return results
 
@@ -3254,18 +3266,21 @@ def extrapolate_student(config, run):
         settings = {"max_length": config.max_new_tokens, "temperature": config.temperature}
         metrics, answers = grade(config, run, run.sampler, problems, top_p=1.0, **settings)
         # Its samples are part of the price
-        lengths = torch.tensor([answer["length"] for answer in answers])
-        prompts = torch.tensor([len(answer["prompt_ids"]) for answer in answers])
-        sampled = int(lengths.sum())
+        sampled = sum(answer["length"] for answer in answers)
+        columns = [prompt_length(answer) + answer["length"] for answer in answers]
         run.count(validation_tokens=sampled, generated_tokens=sampled)
-        run.count(flops=forward_flops(run.student, prompts + lengths))
+        run.count(flops=forward_flops(run.student, torch.tensor(columns)))
         return metrics["avg_at_n"]
 
     run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
     for model in (run.student, run.sampler):  # what was accepted; the next anchor
         model.load_state_dict(run.anchor, strict=False)
-    found = {"extrapolation_k": tried, "validation_scores": scores}
-    return {**run.standing(), **found, "time_validation": clock(run.device) - began}
+    return {
+        **run.standing(),
+        "extrapolation_k": tried,
+        "validation_scores": scores,
+        "time_validation": clock(run.device) - began,
+    }
 
 
 def cold_start_step(config, run, step):
@@ -3284,17 +3299,15 @@ def cold_start_step(config, run, step):
     run.phase = f"the update of cold start step {step}"
     mask, right = out["response_mask"], out["ended"].clone()
     for row, problem in enumerate(problems):
-        text = run.tokenizer.decode(out["response_ids"][row][mask[row]], skip_special_tokens=True)
-        text = prompt_end(run.tokenizer, problem) + text
-        right[row] &= problem["answer"] is None or is_correct(text, problem["answer"])
+        ids = out["response_ids"][row][mask[row]]
+        right[row] &= problem["answer"] is None or is_solved(run.tokenizer, problem, ids)
 
     def cross_entropy(logits, _, ids):
         return F.cross_entropy(logits, ids, reduction="none")
 
-    # Learn the sampled ids, of which the teacher's hidden states are not asked
+    # Learn the sampled ids, of which the teacher's states are not asked: any so long will do
     out |= {"loss_mask": mask & right[:, None], "token_weight": mask.float()}
-    lengths = mask.sum(-1).tolist()
-    out["teacher_hidden"] = [torch.ones(length, 1, device=run.device) for length in lengths]
+    out["teacher_hidden"] = [valid[valid] for valid in mask]
     settings = update_settings(config, run)
     settings |= {"teacher_head": torch.nn.Identity(), "measure": None, "token_loss": cross_entropy}
     rate = config.cold_start_learning_rate
@@ -3343,15 +3356,13 @@ def first_rows(config, problems, plan, out, prompts=4):
     return {**shown, "problems": problems[own], "borders": plan.borders()}
 
 
-@torch.no_grad()
 def ask_both(run, out, k=5):
     """What both models say at each of the N tokens of a rollout's responses -> dict: sampled, kl,
     advantage (log q - log p) (N,); the k likeliest tokens of each model, and their probs (N, 2k)
     """
-    asked = response_logits(run.sampler, out, 1, "prompt", **run.sampling)
-    asked_teacher = response_logits(run.teacher, out, 1, "teacher_prompt", **run.sampling)
+    asked = response_logits(run.sampler, out, "prompt", **run.sampling)
+    asked_teacher = response_logits(run.teacher, out, "teacher_prompt", **run.sampling)
     chunks = []
-    # One row at a time, so that both are cut into the same chunks, whatever their prompts
     for (logits, sampled), (teacher_logits, _) in zip(asked, asked_teacher):
         told = {"sampled": sampled, "kl": reverse_kl(logits, teacher_logits)}
         log_probs = torch.stack([logits, teacher_logits], dim=1).log_softmax(-1)  # (n, 2, V)
@@ -3388,9 +3399,7 @@ def row_html(config, run, row):
     # What became of it
     verdict = ""
     if problem["answer"] is not None:
-        text = run.tokenizer.decode(ids, skip_special_tokens=True)
-        text = prompt_end(run.tokenizer, problem) + text
-        verdict = "right" if is_correct(text, problem["answer"]) else "wrong"
+        verdict = "right" if is_solved(run.tokenizer, problem, ids) else "wrong"
     stopped = shown["stopped"][row]
     parts.append(f'<h3><b class="{verdict}">{verdict}</b> {len(ids)} tokens, {stopped}</h3>')
     parts.append('<div class="row">')
@@ -3608,17 +3617,14 @@ def report_row(group, baseline):
 def report_table(runs):
     """Runs, as read_run gives them -> lines: a row per method, the baseline first"""
     # Whatever ends in opd is what the others are measured by
-    names = sorted({run["group"] for run in runs})
-    plain = [name for name in names if os.path.basename(name) == "opd"]
-    groups = {name: [] for name in plain + names}
-    for run in runs:
-        groups[run["group"]].append(run)
-    baseline = next(iter(groups.values()))
+    names = {run["group"] for run in runs}
+    names = sorted(names, key=lambda name: (os.path.basename(name) != "opd", name))
+    groups = [[run for run in runs if run["group"] == name] for name in names]
     return [
         *TITLES.splitlines(),
-        *[report_row(group, baseline) for group in groups.values()],
+        *[report_row(group, baseline=groups[0]) for group in groups],
         f"accuracy in %; ±: standard error over the seeds; {len(runs)} runs",
-        f"opd: here {next(iter(groups))}, the first row; x: times its cost; seconds of training",
+        f"opd: here {names[0]}, the first row; x: times its cost; seconds of training",
     ]
 
 
@@ -3689,10 +3695,9 @@ def open_run(config):
     flags = {**asdict(config), "processes": NUM_RANKS}
     folder, state = config.resume, {}
     if folder == "latest":
-        folder = (list_checkpoints(config.output_dir) or [""])[-1]
+        folder = last_checkpoint(config)
         if not folder:
-            note = f"no checkpoint in {config.output_dir} to resume: starting at the first step"
-            warnings.warn(note, stacklevel=2)
+            note(f"no checkpoint in {config.output_dir} to resume: starting at the first step")
     if folder:
         state = read_checkpoint(folder, flags)
     if not config.student:
@@ -3701,8 +3706,10 @@ def open_run(config):
     # Everything that is loaded
     files = [f"{config.output_dir}/{name}.jsonl" for name in ("metrics", "samples")]
     run = Run(flags, files, cap=min(config.cap_init, config.max_new_tokens))
-    kinds = ("generated", "teacher", "trained", "validation", "cold_start")
-    run.counts = {f"{kind}_tokens": 0 for kind in kinds} | {"flops": 0}
+    counted = (
+        "generated_tokens teacher_tokens trained_tokens validation_tokens cold_start_tokens flops"
+    )
+    run.counts = dict.fromkeys(counted.split(), 0)
     run.tokenizer = load(AutoTokenizer, folder or config.student)
     read_files(config, run)
     load_models(config, run, folder or config.student)
@@ -3710,7 +3717,7 @@ def open_run(config):
     run.most = work_at_most(config, run)
     for line in check_lengths(run):
         if config.eval_only:  # else the preflight says it
-            warnings.warn(line, stacklevel=2)
+            note(line)
     ask_math_verify("1", None)  # if it cannot start, better now than after an evaluation
     kind = config.report_to if is_main() else "none"
     run.track = open_tracker(kind, config.output_dir, flags, state.get("step", -1) + 1)
@@ -3746,7 +3753,7 @@ def work(config, run):
     train(config, run)
     if not is_main():
         return run.standing()
-    ended, checkpoint = read_run("", config.output_dir), list_checkpoints(config.output_dir)[-1]
+    ended, checkpoint = read_run("", config.output_dir), last_checkpoint(config)
     say(*report_table([ended]), f"checkpoint in {checkpoint}")
     if run.shown:
         say(f"the last step, token by token: {config.output_dir}/rollouts.html")
@@ -3787,8 +3794,8 @@ def main(argv=None):
             with contextlib.suppress(OSError):
                 if not run.halfway:
                     save_checkpoint(config, run)
-            last = (list_checkpoints(config.output_dir) or ["none"])[-1]
-            told += f"; last checkpoint: {last}" if told else ""
+            if told:
+                told += f"; last checkpoint: {last_checkpoint(config) or 'none'}"
         if not told:
             raise
         say(f"opd.py: {told}".replace("\n", " "), file=sys.stderr)
