@@ -919,6 +919,7 @@ def train(config, run):
                 run.cap, run.misses = next_cap(config, run, rows["reliable_length"])
             metrics = step_metrics(run, out, rows, {**update, "max_length": plan.max_length})
             run.shown = first_rows(config, problems, plan, out)
+            del out  # the teacher's states of a step: the plan has room for one
             if config.extrapolate and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
                 metrics |= extrapolate_student(config, run)
             run.step = step
@@ -1178,12 +1179,16 @@ def read_fields(record):
     if isinstance(record.get("reward_model"), dict):
         fields = record["reward_model"] | record
     # Of a chat the last question is asked, and what comes after it is an answer
-    chat = record.get("prompt") or record.get("messages")
+    chat = record.get("prompt")
+    if not isinstance(chat, list):
+        chat = record.get("messages")
     if isinstance(chat, list):
         turns = [turn for turn in chat if isinstance(turn, dict)]
         last = max((at for at, turn in enumerate(turns) if turn.get("role") == "user"), default=0)
         fields |= {f"{turn.get('role')}:": turn.get("content") for turn in turns[last:]}
         left_out = turns[:last]
+    if fields.get("problem") or fields.get("question"):
+        left_out = []  # another problem is asked than the chat's
 
     def values(names):
         return [fields[name] for name in names if fields.get(name) is not None]
@@ -1412,14 +1417,17 @@ def spell(answer):
 NOT_FOR_MATH_VERIFY = r"^ *;|\\text|;mod|\.\.|\\[lc]?dots"
 
 
+BOX = r"\\boxed *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+
+
 def is_same(answer, gold, text):
     """Whether an answer, one that ends a text, is the gold one."""
     if len(answer) + len(gold) > 5000:
         return False
     gold, unit = spell(read_gold(gold))
     # To a list, as many boxes are one answer
-    boxes = dict.fromkeys(re.findall(r"\\boxed *\{((?:[^{}]|\{[^{}]*\})*)\}", text))
-    parts = re.split(r",(?![^(\[{]*[)\]}])", gold)
+    boxes = dict.fromkeys(re.findall(BOX, text))
+    parts = re.split(r",(?!\d{3}\b)(?![^(\[{]*[)\]}])", gold)
     if len(boxes) == len(parts) > 1 and answer.count(",") < gold.count(","):
         answer = ", ".join(boxes)
     answer, other = spell(answer)
@@ -1892,8 +1900,9 @@ def check_config(config):
         if config.keep_ratio * config.num_generations < 0.999:  # nobody writes out 1/3
             raise ValueError(f"--keep_ratio {config.keep_ratio} is under one candidate per prompt")
     if config.mix:
-        whole = round(sum(config.mix), 3) == 1 and min(config.mix) * config.batch_size >= 1
-        if not whole or len(config.mix) != len(config.train_file):
+        # Nobody writes out 1/3
+        least = round(min(config.mix) * config.batch_size, 2)
+        if round(sum(config.mix), 3) != 1 or least < 1 or len(config.mix) != len(config.train_file):
             needs = "a share for each --train_file, worth a prompt of every step, and 1 in all"
             raise ValueError(f"--mix needs {needs}")
     needed = [config.student, config.teacher or config.teacher_prompt_template, config.train_file]
@@ -1983,7 +1992,7 @@ def compare_vocabularies(student_vocab, teacher_vocab):
     size = 1 + max(dict(shared).values(), default=-1)
     alone = dict(sorted(student_vocab.items() ^ teacher_vocab.items()))
     twice = student_vocab.keys() & teacher_vocab.keys()
-    different = [token for token, index in alone.items() if index < size or token in twice]
+    different = [t for t, index in alone.items() if index < size or t in twice or not size]
     if different:
         ids = [f"{t!r} is {student_vocab.get(t)} and {teacher_vocab.get(t)}" for t in different[:3]]
         count = f"different ids for {len(different)} tokens"
@@ -2037,9 +2046,11 @@ def read_files(config, run):
                 if filled:
                     problem["teacher_prompt_ids"] = encode(filled, "{problem}")
             except Exception as error:  # a chat template raises what it likes
-                failed = "the tokenizer or its chat template (there is --no_chat_template) fails"
-                why = f"{path}: {failed} at {problem['problem']!r:.60}: {error}"
-                raise ValueError(why) from None
+                failed = "the chat template (there is --no_chat_template)"
+                if config.no_chat_template:
+                    failed = "the tokenizer"
+                why = f"{failed} fails at {problem['problem']!r:.60}: {error}"
+                raise ValueError(f"{path}: {why}") from None
         return problems
 
     run.evals, run.pools = {}, []
@@ -2075,7 +2086,7 @@ def check_model(model, only_sampled):
     """ValueError for a model whose head does more than head_logits, unless it is only_sampled, or
     whose cache keeps other things than keys and values -> the bytes that it keeps of a token
     """
-    ids = torch.arange(16, device=model.device)[None]  # any text
+    ids = torch.arange(16, device=model.device)[None] % 2  # any text; who knows how many tokens
     try:
         output = model(input_ids=ids, use_cache=True)
         own_logits = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, None)
@@ -2298,6 +2309,8 @@ def plan_phases(config, run):
     learning = {**step, "columns": most["prompt"] + most["response"], "kept": run.kept_bytes}
     student = {**evaluation, "columns": most["question"] + most["answer"]}
     student["cache"] = run.cache_bytes[0]
+    if config.extrapolate:  # its tries are evaluations, of training prompts
+        student["columns"] = max(student["columns"], learning["columns"])
     teacher = {**evaluation, "columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
     few, many = (most["rows"], 1024) if run.device.type == "cuda" else (4, 32)
     return {
@@ -2364,7 +2377,8 @@ def try_update(config, run):
     out of memory hours later does it now.
     """
     run.phase = "an update of the longest rows"
-    rows, T = run.rows_at_once["micro_batch_size"], run.most["response"]
+    rows = min(run.rows_at_once["micro_batch_size"], run.most["rows"])
+    T = run.most["response"]
     prompts = [[0] * run.most["prompt"]] * rows
     batch = make_room(prompts, prompts, T, 0, run.device)
     for name in ("response_mask", "loss_mask", "token_weight"):
@@ -2380,9 +2394,10 @@ def try_update(config, run):
 
 def columns_at_most(run):
     """How many columns are sampled, one after the other, in a step and in an evaluation -> dict"""
-    rows, most = run.rows_at_once, run.most
+    rows, most, G = run.rows_at_once, run.most, run.flags["num_generations"]
+    together = max(1, rows["rollout_batch_size"] // G) * G  # as rollout_in_groups does
     return {
-        "step": math.ceil(most["rows"] / rows["rollout_batch_size"]) * most["response"],
+        "step": math.ceil(most["rows"] / together) * most["response"],
         "student": math.ceil(most["answers"] / rows["eval_batch_size"]) * most["answer"],
         "teacher": math.ceil(most["answers"] / rows["teacher_eval_batch_size"]) * most["answer"],
     }
@@ -2650,7 +2665,9 @@ def save_checkpoint(config, run):
         if not all(tensor.isfinite().all() for part in parts for tensor in part.values()):
             raise FloatingPointError("not all weights and moments of Adam are finite")
         # Whoever loads it stops where it has learned to
-        run.student.generation_config.eos_token_id = sorted(run.sampling["eos_ids"])
+        # Without what shipped beside the stops, which transformers may refuse to write
+        stops = sorted(run.sampling["eos_ids"])
+        run.student.generation_config = GenerationConfig(eos_token_id=stops)
         run.student.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
         state = {name: getattr(run, name) for name in STANDING}
@@ -2793,6 +2810,8 @@ def explain(error, phase, flags):
         told = f"out of memory in {phase}"
         if phase == "set-up":
             return f"{told}: {text}" if text else told, 2
+        if "rollouts.html" in phase:
+            return f"{told}; there is --no_view", 2
         flag, cap = "rollout_batch_size", "max_new_tokens"
         if "update" in phase:
             flag = "micro_batch_size"
@@ -2807,6 +2826,7 @@ def explain(error, phase, flags):
     if isinstance(error, FloatingPointError) or re.search("probability tensor|device-side", text):
         return f"{phase} is not finite: {text}", 2
     mistake = isinstance(error, (ValueError, ImportError)) and not flags  # in set-up
+    mistake |= "support for mps" in text  # which only torch knows
     if mistake or isinstance(error, OSError):
         module, path = getattr(error, "name", None), getattr(error, "filename", None)
         if module:

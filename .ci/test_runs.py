@@ -1793,7 +1793,7 @@ NUMBERS = [item.name for item in dataclasses.fields(opd.Config) if item.type in 
 MAY_BE_ZERO = (
     "seed cold_start_steps rollout_batch_size prefix_length horizon_growth drift_threshold w_drop "
     "w_base cap_margin cap_hit_ratio warmup_steps save_every eval_every eval_temperature "
-    "micro_batch_size eval_batch_size"
+    "micro_batch_size eval_batch_size segment_length"
 ).split()
 
 
