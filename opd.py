@@ -1300,7 +1300,7 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
     encoded = tokenizer(text + "\n", return_special_tokens_mask=True)
     while encoded.special_tokens_mask.pop():
         last = tokenizer.decode(encoded.input_ids.pop())
-        note(f"{last!r} after prompts is left out")
+        warnings.warn(f"{last!r} after prompts is left out", stacklevel=2)
     return encoded.input_ids
 
 
@@ -1999,7 +1999,7 @@ def compare_vocabularies(student_vocab, teacher_vocab):
         raise ValueError(f"use models of one tokenizer: {count}: {', '.join(ids)}")
     if alone:
         told = f"tokens that only one model has are cut off, {len(alone)} such as {min(alone)!r}"
-        note(f"{told}; {size} stay")
+        warnings.warn(f"{told}; {size} stay", stacklevel=2)
     return size
 
 
@@ -2178,7 +2178,7 @@ def position_limit(model):
     """The length that a model's positions are for; why no run may go beyond, "" where one may"""
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
-    limit = first_of(getattr(config, name, None) for name in names) or math.inf
+    limit = next(filter(None, [getattr(config, name, None) for name in names]), math.inf)
     rotary = getattr(config, "rope_parameters", None)
     if not rotary:
         return limit, "they are a table"
@@ -2394,7 +2394,8 @@ def try_update(config, run):
 
 def columns_at_most(run):
     """How many columns are sampled, one after the other, in a step and in an evaluation -> dict"""
-    rows, most, G = run.rows_at_once, run.most, run.flags["num_generations"]
+    rows, most = run.rows_at_once, run.most
+    G = run.flags["num_generations"]
     together = max(1, rows["rollout_batch_size"] // G) * G  # as rollout_in_groups does
     return {
         "step": math.ceil(most["rows"] / together) * most["response"],
@@ -2453,7 +2454,8 @@ def plan_lines(config, run, out):
         plan = memory_plan(**sizes, rows=run.rows_at_once[flag])
         return {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
 
-    most, rows, device = run.most, run.rows_at_once, run.device.type
+    most, rows = run.most, run.rows_at_once
+    device = run.device.type
     if device == "cuda":
         device += f" of {tqdm.format_sizeof(torch.cuda.mem_get_info(run.device)[1])}B"
     prompt = max(most["prompt"], most["teacher_prompt"])
@@ -3191,7 +3193,8 @@ def evaluate_files(config, run, who):
     run.phase = f"evaluation after step {run.step}"
     began = clock(run.device)
     # Who answers, who judges the answers, and what is asked
-    model, judge_model, template = run.sampler, run.teacher, config.prompt_template
+    model, judge_model = run.sampler, run.teacher
+    template = config.prompt_template
     if who in ("teacher", "prompted_teacher"):
         run.phase += " by the teacher"
         model, judge_model = run.teacher, None
@@ -3639,10 +3642,13 @@ def report_table(runs):
     # Whatever ends in opd is what the others are measured by
     names = {run["group"] for run in runs}
     names = sorted(names, key=lambda name: (os.path.basename(name) != "opd", name))
-    groups = [[run for run in runs if run["group"] == name] for name in names]
+    groups = {name: [] for name in names}
+    for run in runs:
+        groups[run["group"]].append(run)
+    baseline = groups[names[0]]
     return [
         *TITLES.splitlines(),
-        *[report_row(group, baseline=groups[0]) for group in groups],
+        *[report_row(group, baseline) for group in groups.values()],
         f"accuracy in %; ±: standard error over the seeds; {len(runs)} runs",
         f"opd: here {names[0]}, the first row; x: times its cost; seconds of training",
     ]

@@ -178,6 +178,9 @@ def test_a_box_needs_no_braces_and_a_row_of_a_matrix_may_begin_with_one(text, co
         (r"\boxed{8}, no: \boxed{6}", "8", False),
         (r"\boxed{6} or \boxed{8}", "(6,8)", False),
         (r"<think>\boxed{6}</think> \boxed{8}", "6,8", False),
+        (r"First \boxed{5}, then \boxed{70000}", "70,000", True),
+        (r"\boxed{1}, then \boxed{234}", "1,234", False),
+        (r"\boxed{\frac{\sqrt{2}}{2}}, \boxed{-1}", r"\frac{\sqrt{2}}{2}, -1", True),
     ],
 )
 def test_several_boxes_are_a_list_only_if_the_gold_is_one_of_as_many(response, gold, right):

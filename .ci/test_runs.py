@@ -32,6 +32,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 
 import pytest
 import tokenizers
@@ -1129,6 +1130,15 @@ def test_system_and_earlier_turns_that_are_dropped_are_quoted(tmp_path):
     assert noted(write(tmp_path / "a.jsonl", {"prompt": [*CHAT[1:], TWO]})) == []
 
 
+def test_a_chat_beside_a_problem_is_not_asked_and_one_beside_a_text_is(tmp_path):
+    """Nothing is told of turns that nobody asks; of a chat beside a text the answer counts."""
+    path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": "5", "messages": CHAT})
+    assert noted(path) == []
+    asked = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": r"\boxed{5}"}]
+    path = write(tmp_path / "a.jsonl", {"prompt": "2+3?", "messages": asked})
+    assert opd.load_problems(path)[0]["answer"] == "5"
+
+
 def test_where_no_answer_is_known_the_fields_of_the_records_are_listed(tmp_path):
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "value": 5}, {"problem": "1", "x": 5})
     fields = "{'problem': '2+3?', 'value': 5}"
@@ -1832,6 +1842,7 @@ def test_no_number_is_negative_or_infinite(value):
         "--eval_top_p 1 --probe_depths 0 99",
         "--cap_init 24 --cap_min 24 --cap_max 24",
         "--student a --teacher b --train_file c d e --mix 0.7 0.2 0.1",  # .9999999999999999
+        "--student a --teacher b --train_file c d e --mix 0.333 0.333 0.334 --batch_size 3",
         "--eval_only --student a --eval_file b",
         "--device mps",
     ],
@@ -2242,6 +2253,7 @@ def test_the_same_tokens_under_the_same_ids_are_one_vocabulary():
         ({"b": 1}, "1 tokens: 'a' is 0 and None"),
         ({"c": 0, "b": 1}, "2 tokens: 'a' is 0 and None, 'c' is None and 0"),
         ({"a": 0, "b": 2}, "1 tokens: 'b' is 1 and 2"),
+        ({"c": 0, "d": 1}, "4 tokens: 'a' is 0 and None"),
     ],
 )
 def test_different_vocabularies_are_refused_with_the_tokens_that_differ(teacher, says):
@@ -2323,6 +2335,10 @@ def test_models_with_a_softcap_or_a_scale_behind_their_head_are_refused_by_name(
         opd.check_model(otherwise, True)
         with pytest.raises(ValueError, match=f"^{family.lower()} models are not supported"):
             opd.check_model(otherwise, False)
+
+
+def test_a_model_of_few_tokens_is_as_good_as_others():
+    assert opd.check_model(tiny("Qwen3", 0, vocab_size=3), False) > 0
 
 
 @pytest.mark.parametrize("kind", ["OpenAIGPT", "Rwkv", "Mamba"])
@@ -2700,9 +2716,12 @@ def test_what_a_forward_keeps_for_backward_is_counted_by_token_and_by_layer():
     assert recomputed == 3 * 4 * model.config.hidden_size + kept[2] // 3
 
 
-def test_the_update_that_is_tried_first_changes_nothing(world, tmp_path, monkeypatch):
-    """It is as long as the longest, of as many rows as at once."""
-    config, run = opened(world, tmp_path, micro_batch_size=3)
+@pytest.mark.parametrize("micro_batch_size, rows", [(3, 3), (99, 4)])
+def test_the_update_that_is_tried_first_changes_nothing(
+    micro_batch_size, rows, world, tmp_path, monkeypatch
+):
+    """It is as long as the longest, of as many rows as at once, of the four that a step has."""
+    config, run = opened(world, tmp_path, micro_batch_size=micro_batch_size)
     before = copy.deepcopy(run.student.state_dict())
     tried = watch(monkeypatch, "train_step")["train_step"]
     opd.try_update(config, run)
@@ -2711,22 +2730,27 @@ def test_the_update_that_is_tried_first_changes_nothing(world, tmp_path, monkeyp
     assert all(parameter.grad is None for parameter in run.student.parameters())
     (call,) = tried
     longest = max(len(problem["prompt_ids"]) for problem in run.pools[0])
-    assert call["batch"]["prompt_ids"].shape == (3, longest)
-    assert call["batch"]["loss_mask"].shape == (3, 12) and call["batch"]["loss_mask"].all()
+    assert call["batch"]["prompt_ids"].shape == (rows, longest)
+    assert call["batch"]["loss_mask"].shape == (rows, 12) and call["batch"]["loss_mask"].all()
     assert call["learning_rate"] == 0.0
 
 
-def test_the_gradient_makes_room_for_the_caches(world, tmp_path, runs, monkeypatch):
-    held = []
+def test_the_gradient_and_the_teachers_states_make_room_for_the_caches(
+    world, tmp_path, runs, monkeypatch
+):
+    held, states = [], []
     rollout = opd.rollout_in_groups
 
     def watched(*args, **settings):
         held.append([p.grad for p in runs[0].student.parameters() if p.grad is not None])
-        return rollout(*args, **settings)
+        held.append([one() for one in states if one() is not None])
+        out = rollout(*args, **settings)
+        states.extend(map(weakref.ref, out["teacher_hidden"]))
+        return out
 
     monkeypatch.setattr(opd, "rollout_in_groups", watched)
     train(world, tmp_path, max_steps=3, eval_file=None)
-    assert held == [[], [], []]
+    assert held == 3 * [[], []] and len(states) == 3 * 4
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
@@ -2774,6 +2798,19 @@ def test_before_the_first_step_those_are_evaluated_who_cost_little(
     config, run = opened(world, tmp_path, **flags)
     assert opd.columns_at_most(run) == {"step": 12, "student": 12, "teacher": 12}
     assert opd.evaluated_first(config, run) == whom
+
+
+def test_a_prompts_candidates_are_counted_as_sampled_together(world, tmp_path):
+    """Of three rows at once, two: four prompts of two candidates are four groups of 12 columns."""
+    _, run = opened(world, tmp_path, batch_size=4, rollout_batch_size=3)
+    assert opd.columns_at_most(run)["step"] == 4 * 12
+
+
+def test_the_plan_of_an_evaluation_has_the_tries_of_effopd_in_it(world, tmp_path):
+    """They are asked training prompts, with the cap of a rollout."""
+    config, run = opened(world, tmp_path, eval_file=None, extrapolate=True, validation_size=3)
+    columns = opd.plan_phases(config, run)["eval_batch_size"][2]["columns"]
+    assert columns == max(len(problem["prompt_ids"]) for problem in run.pools[0]) + 12
 
 
 def test_without_a_file_to_evaluate_on_nobody_is_evaluated_and_nothing_says_so(
@@ -3178,6 +3215,16 @@ def test_weights_that_a_damaged_optimizer_made_nan_are_not_saved_and_the_student
     assert checkpoints(tmp_path) == ["checkpoint-2"]
 
 
+def test_a_student_that_ships_with_odd_settings_can_be_saved(world, tmp_path):
+    """A temperature beside do_sample: transformers reads that, but does not write it again."""
+    shipped = changed_copy(world, "student", tmp_path / "shipped", lambda *_: None)
+    path = shipped / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.6}))
+    train(world, tmp_path / "out", student=shipped, max_steps=1, eval_file=None)
+    saved = json.loads((tmp_path / "out/checkpoint-1/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [END] and "temperature" not in saved
+
+
 @pytest.mark.parametrize("what", ["a weight", "a moment"])
 def test_nothing_that_is_not_finite_is_saved_and_the_older_checkpoint_stays(
     what, world, tmp_path, monkeypatch, capfd
@@ -3355,11 +3402,13 @@ def test_resume_into_a_folder_of_another_run_puts_that_one_aside(
     """
     out, flags = tmp_path / "out", {**LONG, "save_every": 0, "keep_checkpoints": 9}
     shutil.copytree(first_run[0], out)
+    (out / "rollouts.html").write_text("of the other run")
     for step in (2, 3):
         shutil.copytree(out / "checkpoint-4", out / f"checkpoint-{step}")
     train(world, out, **flags, resume=every_step / "checkpoint-3")
     assert all((out / f"checkpoint-{step}.old").exists() for step in (2, 3))
     assert outcome(out) == outcome(every_step) and checkpoints(out) == ["checkpoint-5"]
+    assert (out / "rollouts.html.old").read_text() == "of the other run"
     assert same_weights(out / "checkpoint-4.old", first_run[0] / "checkpoint-4")
     old_metrics = (out / "metrics.jsonl.old").read_text()
     assert old_metrics == (first_run[0] / "metrics.jsonl").read_text()
@@ -3966,6 +4015,7 @@ SIZES_NOW |= {"no_gradient_checkpointing": False}
             {"micro_batch_size": 1, "no_gradient_checkpointing": True},
             "; leave out --no_gradient_checkpointing",
         ),
+        ("rollouts.html of step 1", {}, "; there is --no_view"),
         ("extrapolation", {}, "; halve --eval_batch_size, now 2"),
         (
             "extrapolation",
@@ -3990,6 +4040,13 @@ def test_out_of_memory_advises_what_can_still_be_lowered_and_in_set_up_nothing(p
 def test_what_cuda_says_of_nan_and_memory_is_told_in_one_line(text, told):
     line, status = opd.explain(RuntimeError(text), "x", SIZES_NOW)
     assert line.startswith(told) and status == 2
+
+
+def test_a_device_that_torch_was_not_built_for_is_a_mistake_of_one_line(world, tmp_path, capfd):
+    if torch.backends.mps.is_available():
+        pytest.skip("it is here")
+    status, line = stopped(command(world, tmp_path / "out", device="mps"), capfd)
+    assert status == 2 and "mps" in line
 
 
 def test_once_the_run_has_begun_a_wrong_value_is_an_error_of_the_program():
@@ -4339,8 +4396,13 @@ def test_main_returns_the_final_metrics(first_run):
     assert results["final"] == evaluations[-1]["eval"]
 
 
-def test_eval_only_makes_its_folder(world, tmp_path):
+def test_eval_only_makes_its_folder(world, tmp_path, monkeypatch):
+    """And makes it again, where a run that ends without a word removes it, since it was empty."""
     flags = {"eval_only": True, "teacher": None, "train_file": None}
+    grade = opd.grade
+    monkeypatch.setattr(
+        opd, "grade", lambda *args, **more: (os.rmdir(tmp_path / "a/b"), grade(*args, **more))[1]
+    )
     opd.main(command(world, tmp_path / "a" / "b", **flags))
     assert len(test_opd.read(tmp_path / "a" / "b" / "metrics.jsonl")) == 1
 
