@@ -48,3 +48,5 @@ prune          --method prune --loss forward_kl --eval_first none
 reverse-kl     --method opd --loss reverse_kl --eval_first none
 END
 .venv/bin/python opd.py --report $out
+.venv/bin/python .ci/real.py $out > assets/real.txt
+cat assets/real.txt

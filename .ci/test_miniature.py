@@ -1,5 +1,5 @@
 """
-The recipes of the tiny world: what .ci/compare.py makes of runs, and that .ci/premises.py measures
+The recipes: what .ci/compare.py and .ci/real.py make of runs, and that .ci/premises.py measures
 what it says.
 """
 
@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import compare
 import premises
+import real
 import test_runs
 
 made = test_runs.made
@@ -103,6 +104,26 @@ def test_the_picture_has_a_curve_and_a_point_per_method():
         assert len(panel.lines) == 2 and [
             float(line.get_ydata()[-1]) for line in panel.lines
         ] == pytest.approx([85, 85])
+
+
+# --------------------------------------------------------------------------------------------------
+# real.py
+
+
+def test_the_table_of_a_real_model_by_hand():
+    """A student of 1% learns in two steps of 2 + 1 + 3 seconds; its overlap rises in each half."""
+    shares = {"se": 0.01, "answered_fraction": 0.5, "stopped_fraction": 0.25}
+    step = {"loss": 1.0, "time_rollout": 2, "time_teacher": 1, "time_update": 3}
+    records = [
+        {"model": "student", "step": 0, "eval": {"a": {**shares, "avg_at_n": 0.01}}},
+        {**step, "overlap_by_position": 4 * [0.5] + 4 * [0.25], "generated_tokens": 600},
+        {**step, "overlap_by_position": 4 * [0.75] + 4 * [0.5], "generated_tokens": 1200},
+        {"model": "student", "step": 2, "eval": {"a": {**shares, "avg_at_n": 0.125}}},
+    ]
+    assert [line.split() for line in real.of_run("opd", records)] == [
+        "student 1.0±1.0 50.0 25.0 0.50 0.50 0.25 0.25".split(),
+        "opd 12.5±1.0 50.0 25.0 0.75 0.75 0.50 0.50 1,200 12".split(),
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
