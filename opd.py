@@ -63,6 +63,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, get_args, get_origin
@@ -432,7 +433,7 @@ def extrapolate(weights, anchor, validate, max_tries=5):
 
 
 def movable_weights(model):
-    """Copies of the weights that EffOPD extrapolates, by name: those of attention and MLP  [EffOPD]
+    """Copies, on the CPU, of the weights that EffOPD extrapolates: attention and MLP       [EffOPD]
 
     The released code goes by parts of names, and so does this. In Llama and Qwen3 it moves
     self_attn.* (with Qwen3's q_norm, k_norm), mlp.* and post_attention_layernorm, and leaves
@@ -443,7 +444,7 @@ def movable_weights(model):
     movable = {}
     for name, parameter in model.named_parameters():
         if re.search(parts, name):
-            movable[name] = parameter.detach().clone()
+            movable[name] = parameter.detach().to("cpu", copy=True)  # a GPU lacks room for several
     return movable
 
 
@@ -2312,7 +2313,7 @@ def plan_phases(config, run):
     if config.extrapolate:  # its tries are evaluations, of training prompts
         student["columns"] = max(student["columns"], learning["columns"])
     teacher = {**evaluation, "columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
-    few, many = (most["rows"], 1024) if run.device.type == "cuda" else (4, 32)
+    few, many = (most["rows"], 256) if run.device.type == "cuda" else (4, 32)
     return {
         "rollout_batch_size": ("rollout", most["rows"], sampling),
         "micro_batch_size": ("update", few, learning),
@@ -2379,7 +2380,9 @@ def try_update(config, run):
     run.phase = "an update of the longest rows"
     rows = min(run.rows_at_once["micro_batch_size"], run.most["rows"])
     T = run.most["response"]
-    prompts = [[0] * run.most["prompt"]] * rows
+    # The others are a token shorter: only padded rows need an attention mask, which takes its room
+    longest = run.most["prompt"]
+    prompts = [[0] * longest, *[[0] * max(1, longest - 1)] * (rows - 1)]
     batch = make_room(prompts, prompts, T, 0, run.device)
     for name in ("response_mask", "loss_mask", "token_weight"):
         batch[name] = torch.ones_like(batch["response_mask"])
@@ -2387,8 +2390,9 @@ def try_update(config, run):
     width = run.teacher.config.get_text_config().hidden_size
     states = torch.zeros(run.most["rows"], T, width, dtype=run.teacher.dtype, device=run.device)
     batch["teacher_hidden"] = states
-    train_step(run.student, run.optimizer, batch, 0.0, **update_settings(config, run))
-    run.optimizer.state.clear()  # of this step nothing stays
+    for _ in range(2):  # the second beside Adam's moments, which the first one makes
+        train_step(run.student, run.optimizer, batch, 0.0, **update_settings(config, run))
+    run.optimizer.state.clear()  # of these steps nothing stays
     run.optimizer.zero_grad()
 
 
@@ -3427,9 +3431,10 @@ def row_html(config, run, row):
     parts.append(f'<h3><b class="{verdict}">{verdict}</b> {len(ids)} tokens, {stopped}</h3>')
     parts.append('<div class="row">')
     # Its tokens, each escaped: what a model writes is never markup
-    bad = shown["overlap"][row] < (config.drift_threshold if config.method == "prune" else 0)
+    least = config.drift_threshold if config.method == "prune" else 0
+    bad = (shown["overlap"][row] < least).tolist()
     for place, text in enumerate(token_texts(run.tokenizer, ids, problem["prompt_ids"][0])):
-        kind = "border " * (place in shown["borders"]) + "bad" * bool(bad[place])
+        kind = "border " * (place in shown["borders"]) + "bad" * bad[place]
         parts.append(" " * (place > 0 and text.startswith(" ")))  # in front of the span
         parts.append(f'<span class="{kind}">{html.escape(text.removeprefix(" "))}</span>')
     return "".join(parts) + " ✂" * (stopped != "ended") + "</div>"
@@ -3799,7 +3804,7 @@ def main(argv=None):
         config = argv if isinstance(argv, Config) else parse_args(argv)
         check_config(config)
         if config.report:
-            return report(config.report)
+            return report(config.report) if is_main() else {}
         join_processes(config.device)
         if is_main():
             held.enter_context(own_folder(config))
@@ -3811,6 +3816,7 @@ def main(argv=None):
     except (Exception, KeyboardInterrupt) as error:
         # A second one does not break off the saving
         held.enter_context(on_signals(signal.SIG_IGN))
+        traceback.clear_frames(error.__traceback__)  # they hold the caches on a full GPU
         flags = {**vars(config), **run.rows_at_once} if run.flags else {}
         told, status = explain(error, run.phase, flags)
         if "is not finite" in told:

@@ -2728,8 +2728,10 @@ def test_the_update_that_is_tried_first_changes_nothing(
     assert_same(run.student.state_dict(), before, tolerance=0)
     assert not run.optimizer.state
     assert all(parameter.grad is None for parameter in run.student.parameters())
-    (call,) = tried
+    _, call = tried  # the second one beside Adam's moments
     longest = max(len(problem["prompt_ids"]) for problem in run.pools[0])
+    # Padded, as the rows of a step are: then there is an attention mask, too
+    assert call["batch"]["prompt_mask"].sum(1).tolist() == [longest] + (rows - 1) * [longest - 1]
     assert call["batch"]["prompt_ids"].shape == (rows, longest)
     assert call["batch"]["loss_mask"].shape == (rows, 12) and call["batch"]["loss_mask"].all()
     assert call["learning_rate"] == 0.0
