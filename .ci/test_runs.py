@@ -4051,6 +4051,29 @@ def test_a_device_that_torch_was_not_built_for_is_a_mistake_of_one_line(world, t
     assert status == 2 and "mps" in line
 
 
+def test_what_a_full_gpu_held_is_let_go_before_the_last_checkpoint(world, tmp_path, monkeypatch):
+    """Else there would be no room to look at the weights, and a run's steps would be lost."""
+    held, alive = [], []
+    backward, save = opd.backward, opd.save_checkpoint
+
+    def fills(*args, **settings):
+        room = torch.zeros(3)
+        held.append(weakref.ref(room))
+        if len(held) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backward(*args, **settings)
+
+    def watched(config, run):
+        alive.extend(one() for one in held)
+        save(config, run)
+
+    monkeypatch.setattr(opd, "backward", fills)
+    monkeypatch.setattr(opd, "save_checkpoint", watched)
+    with pytest.raises(SystemExit):
+        train(world, tmp_path, eval_file=None)
+    assert alive == [None, None] and checkpoints(tmp_path) == ["checkpoint-1"]
+
+
 def test_once_the_run_has_begun_a_wrong_value_is_an_error_of_the_program():
     assert opd.explain(ValueError("x"), "the update of step 1", {"micro_batch_size": 1}) == ("", 1)
 
