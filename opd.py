@@ -1373,35 +1373,48 @@ def draw_prompts(config, run, step):
 SIGNS = dict(zip(map(ord, "–—−∞°²³½（），"), r"- - - \infty ^\circ ^2 ^3 \frac12 ( ) ,".split()))
 SPELLINGS = {
     # spaces and sizes: \;  \big)  ~
-    r"(?<!\\)\\([,;: >]|[bB]igg?[lr]?(?![a-z]))|~": " ",
+    r"(?<!\\)\\([,;: >]|[bB]igg?[lr]?(?![a-z]))|~|(?<=\\\\)\[[\d.]+\w\w\]": " ",
     # marks: \$5  **7**  \color{red}7
-    r"\\?\$|\\checkmark|[€£¥✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
+    r"\\?\$|\\checkmark|[¢-¥€✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
+    # powers of ten: 2.5e-3
+    r"(?<=\d)[eE]\+?(-?\d+)\b": r"\\times 10^{\1}",
     # lists: 1 and 2
     r"(?i)[, ]*+(\\\w+\{ *+)?\b(and|or)\b( equivalently)? *\}?,?": ", ",
+    # a unit that looks like a variable: 5 \text{ N}
+    r"(?<=[\d}]) *\\(text|mathrm) *\{ *([A-Z]|eV|([^{}]*\^\{-?\d\})+) *\}(?!\w)": r' "\2"',
     # wrapped words: 5 \text{people} is 5 "people"
     r"\\(text\w*|\wbox|mathrm|mathbf) *\{(?=[^{}]*\})([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": (
         r'"\2"\3 '
     ),
     # what leads in: the final answer is 5, = 5
-    r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?:?|^ *(=|\\approx)': "",
+    r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?[": ]*=?'
+    r'|^ *("[^"]*" *|\w\(\w, *\w\) *)?(=|\\approx)': "",
     # a choice: (C) 42 is C
     r'^[" (]*([A-J])[).](?!.*[A-J][).]).*': r"\1",
     # nothing: no solution
     r'(?i)"? *+((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
     # a unit: 5 cm, 3 hours
-    r'(?<=\d) *+(""|(?<= )) *+([a-zA-Z.]{3,}|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
+    r'(?<=\d) *+(""|(?<= )) *+([a-zA-Z.]{3,}( [a-z]+)*|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
+    # or one of few letters: 5m
+    r"^ *(-?[\d.,]*\d) *((sq |cu )?(kg|lbs?|oz|ft|in|mi|hrs?|[gmshL]))\.?$": r'\1 "\2"',
     # a word, or letters in order: north, ABC
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
     # a mixed number: 1 2/3
     r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
     # degrees: 90^\circ
-    r'\\degree|\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?': ' "degrees"',
+    r'\\degree|"? ?\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?([ "]*[CF]\b)?': ' "degrees"',
     # a base, a modulus: 1011_2, 3 \pmod 4
     r"(?:\(?\b(\d\w*)\)? *+_|\(? *+\\?[pb]?(mod)\b) *+\{? *+(\w++) *+\}? *+\)?$": r'\1 "\2\3"',
     # roots: 2√3
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
+    # two in one: 1 \pm i
+    r'^(?!.*(["(\[]|\\[{}]|\\mp))(.*,)?([^,]*)(\\pm|±)([^,]*)': r"\2\3+\5,\3-\5",
+    # any integer: k\pi, k \in \mathbb{Z}
+    r'(?<![, ])[, ]++(\\q?quad *+)?("[^"]*+" *+)?[kmn] *+\\in *+\\mathbb *\{?Z\}? *+$'
+    r'|" *+(for|where)\b[^"]*+" *+[a-zA-Z]? *+$': "",
     # what trails: 7. is 7; and 1 000 000
-    r'(?<=") *\^ *\{?\d\}?|_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
+    r'(?<=") *\^ *\{?-?\d\}?|(/|\\cdot) *(?=" *\w)': "",
+    r'_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
 }
 
 
@@ -1429,9 +1442,9 @@ def is_same(answer, gold, text):
     # To a list, as many boxes are one answer
     boxes = dict.fromkeys(re.findall(BOX, text))
     parts = re.split(r",(?!\d{3}\b)(?![^(\[{]*[)\]}])", gold)
-    if len(boxes) == len(parts) > 1 and answer.count(",") < gold.count(","):
-        answer = ", ".join(boxes)
     answer, other = spell(answer)
+    if len(boxes) == len(parts) > 1 and answer.count(",") < gold.count(","):
+        answer, other = spell(", ".join(boxes))
 
     # Letters commute in math-verify: strings of them are text. A unit may be missing or short
     same = gold.replace(" ", "") == answer.replace(" ", "")
@@ -1448,13 +1461,17 @@ def is_same(answer, gold, text):
 #   Latex alone  else 1 \pmod 4 is read as 4
 #   gold first   an answer (1,2) is taken for a gold 1<x<2, but 1<x<2 not for (1,2), a point
 MATH_VERIFY = r"""import json, re, sys
-from math_verify import LatexExtractionConfig as Latex, parse, verify
+from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify
+# Units are gone already, and a last letter is none; six decimals would make 0.333333 of 1/3
+latex = LatexNormalizationConfig(units=False, malformed_operators=True, nits=True)
+latex = [LatexExtractionConfig(normalization_config=latex)]
+options = dict(numeric_precision=99, float_rounding=12)
 verify(parse("$1$"), parse("$1$"))  # the first call is slow
 print("ready")
 for line in sys.stdin:
     texts = [text for text in json.loads(line) if text is not None]
-    read = [parse(f"\\boxed{{{text}}}", [Latex()], parsing_timeout=None) for text in texts]
-    options = dict(numeric_precision=99, allow_set_relation_comp=re.search("[][]|infty", texts[0]))
+    read = [parse(f"\\boxed{{{text}}}", latex, parsing_timeout=None) for text in texts]
+    options["allow_set_relation_comp"] = re.search("[][]|infty", texts[0])
     print(verify(*read, timeout_seconds=None, **options) if len(read) > 1 else len(read[0]) > 1)"""
 
 

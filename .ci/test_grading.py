@@ -46,6 +46,27 @@ SPELLINGS = [
     ("14", ["14.", "14;", r"14\\", "14 .", r"\text{14}."], ["14!", "1.4"]),
     ("1250", [r"1\,250", r"1\,\,250", "1 250", r"1,\!250", "1,250"], ["1 25", "1, 250, 0"]),
     ("1,250", [r"1\,250", "1 250"], ["250"]),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", [r"\begin{pmatrix}1\\[4pt]2\end{pmatrix}"], []),
+    # Powers of ten, also as json writes floats; decimals, to twelve places
+    ("2.75e11", [r"2.75 \times 10^{11}", "275000000000", "2.75E+11"], ["2.75e12", "2.75"]),
+    ("1e-05", ["0.00001", r"10^{-5}"], ["0.0001"]),
+    ("0.0000672", ["6.72e-5"], ["0.000067"]),
+    (r"\frac{1}{3}", [r"\dfrac13"], ["0.333333", "0.33333333"]),
+    # A last letter is no unit
+    ("3c", [r"c \cdot 3"], ["3", "3d"]),
+    (r"\omega t", [r"t\omega"], [r"\omega"]),
+    ("1 + t", ["t + 1"], ["1"]),
+    # Names in front, units of a capital or of several words, what an integer may be
+    ("18", [r"\text{Total} = \$18", r"\text{Total cost} = 18", "f(x, y) = 18"], ["18 = 19"]),
+    ("5", [r"5 \text{ N}", r"5 \mathrm{~km} / \mathrm{s}", r"5 \text{cm}^{-1}"], ["5N^2"]),
+    ("64", [r"64^\circ\text{F}", "64°F", "64¢"], [r"65^\circ\text{F}"]),
+    (r"(2k+1)\pi", [r"(2k+1)\pi, k \in \mathbb{Z}"], [r"2k\pi, k \in \mathbb{Z}"]),
+    # Two in one
+    (
+        r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}",
+        [r"\frac{1\pm\sqrt5}{2}", r"x = \frac{1 \pm \sqrt{5}}{2}"],
+        [r"\frac{1\pm\sqrt3}{2}"],
+    ),
     # Signs of Unicode
     ("-7", ["–7", "−7", "—7"], ["7"]),
     ("x^3+y^2", ["x³+y²"], ["x²+y³"]),
