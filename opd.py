@@ -93,8 +93,7 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    Over a step it is divided by the number of tokens learned: see backward. A token with q = 0 and
-    p > 0 costs about 1e30 p, not inf.
+    Over a step, divided by the number of tokens learned: see backward. q = 0 costs 1e30 p, not inf.
     """
     # Not F.kl_div(log_p, log_q), which is KL(q || p): with that the student spreads over all that
     # the teacher might do. bfloat16 becomes float32, and float64 stays what it is
