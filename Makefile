@@ -31,7 +31,7 @@ compare: .venv/ready
 conditions: .venv/ready
 	.ci/conditions.sh
 
-# A real language model of 135M parameters teaches itself: hours. SMOL=folder where there is no hub.
+# A real language model of 135M parameters teaches itself: 90 minutes. SMOL=folder without a hub.
 real: .venv/ready
 	.ci/real.sh
 
