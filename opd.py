@@ -3156,13 +3156,16 @@ def step_metrics(run, batch, rows, update):
     run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, judged))
     run.count(flops=3 * forward_flops(run.student, learned[trained > 0]))
     means = {name: fact.mean().item() for name, fact in rows.items()}
+    # Of the rows of all processes, like the means. NaN is no overlap
+    said = [row[valid].cpu() for row, valid in zip(batch["overlap"], batch["response_mask"])]
+    overlap = pad_sequence(gather(said), batch_first=True, padding_value=math.nan)
     return {
         **update,
         **run.standing(),
         **means,
         # Of all that was sampled, not only of what is trained on
         "overlap_ratio": rows["agreed_tokens"].sum().item() / sampled,
-        "overlap_by_position": overlap_by_position(batch["overlap"], batch["response_mask"]),
+        "overlap_by_position": overlap_by_position(overlap, ~overlap.isnan()),
         "time_rollout": batch["seconds"] - batch["teacher_seconds"],
         "time_teacher": batch["teacher_seconds"],
         "time_validation": 0.0,

@@ -4255,6 +4255,14 @@ def test_the_overlap_of_a_step_is_over_tokens_and_not_a_mean_of_rows():
     assert metrics["overlap_by_position"][:4] == [0.5, 0.5, 0, 1]
 
 
+def test_the_overlap_by_position_is_of_the_rows_of_all_processes(monkeypatch):
+    """Of the two rows, with 1 and 0 at first, another process has the first one, too."""
+    monkeypatch.setattr(
+        opd, "gather", lambda items: items + items[:1] if torch.is_tensor(items[0]) else items
+    )
+    assert counted()[1]["overlap_by_position"][0] == pytest.approx(2 / 3)
+
+
 def test_the_tokens_and_flops_of_a_step_are_added_to_those_before():
     """Sampled and judged: 5 tokens. Learned from: 4, with a prompt of 2, three forwards of it."""
     _, metrics, run = counted()
