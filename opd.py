@@ -1452,6 +1452,7 @@ def is_same(answer, gold, text):
     short, long = sorted([unit, other], key=len)
     rest = iter(long)
     short_for = long.startswith(short[:1]) and all(letter in rest for letter in short)
+    short_for &= len(long) > 2 or short in ("", long)  # m is no mm
     return short_for and (same or ask_math_verify(gold, answer))
 
 

@@ -61,6 +61,7 @@ SPELLINGS = [
     ("5", [r"5 \text{ N}", r"5 \mathrm{~km} / \mathrm{s}", r"5 \text{cm}^{-1}"], ["5N^2"]),
     ("64", [r"64^\circ\text{F}", "64°F", "64¢"], [r"65^\circ\text{F}"]),
     (r"(2k+1)\pi", [r"(2k+1)\pi, k \in \mathbb{Z}"], [r"2k\pi, k \in \mathbb{Z}"]),
+    (r"10 \text{ mm}", ["10", "10 mm", r"10 \text{ millimeters}"], [r"10 \text{ m}", "10 cm"]),
     # Two in one
     (
         r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}",
