@@ -93,7 +93,8 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    Over a step, divided by the number of tokens learned: see backward. q = 0 costs 1e30 p, not inf.
+    Over a step it is divided by the number of tokens learned: see backward. A token with q = 0 and
+    p > 0 costs about 1e30 p, not inf.
     """
     # Not F.kl_div(log_p, log_q), which is KL(q || p): with that the student spreads over all that
     # the teacher might do. bfloat16 becomes float32, and float64 stays what it is
@@ -807,8 +808,7 @@ def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **se
     """backward, with these settings, and optimizer_step -> metrics. train has the two apart"""
     metrics = backward(student, batch, **settings)
     if metrics:
-        norm = optimizer_step(student, optimizer, learning_rate, max_grad_norm)
-        metrics["grad_norm"] = norm
+        metrics["grad_norm"] = optimizer_step(student, optimizer, learning_rate, max_grad_norm)
     return metrics
 
 
@@ -1919,8 +1919,9 @@ def check_config(config):
             raise ValueError(f"--keep_ratio {config.keep_ratio} is under one candidate per prompt")
     if config.mix:
         # Nobody writes out 1/3
-        least = round(min(config.mix) * config.batch_size, 2)
-        if round(sum(config.mix), 3) != 1 or least < 1 or len(config.mix) != len(config.train_file):
+        prompts = round(min(config.mix) * config.batch_size, 2)  # of the smallest share
+        matches = len(config.mix) == len(config.train_file)
+        if not matches or round(sum(config.mix), 3) != 1 or prompts < 1:
             needs = "a share for each --train_file, worth a prompt of every step, and 1 in all"
             raise ValueError(f"--mix needs {needs}")
     needed = [config.student, config.teacher or config.teacher_prompt_template, config.train_file]
@@ -2947,7 +2948,7 @@ def make_room(prompts, for_teacher, max_length, pad_id, device):
     B = len(prompts)
     tokens = functools.partial(torch.full, (B, max_length), device=device)
     rows = functools.partial(torch.full, (B,), device=device)
-    out = {  # of the kind of what it is filled with: int, bool or float
+    out = {  # a tensor's dtype is that of the number it is filled with
         "response_ids": tokens(pad_id),
         "response_mask": tokens(False),
         "overlap": tokens(0.0),
@@ -3352,7 +3353,7 @@ def cold_start_step(config, run, step):
     def cross_entropy(logits, _, ids):
         return F.cross_entropy(logits, ids, reduction="none")
 
-    # Learn the sampled ids, of which the teacher's states are not asked: any so long will do
+    # Learn the sampled ids. The teacher's states are not looked at: any of that length will do
     out |= {"loss_mask": mask & right[:, None], "token_weight": mask.float()}
     out["teacher_hidden"] = [valid[valid] for valid in mask]
     settings = update_settings(config, run)

@@ -16,6 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import compare
 import premises
 import real
+import teacher_prompts
 import test_runs
 
 made = test_runs.made
@@ -107,7 +108,14 @@ def test_the_picture_has_a_curve_and_a_point_per_method():
 
 
 # --------------------------------------------------------------------------------------------------
-# real.py
+# real.sh, real.py
+
+
+def test_the_real_model_is_asked_and_told_as_the_table_of_prompts_says():
+    with open(os.path.join(os.path.dirname(real.__file__), "real.sh"), encoding="utf-8") as file:
+        script = file.read()
+    assert f"asked='{teacher_prompts.BOXED}'\n" in script
+    assert f"told='{list(teacher_prompts.TEMPLATES.values())[-1]}'\n" in script
 
 
 def test_the_table_of_a_real_model_by_hand():
