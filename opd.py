@@ -1,42 +1,42 @@
 r"""
 opd.py: on-policy distillation (OPD) of language models, in one file, on a CPU, one GPU or several.
 
-A small model (the student) samples solutions, a larger one (the teacher) judges every token, and
-the student moves towards the teacher where it went itself. Sampling is most of the cost, and deep
-in a solution that went astray the teacher's judgement is worth little: what the papers below change
-is mostly what gets sampled.
+A small model (the student) samples solutions, a larger one (the teacher) scores every token, and
+the student moves towards the teacher on its own samples. Sampling is most of the cost, and deep in
+a solution that went wrong the teacher's scores are worth little. So most of the papers below change
+what gets sampled.
 
     python opd.py                                    a tiny world, made on the spot, no download
     python opd.py --student A --teacher B --train_file train.jsonl --eval_file aime24.jsonl
     python opd.py --eval_only --student A --eval_file aime24.jsonl amc23.jsonl
 
-The trip of the data through one step, and back to where the student has learned:
+Data flow of one step, from the problems to the sampler of the next step:
 
     problems -> prompts (ids) -> rollout -> token_weights -> backward -> student -> sampler
-                                 for each segment, up to a border:
-                                   write    the student samples on its cache     its top k
-                                   judge    the teacher reads what is new        its states, overlap
-                                   choose   who goes on? the method's one rule   kept
-                                   leave    the others leave both caches
+                                 for each segment, which ends at a border:
+                                   write    the student samples the segment      its top k
+                                   judge    the teacher scores the new tokens    its states, overlap
+                                   choose   which rows go on? the method's rule  kept
+                                   leave    the other rows leave both caches
 
 Papers, by the tags used below
     [GKD]             2306.13649   distillation on the student's own samples
     [Rethinking-OPD]  2604.13016   overlap and the other alignment metrics; the student's top-k loss
     [FastOPD]         2602.15260   train on prefixes only, and let the prefix grow
     [POPD]            2605.31490   the same schedule as a staircase; TOPD: a fixed horizon
-    [PG-OPD]          2606.21994   prefix-guided: go on with candidates whose opening agrees
-    [Prune-OPD]       2605.07804   weigh down and stop what drifts, and move the length cap
-    [EffOPD]          2605.11739   extrapolate the update, judged on a small validation set
+    [PG-OPD]          2606.21994   prefix-guided: continue the candidates whose prefix agrees
+    [Prune-OPD]       2605.07804   down-weight and stop rows that drift, and adapt the length cap
+    [EffOPD]          2605.11739   extrapolate the update while a small validation set improves
     [vOPD]            2605.07865   a closed-form baseline for the sampled-token loss
     [EOS]             2609.20511   all tokens that end a response count as one
-    [OPSD]            2601.18734   a teacher that reads the solution: the student itself
+    [OPSD]            2601.18734   the teacher is the student, with the solution in its prompt
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt i is row
-i * G + g), b of them still run; S prompt length, T response length, L both, n of it new, or in a
-chunk; V vocabulary, K the top k, H hidden size (H' the teacher's), N response tokens of some rows
-end to end. p and q are the probabilities of student and teacher, never logits.
+i * G + g), of which b still run; S prompt length, T response length, L both together, n new columns
+or the tokens of a chunk; V vocabulary size, K top k, H hidden size (H' the teacher's), N response
+tokens of several rows, concatenated. p and q are probabilities of student and teacher, not logits.
 
-Part I is what the papers define, in the order in which one would explain it. Part II is plumbing.
+Part I is what the papers define, in the order one would explain it. Part II is plumbing.
 """
 
 import argparse
@@ -68,7 +68,7 @@ import warnings
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, get_args, get_origin
 
-# Before torch is imported: caches grow all the time, and a GPU's memory falls to pieces without it
+# Set before torch is imported. Without it the growing KV caches fragment a GPU's memory
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
@@ -84,8 +84,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 # --------------------------------------------------------------------------------------------------
 # Part I, the papers
 #
-# 1. Losses, one value per token. Contexts are constants: no gradient flows through the sampling.
-# (B, T, V) stands for any (..., V): the update gives them the n tokens of a chunk, (n, V).
+# 1. Losses, one value per token. The samples are constants: no gradient flows through sampling.
+# (B, T, V) stands for any (..., V): the update passes the n tokens of a chunk, (n, V).
 
 
 def reverse_kl(student_logits, teacher_logits):
@@ -93,13 +93,13 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    Over a step it is divided by the number of tokens learned: see backward. A token with q = 0 and
+    backward divides the sum by the number of trained tokens of the step. A token with q = 0 and
     p > 0 costs about 1e30 p, not inf.
     """
-    # Not F.kl_div(log_p, log_q), which is KL(q || p): with that the student spreads over all that
-    # the teacher might do. bfloat16 becomes float32, and float64 stays what it is
+    # Not F.kl_div(log_p, log_q): that is KL(q || p), which spreads the student over all that the
+    # teacher might say. bfloat16 is promoted to float32; float64 stays float64
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    # Clamped: at p = q = 0, p (log p - log q) would be NaN, but what nobody says costs nothing
+    # Clamped: at p = q = 0, p (log p - log q) would be NaN instead of 0
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -108,7 +108,7 @@ def reverse_kl(student_logits, teacher_logits):
 def forward_kl(student_logits, teacher_logits):
     """KL(teacher || student), sum_v q (log q - log p). (B, T, V), (B, T, V) -> (B, T)         [GKD]
 
-    Large where the student misses what the teacher might do.
+    Large where the student gives a low probability to what the teacher might say.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
@@ -121,7 +121,7 @@ def jsd(student_logits, teacher_logits, beta):
 
         beta KL(q || m) + (1 - beta) KL(p || m),    m = beta q + (1 - beta) p,    0 < beta < 1
 
-    It goes to 0 at both ends of beta, not to a KL: ValueError there, which names the KLs.
+    ValueError for beta 0 and 1: it tends to 0 there, not to a KL (use forward_kl or reverse_kl).
     """
     if not 0 < beta < 1:
         raise ValueError(f"beta {beta} must lie between 0 and 1; use forward_kl or reverse_kl")
@@ -135,12 +135,12 @@ def jsd(student_logits, teacher_logits, beta):
 
 
 def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
-    """The policy-gradient surrogate of sampled tokens y. (B, T, V), (B, T, V), (B, T) -> (B, T)
+    """Policy-gradient surrogate on the sampled tokens y. (B, T, V), (B, T, V), (B, T) -> (B, T)
 
         -stop_gradient(r) log p(y),    r = log q(y) - log p(y): -r is k1, an estimate of the KL
         with the baseline: r - E[r] = r + KL(p || q) in place of r                            [vOPD]
 
-    Averaged over y ~ p its gradient is that of reverse_kl; its value means nothing.
+    In expectation over y ~ p its gradient is that of reverse_kl; its value has no meaning.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
@@ -149,24 +149,24 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
     log_p_sampled = log_p.gather(-1, sampled).squeeze(-1)  # (B, T)
     advantage = log_q.gather(-1, sampled).squeeze(-1) - log_p_sampled
     if baseline:
-        # E[r] = -KL. Subtracted, it changes the variance of the gradient, not its mean
+        # E[r] = -KL. Subtracting it changes the variance of the gradient, not its mean
         advantage = advantage + (log_p.exp() * (log_p - log_q)).sum(-1)
     return -advantage.detach() * log_p_sampled
 
 
 def is_among(tokens, others):
-    """Which of the tokens are among the others. (..., K), (..., J) -> (..., K) bool. The one place
-    where top-k sets are compared: losses, alignment and overlap_ratio call it.
+    """Whether each token is among the others. (..., K), (..., J) -> (..., K) bool. The only place
+    where top-k sets are compared: topk_support, alignment and overlap_ratio call it.
     """
     return (tokens[..., :, None] == others[..., None, :]).any(-1)
 
 
 def topk_support(log_p, log_q, k, support):
-    """The tokens of a support S of top-k tokens. log-probs (..., V) -> candidates (..., J), J = K
-    or 2K, and in_support (..., J) bool: which of them are in S. Needs is_among.
+    """The support S of a top-k loss. log_p, log_q (..., V) -> candidate ids (..., J), J = K or 2K;
+    in_support (..., J) bool: which candidates are in S. Needs is_among.
 
-    support: "student", "teacher": whose top k; "intersection" of both (may be empty), or "union".
-    ValueError for others.
+    support: "student" or "teacher", the top k of that model; "intersection" (may be empty) or
+    "union" of both. ValueError for any other.
     """
     student_topk = log_p.topk(k, dim=-1).indices  # (..., K)
     teacher_topk = log_q.topk(k, dim=-1).indices
@@ -176,7 +176,7 @@ def topk_support(log_p, log_q, k, support):
         in_support = is_among(student_topk, teacher_topk)
     elif support == "union":
         candidates = torch.cat([student_topk, teacher_topk], dim=-1)  # (..., 2K)
-        new = ~is_among(teacher_topk, student_topk)  # none counts twice
+        new = ~is_among(teacher_topk, student_topk)  # no token counts twice
         in_support = torch.cat([in_support, new], dim=-1)
     elif support not in ("student", "teacher"):
         raise ValueError(f"support {support!r}; use student, teacher, intersection or union")
@@ -189,9 +189,9 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
         value       sum_S p_bar (log p - log q),    p_bar = p / P_S,   P_S = sum_S p
         gradient    of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
 
-    support: as in topk_support, which it needs; 0 where S is empty. This is the gradient of the
-    released code, not that of the renormalised KL which the paper prints: it also moves mass into S
-    and out of it.
+    support: see topk_support, which it needs. The loss is 0 where S is empty. The gradient is that
+    of the released code, not of the renormalised KL printed in the paper: it also moves mass into
+    and out of S.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
@@ -199,19 +199,19 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     candidates, in_support = topk_support(log_p, log_q, k, support)
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
     p_bar = log_p.masked_fill(~in_support, -torch.inf).softmax(-1).nan_to_num(0)  # NaN: S is empty
-    # Only the ratio, which is 1, carries gradient. That of p rho itself is (rho + 1) grad p: over
-    # all of V the 1 sums to 0, but over S it does not, and pushes mass out of S even at p = q
+    # Only the ratio, which is 1, carries gradient. The gradient of p rho would be (rho + 1) grad p:
+    # the 1 adds sum grad p, which is 0 over V but not over S: it pushes mass out of S even at p = q
     ratio = (log_p - log_p.detach()).exp()
     return ((p_bar * (log_p - log_q)).detach() * ratio).sum(-1)
 
 
 def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
-    """Reverse KL of |S| + 1 classes: the support S of reverse_kl_topk, all others as one more.
+    """Reverse KL on |S| + 1 classes: S, and the rest as one. (B, T, V), (B, T, V) -> (B, T)
 
         sum_S p (log p - log q) + p_rest (log p_rest - log q_rest),    p_rest = 1 - sum_S p
 
-    To rounding, at most reverse_kl, and equal to it where S is everything. Nothing is
-    renormalised: its own gradient moves mass between S and the rest. Needs topk_support.
+    support: see topk_support, which it needs. Up to rounding at most reverse_kl, and equal where S
+    is all of V. Nothing is renormalised: its own gradient moves mass between S and the rest.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
@@ -220,7 +220,7 @@ def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
     log_p = log_p.masked_fill(~in_support, -1e30)  # p = 0
     log_q = log_q.masked_fill(~in_support, -1e30)
-    # A rest below the grain of 1 - sum_S p is that grain
+    # 1 - sum_S p is only accurate to eps, so p_rest and q_rest are at least that
     least = torch.finfo(dtype).eps
     p_rest = (1 - log_p.exp().sum(-1)).clamp(min=least)
     q_rest = (1 - log_q.exp().sum(-1)).clamp(min=least)
@@ -241,8 +241,8 @@ def topk_overlap(student_logits, teacher_logits, k):
     """The share of the student's k likeliest tokens among the teacher's k.         [Rethinking-OPD]
     (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Needs overlap_ratio, is_among.
 
-    Rank inside the top k does not count. Two unrelated models overlap by k / V, not by 0. A rollout
-    has the student's top k already: judge takes the teacher's, and calls overlap_ratio.
+    Rank within the top k does not count. Two unrelated models overlap by k / V, not 0. A rollout
+    already has the student's top k: judge only computes the teacher's, and calls overlap_ratio.
     """
     student_topk = student_logits.topk(k, dim=-1).indices  # (B, T, K)
     teacher_topk = teacher_logits.topk(k, dim=-1).indices  # (B, T, K)
@@ -250,18 +250,18 @@ def topk_overlap(student_logits, teacher_logits, k):
 
 
 def alignment(student_logits, teacher_logits, response_mask, k):
-    """How well the two models agree where the student went. (B, T, V), (B, T, V), (B, T) -> dict of
-    floats, means over the mask. With response_mask None: dict of (B, T), each position's own.
+    """How well the two models agree on the student's samples. (B, T, V), (B, T, V), (B, T) -> dict
+    of floats, means over the mask. With response_mask None: dict of (B, T), a value per position.
                                                                         [Rethinking-OPD, eqs. 6-10]
-    Logged over the learned tokens, but overlap_ratio over all sampled: on those the methods act.
+    Logged over the trained tokens; overlap_ratio over all sampled ones, since methods act on those.
     I: the tokens in the top k of both; _bar: renormalised on I. Needs is_among.
         overlap_ratio            |I| / k
         overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar) = -KL(p_bar || q_bar)/|I|
-                                 as the paper has it; NaN where I is empty, left out of the mean
+                                 as in the paper; NaN where I is empty, left out of the mean
         overlap_mass_student     sum_I p
         overlap_mass_teacher     sum_I q
-        entropy_student, entropy_teacher, entropy_gap (their distance), reverse_kl: in nats, of the
-                                 whole vocabulary
+        entropy_student, entropy_teacher, entropy_gap (absolute difference), reverse_kl: in nats,
+                                 over the whole vocabulary
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
@@ -270,7 +270,7 @@ def alignment(student_logits, teacher_logits, response_mask, k):
     entropy_student = -(p * log_p).sum(-1)  # (B, T)
     entropy_teacher = -(q * log_q).sum(-1)
 
-    # On the student's top k, shared or not
+    # The student's top k, and which of it the teacher shares
     student_topk = log_p.topk(k, dim=-1).indices  # (B, T, K)
     teacher_topk = log_q.topk(k, dim=-1).indices
     shared = is_among(student_topk, teacher_topk)
@@ -295,22 +295,22 @@ def alignment(student_logits, teacher_logits, response_mask, k):
 
 
 def overlap_by_position(overlap, response_mask, parts=8):
-    """Mean overlap in equal parts of the longest response. (B, T), (B, T) -> floats, NaN: empty"""
+    """Mean overlap in equal parts of the T columns. (B, T), (B, T) -> floats, NaN where empty"""
     valid = overlap.where(response_mask.bool(), torch.nan)
     return [part.nanmean().item() for part in valid.tensor_split(parts, dim=1)]
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Who goes on: horizon, selection, drift, cap
+# 3. Which rows go on, and how far: horizon, selection, drift, cap
 
 
 def horizon(step, start, growth, every, max_length):
-    """The length to sample to after so many updates (step).                         [FastOPD, POPD]
+    """The response length to sample to, after `step` updates.                       [FastOPD, POPD]
 
         min(max_length, start + growth * floor(step / every)),    step = 0 before the first update
 
-    every = 1 is FastOPD's ramp, more is POPD's staircase. Example: with 512, 256, 10 the first ten
-    rollouts (step 0 to 9) have 512 tokens, the next ten 768.
+    every = 1 is FastOPD's ramp, more is POPD's staircase. Example: with start 512, growth 256 and
+    every 10, the first ten rollouts (step 0 to 9) have up to 512 tokens, the next ten 768.
     """
     return min(max_length, start + growth * (step // every))
 
@@ -318,8 +318,8 @@ def horizon(step, start, growth, every, max_length):
 def select_prefixes(score, num_keep):
     """Which candidates go on past the prefix. score (P, G) -> (P, G) bool, num_keep True   [PG-OPD]
 
-    First the best candidate of every prompt, then the best of all others; of equals the first. So
-    prompts compete for the slots above P only. ValueError unless P <= num_keep <= P * G.
+    First the best candidate of every prompt, then the best of all others; the first wins a tie. So
+    prompts only compete for the slots beyond P. ValueError unless P <= num_keep <= P * G.
     Example: [[.9, .8], [.2, .1]] with num_keep 3 -> .9, .8 and .2.
     """
     P, G = score.shape
@@ -329,7 +329,7 @@ def select_prefixes(score, num_keep):
         )
     best = score.argmax(dim=1, keepdim=True)  # (P, 1)
     best_first = score.scatter(1, best, torch.inf).flatten()  # (P * G,)
-    order = best_first.argsort(descending=True, stable=True)  # stable: of equals the first
+    order = best_first.argsort(descending=True, stable=True)  # stable: the first wins a tie
     keep = torch.zeros_like(best_first, dtype=torch.bool)
     keep[order[:num_keep]] = True
     return keep.view(P, G)
@@ -338,30 +338,30 @@ def select_prefixes(score, num_keep):
 def best_prefixes(
     length, overlap, mask, ended, *, at, num_generations, keep_ratio, probe_window, random=False
 ):
-    """The rule of prefix-guided OPD, a goes_on of Plan. overlap (B, length) -> (B,) bool   [PG-OPD]
+    """The rule of prefix-guided OPD, a goes_on for Plan. overlap (B, length) -> (B,) bool  [PG-OPD]
 
     At length `at` (the prefix) keep_ratio * B running rows go on: the best of every prompt, then
-    the best of all others, by mean overlap in the first probe_window tokens; random: by chance, a
-    control. The others leave both caches; token_weights may leave them out of the loss. B: the rows
-    of one rollout, a group (rollout_in_groups), not the paper's batch. Needs select_prefixes.
+    the best of all others, by mean overlap over the first probe_window tokens. random: a control
+    that picks by chance. The others leave both caches; token_weights may drop them from the loss.
+    B: the rows of one group of rollout_in_groups, not of the paper's batch. Needs select_prefixes.
     """
     if length != at:
         return torch.ones_like(ended)
     score = overlap[:, :probe_window].mean(-1)  # (B,)
     if random:
         score = torch.rand_like(score)
-    # Rows that ended are complete, whatever is said here. A score below all others lets them take a
-    # slot only where no row that runs is left to take it
+    # Rows that have ended are complete, whatever this returns. A score below all others lets them
+    # take a slot only if no running row is left for it
     score = score.masked_fill(ended, -1).view(-1, num_generations)  # (P, G)
     slots = max(len(score), round(keep_ratio * len(ended)))
-    # select_prefixes gives each prompt a slot. One whose candidates have all ended gets it on top
+    # select_prefixes gives every prompt a slot: one more for each whose candidates have all ended
     slots += int((score == -1).all(1).sum())
     return select_prefixes(score, min(len(ended), slots)).flatten()
 
 
-# Prune-OPD in four places: w from the overlap, here; the stop at a border where w is 0,
-# reliable_rows; the loss weight w + w_base, token_weights; the cap that moves after each update,
-# next_max_length, through next_cap in train.
+# Prune-OPD in four places: drift_weights computes w from the overlap; reliable_rows stops a row at
+# a border where w is 0; token_weights makes w + w_base the loss weight; next_max_length moves the
+# cap after each update (train calls it through next_cap).
 
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
@@ -372,28 +372,28 @@ def drift_weights(overlap, response_mask, threshold, w_drop):
     The loss weight is w_t + w_base. Example: threshold .75, w_drop .1: (1, .5, 0) -> (1, .9, .8).
     """
     bad = (overlap < threshold) & response_mask.bool()  # (B, T)
-    # Cumulative: the teacher judges a token given all before it, so nothing mends a wrong turn
+    # Cumulative: the teacher scores a token given all before it, so nothing undoes a wrong turn
     return (1 - w_drop * bad.cumsum(-1)).clamp(min=0) * response_mask
 
 
 def reliable_rows(length, overlap, mask, ended, *, threshold, w_drop):
-    """The stop in flight of Prune-OPD, a goes_on of Plan: rows go on while w > 0    [Prune-OPD]"""
+    """Prune-OPD's stop in flight, a goes_on for Plan: rows go on while w > 0        [Prune-OPD]"""
     return drift_weights(overlap, mask, threshold, w_drop)[:, -1] > 1e-8
 
 
 def reliable_length(weights, response_mask):
-    """How many tokens of a row are reliable, w > 1e-8. (B, T), (B, T) -> (B,)        [Prune-OPD]"""
+    """The number of reliable tokens (w > 1e-8) of each row. (B, T), (B, T) -> (B,)   [Prune-OPD]"""
     return ((weights > 1e-8) & response_mask.bool()).sum(-1)
 
 
 def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, patience, low, high):
-    """The cap of the next rollouts, from the reliable lengths (B,) under this one.      [Prune-OPD]
+    """The cap of the next rollouts, from the reliable lengths (B,) under this cap.      [Prune-OPD]
     -> (max_length, misses)
 
-    It grows by step (tokens) where a share hit_ratio of the rows is reliable up to
-    max(low, max_length - margin), and shrinks by step after patience misses in a row; it stays
-    between low and high. Example: cap 2048, margin 100, step 100, hit_ratio .1, 10 rows, of which
-    one is reliable for 1948 tokens -> (2148, 0).
+    It grows by step tokens if at least a share hit_ratio of the rows is reliable up to
+    max(low, max_length - margin). It shrinks by step after `patience` misses in a row. It stays
+    between low and high. Example: cap 2048, margin 100, step 100, hit_ratio .1, and one of 10 rows
+    reliable for 1948 tokens -> (2148, 0).
     """
     boundary = max(low, max_length - margin)
     # A row that ends early cannot hit: growth needs responses that are long and still reliable
@@ -409,15 +409,15 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
 
 
 def extrapolate(weights, anchor, validate, max_tries=5):
-    """Go on along the update for as long as a validation score rises.                      [EffOPD]
+    """Extrapolate the update for as long as a validation score rises.                      [EffOPD]
 
         try weights + 2 * k * (weights - anchor), k = 1, ..., max_tries; stop at the first that is
         not strictly better than the one before
 
-    weights: a dict of tensors, as they are now; anchor: the dict that the last call returned (at
-    first, of before step 1); validate: dict -> float. Tried after steps 1, 2, 4, 8, ...; Adam's
-    moments stay. Example: from anchor 1 to weight 2, the tries are 4, 6, 8, 10, 12.
-    -> the accepted dict, the accepted k (0: plain OPD goes on), the scores of weights and every try
+    weights: the current tensors, a dict; anchor: the dict that the last call returned (at first,
+    the weights before step 1); validate: dict -> float. train calls it after steps 1, 2, 4, 8, ...
+    and keeps Adam's moments. Example: anchor 1 and weight 2 give the tries 4, 6, 8, 10, 12.
+    -> the accepted dict, the accepted k (0: weights), the scores of weights and of every try
     """
     accepted, accepted_k = weights, 0
     scores = [validate(weights)]
@@ -433,18 +433,18 @@ def extrapolate(weights, anchor, validate, max_tries=5):
 
 
 def movable_weights(model):
-    """Copies, on the CPU, of the weights that EffOPD extrapolates: attention and MLP       [EffOPD]
+    """The weights that EffOPD extrapolates, attention and MLP -> dict of CPU copies        [EffOPD]
 
-    The released code goes by parts of names, and so does this. In Llama and Qwen3 it moves
-    self_attn.* (with Qwen3's q_norm, k_norm), mlp.* and post_attention_layernorm, and leaves
-    embed_tokens, input_layernorm, the last norm and lm_head; in GPT-2 it moves attn.* and mlp.*,
-    and leaves wte, wpe, ln_1, ln_2, ln_f and lm_head.
+    Chosen by parts of their names, as in the released code. In Llama and Qwen3 these are
+    self_attn.* (with Qwen3's q_norm, k_norm), mlp.* and post_attention_layernorm, but not
+    embed_tokens, input_layernorm, the last norm or lm_head; in GPT-2 attn.* and mlp.*, but not
+    wte, wpe, ln_1, ln_2, ln_f or lm_head.
     """
     parts = r"attn|attention|[qkvo]_proj|mlp|feed_forward|ffn|gate_proj|up_proj|down_proj"
     movable = {}
     for name, parameter in model.named_parameters():
         if re.search(parts, name):
-            movable[name] = parameter.detach().to("cpu", copy=True)  # a GPU lacks room for several
+            movable[name] = parameter.detach().to("cpu", copy=True)  # a GPU has no room for copies
     return movable
 
 
@@ -453,20 +453,20 @@ def movable_weights(model):
 
 
 def mask_through_eos(ids, eos_ids):
-    """(B, T) ids -> (B, T) bool, True up to the first EOS and at it: else nobody learns to stop"""
+    """(B, T) ids -> (B, T) bool, True through the first EOS: else no model would learn to stop"""
     is_eos = torch.isin(ids, torch.tensor(sorted(eos_ids), dtype=ids.dtype, device=ids.device))
     eos_before = is_eos.cumsum(-1) - is_eos.long()
     return eos_before == 0
 
 
 def merge_stops(logits, stop_ids, stop_id):
-    """All tokens that end a response as the one class stop_id. (..., V) -> (..., V), new      [EOS]
+    """Merge all tokens that end a response into the class stop_id. (..., V) -> new (..., V)   [EOS]
 
         z'(stop_id) = log sum_E exp z(v),   z' = -1e30 at the others of E,  else z;  E = stop_ids
 
-    Where a base student ends with one token and a chat teacher with another, the teacher finds the
-    student's end unlikely, and the student unlearns to stop. Merged before any softmax, top k and
-    draw, it is one action to both. Finite (float16: its least), since -inf of both would make NaN.
+    If a base student ends with one token and a chat teacher with another, the student's end is
+    unlikely to the teacher, and the student unlearns to stop. Merged before any softmax, top k and
+    draw, stopping is one action to both. Finite (float16: its minimum): a KL of two -inf is NaN.
     """
     least = max(torch.finfo(logits.dtype).min, -1e30)
     ids = sorted({*stop_ids, stop_id})
@@ -493,27 +493,27 @@ def generate(
     top_p=1.0,
     record_k=0,
 ):
-    """Sample up to max_new_tokens more tokens of each row, at top_p 1 from what the losses score.
+    """Sample up to max_new_tokens per row, at top_p 1 from the distribution that the losses score.
 
-    input_ids, attention_mask: (B, L), padded on the left. cache: of the columns 0 to L - 2, as the
-    last call left it, or None; it grows in place, and transformers computes only what it lacks.
-    temperature 0 is greedy. stop_id: what all eos_ids are written as, see merge_stops; None: each
-    is a token of its own. pad_id: what rows that ended go on with, any id that has an embedding;
-    when all have ended, there are no more columns.
+    input_ids, attention_mask: (B, L), left-padded. cache: columns 0 to L - 2, as the last call left
+    it, or None for a new one; it grows in place, and transformers computes only what it lacks.
+    temperature 0 is greedy. stop_id: the one id that stands for all eos_ids, see merge_stops; None:
+    each stays a token of its own. pad_id: fills rows that have ended, any id with an embedding.
+    Sampling stops early once all rows have ended.
     -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
-       log-prob of each row's last new token (B,), before top_p; meaningless if the row ended before
+       log-prob (B,) of each row's last new token, before top_p, meaningless if it ended before
     """
     topk, scores = [], []
 
     def as_scored(_, head_scores):  # (B, rows of the head), float32
-        within = head_scores[:, :vocab_size] / (temperature or 1)  # the other rows are no tokens
+        within = head_scores[:, :vocab_size] / (temperature or 1)  # other rows are not tokens
         if stop_id is not None:
             within = merge_stops(within, eos_ids, stop_id)
         scores[:] = [*scores[-1:], within]
         topk.append(within.topk(record_k).indices)  # (B, K)
         return within
 
-    # transformers inspects __call__ at every token; a function's own is parsed from text, slowly
+    # transformers inspects __call__ at every token; a function's default one is slow to inspect
     as_scored.__call__ = as_scored
     draw = {"do_sample": False}
     if temperature:
@@ -521,8 +521,8 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=sorted(eos_ids), pad_token_id=pad_id, **draw
     )
-    # What this config leaves open would come from the one that ships with the model: a repetition
-    # penalty there would draw tokens from another distribution than the one that the losses score
+    # What this config leaves open would come from the one shipped with the model: a repetition
+    # penalty there would sample from another distribution than the losses score
     shipped, model.generation_config = model.generation_config, GenerationConfig()
     try:
         ids = model.generate(
@@ -534,13 +534,13 @@ def generate(
         )
     finally:
         model.generation_config = shipped
-        del as_scored.__call__  # it holds itself, and the (B, V) scores, until garbage is collected
+        del as_scored.__call__  # a cycle that would hold the (B, V) scores until the next gc run
 
     new_ids = ids[:, input_ids.shape[1] :]  # (B, n)
-    # Where transformers looks late whether all have ended (mps), it takes the last step back
+    # On mps transformers notices one step late that all rows have ended, and drops that step
     taken_back = len(topk) - new_ids.shape[1]
     last_scores = scores[-1 - taken_back]
-    # The pad of a row that ended may be no token
+    # The pad_id of a row that ended may lie outside of the vocabulary
     last_ids = new_ids[:, -1:].clamp(max=vocab_size - 1)
     log_probs = F.log_softmax(last_scores, dim=-1).gather(-1, last_ids)
     topk = torch.stack(topk, dim=1)[:, : new_ids.shape[1]] if record_k else None
@@ -549,15 +549,15 @@ def generate(
 
 def hidden_states(model, ids, mask, num_last, cache=None):
     """The final hidden states that predict the last num_last columns. ids, mask (B, L) -> (B, n, H)
-    With a cache, columns that it holds are not computed again, and it grows to L - 1 columns.
+    With a cache, the columns it holds are not recomputed, and it grows to L - 1 columns.
     """
-    # The shift by one, for scoring and for training: what predicts column t is the state at t - 1
+    # The shift by one, for scoring and for training: the state at t - 1 predicts column t
     start, end = 0, ids.shape[1] - 1
-    width = end  # columns of a pass; without a cache there is one
+    width = end  # columns per pass; without a cache there is one pass
     if cache is not None:
-        # In passes of 32,768 tokens: a layer's activations of all rows would fill a GPU
+        # Passes of at most 32,768 tokens: one layer's activations for more would fill a GPU
         start, width = cache.get_seq_length(), max(1, 2**15 // len(ids))
-    # Left padding is no position: rotary models only see differences, but GPT-2's are absolute
+    # Padding takes no position: rotary models only see differences, but GPT-2's are absolute
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, L)
     states = []
     for first in range(start, end, width):
@@ -576,29 +576,29 @@ def hidden_states(model, ids, mask, num_last, cache=None):
 def head_logits(model, hidden, vocab_size, temperature=1.0, eos_ids=(), stop_id=None):
     """Hidden states (..., H) -> logits (..., vocab_size), in float32 or better.
 
-    Rows of the head that are no tokens are cut off before any softmax, and with a stop_id all
-    eos_ids are merged into it. Set-up refuses models that do more than this behind their hidden
-    states (Gemma 2's softcap, Cohere's factor).
+    Divided by the temperature (0 counts as 1). Rows of the head that are not tokens are cut off
+    before any softmax; with a stop_id, all eos_ids are merged into it. Set-up refuses models that
+    do more than this after the last hidden state (Gemma 2's softcap, Cohere's logit scale).
     """
-    # The module is called, not its weight multiplied: adapters on it count
+    # Call the module instead of multiplying by its weight, so that adapters on it count
     logits = model.get_output_embeddings()(hidden)[..., :vocab_size]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / (temperature or 1)
     return logits if stop_id is None else merge_stops(logits, eos_ids, stop_id)
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Rollout: write, judge, choose who goes on, leave
+# 6. Rollout: write (sample), judge (score), choose which rows go on, leave (drop the others)
 
 
 @dataclass
 class Plan:
-    """How far the rollouts of a step go, and who goes on."""
+    """How long the rollouts of a step may get, and which rows go on at each border."""
 
     max_length: int  # cap of a response, in tokens
-    segment_length: int = 0  # tokens between two looks; 0: an eighth of max_length, at most 512
-    look_at: int = 0  # one more look, at this many tokens
-    # (length, overlap (B, length), mask (B, length), ended (B,)) -> (B,) bool, at each border, of
-    # all B rows, also of those that left. Rows that have ended stay complete. None: all go on
+    segment_length: int = 0  # tokens between borders; 0: an eighth of max_length, at most 512
+    look_at: int = 0  # one more border, at this many tokens; 0: none
+    # (length, overlap (B, length), mask (B, length), ended (B,)) -> (B,) bool, at each border,
+    # for all B rows, even those that left. Ended rows are complete anyway. None: all rows go on
     goes_on: object = None
 
     def borders(self):
@@ -609,17 +609,17 @@ class Plan:
 
 
 def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
-    """The teacher judges the last n columns of ids, mask (b, L): it reads what its cache lacks, to
-    column L - 2 -> its hidden states (b, n, H'), the overlap of student_topk (b, n, K) with its own
-    top k (b, n), 0 off the mask. head: for head_logits
+    """Score the last n columns of ids, mask (b, L) with the teacher, which computes what its cache
+    lacks, up to column L - 2 -> its hidden states (b, n, H'); the overlap (b, n) of student_topk
+    (b, n, K) with its own top k, 0 off the mask. head: settings of head_logits
     """
     num_new, k = student_topk.shape[1:]
     hidden = hidden_states(teacher, ids, mask, num_new, cache)
     states, student_topk = hidden.flatten(0, 1), student_topk.flatten(0, 1)
     overlap = torch.zeros(len(states), device=ids.device)
-    # Not the padding behind rows that ended, which may be more than what was said
+    # Skip the padding after ended rows: it may be more than the sampled tokens
     said = mask[:, -num_new:].flatten().nonzero().squeeze(-1)
-    for part in said.split(tokens_at_once(vocab_size)):  # never (b, n, V)
+    for part in said.split(tokens_at_once(vocab_size)):  # never all (b, n, V) logits at once
         teacher_topk = head_logits(teacher, states[part], vocab_size, **head).topk(k).indices
         overlap[part] = overlap_ratio(student_topk[part], teacher_topk)
     return hidden, overlap.view(-1, num_new)
@@ -629,35 +629,35 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
 def rollout(
     student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=0, **sampling
 ):
-    """Sample responses to B prompts, lists of ids; no column passes through either model twice:
-    equal prompts are read once (read_prompts), then each model reads only what its cache lacks.
+    """Sample responses to B prompts, lists of ids. No column passes through either model twice:
+    equal prompts are prefilled once (prefill); then each model computes what its cache lacks.
 
-    teacher: None where nobody judges, else overlap_k >= 1. for_teacher: prompts that it reads
-    instead [OPSD]. sampling: vocab_size, stop_id, temperature, top_p, for generate. Both models
-    must be in eval mode. -> dict, T the longest response:
+    teacher: None to sample without scoring, else overlap_k >= 1. for_teacher: the teacher's
+    prompts, if they differ [OPSD]. sampling: vocab_size, stop_id, temperature, top_p of generate.
+    Both models must be in eval mode. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
-        response_ids, response_mask, overlap   (B, T), 0 off the mask
-        log_probs   (B, T), as sampled, of each segment's last token, else NaN
-        ended, kept   (B,): has an EOS; the plan never said stop, not even at the cap
-        teacher_hidden   B of (length, H'), or of None;   teacher_seconds
+        response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
+        log_probs   (B, T), as sampled, at the last token of each segment; NaN elsewhere
+        ended, kept   (B,) bool: has an EOS; goes_on never stopped it, not even at the cap
+        teacher_hidden   list of B tensors (length, H'), or of Nones;   teacher_seconds
     """
     device = student.device
-    out = make_room(prompts, for_teacher or prompts, plan.max_length, pad_id, device)
-    student_cache = read_prompts(student, prompts, pad_id)
+    out = empty_rollout(prompts, for_teacher or prompts, plan.max_length, pad_id, device)
+    student_cache = prefill(student, prompts, pad_id)
     if teacher:
         began = clock(device)
-        teacher_cache = read_prompts(teacher, for_teacher or prompts, pad_id)
+        teacher_cache = prefill(teacher, for_teacher or prompts, pad_id)
         out["teacher_seconds"] += clock(device) - began
     running = torch.arange(len(prompts), device=device)  # the rows in the caches, in their order
     settings = {"eos_ids": eos_ids, "pad_id": pad_id, "record_k": overlap_k, **sampling}
     head = {"eos_ids": eos_ids, **sampling}
-    head.pop("top_p", None)  # it cuts what is drawn, not what is scored
+    head.pop("top_p", None)  # it applies to sampling, not to scoring
 
-    # Between segments each cache holds every column but the last, whose token nobody has read yet
+    # Between segments each cache holds all columns but the last, whose token no model has read yet
     length = 0  # of the responses so far
     for border in plan.borders():
         # Write: the student samples up to the border
-        ids, mask = read_so_far(out, "prompt", running, length)
+        ids, mask = tokens_so_far(out, "prompt", running, length)
         new_ids, new_topk, log_probs = generate(
             student, ids, mask, student_cache, max_new_tokens=border - length, **settings
         )
@@ -670,23 +670,23 @@ def rollout(
         out["log_probs"][running, length - 1] = log_probs.where(new_mask[:, -1], torch.nan)
         out["ended"][running] = is_eos.any(-1)
 
-        # Judge: the teacher reads what is new. Its states are kept, V / H times smaller than logits
+        # Judge: the teacher scores new tokens. Keep its states, V / H' times smaller than logits
         if teacher:
             began = clock(device)
-            read = read_so_far(out, "teacher_prompt", running, length)
+            read = tokens_so_far(out, "teacher_prompt", running, length)
             hidden, overlap = judge(teacher, teacher_cache, *read, new_topk, **head)
             out["overlap"][running, new] = overlap
             for row, states, valid in zip(running.tolist(), hidden, new_mask):
-                out["teacher_hidden"][row].append(states[valid])  # a copy: a view keeps all alive
+                out["teacher_hidden"][row].append(states[valid])  # a copy: hidden can be freed
             out["teacher_seconds"] += clock(device) - began
 
-        # Choose: the method says who goes on; what has ended is complete
+        # Choose: the method picks the rows that go on; ended rows are complete
         if plan.goes_on:
             so_far = [out[name][:, :length] for name in ("overlap", "response_mask")]
             chosen = plan.goes_on(length, *so_far, out["ended"])
             out["kept"] &= chosen | out["ended"]
 
-        # Leave: whoever ended or was not chosen gives up its place in both caches
+        # Leave: rows that have ended or were not chosen are dropped from both caches
         stays = (out["kept"] & ~out["ended"])[running].nonzero().squeeze(-1)
         if border == plan.max_length or not len(stays):
             break
@@ -695,7 +695,7 @@ def rollout(
             student_cache.batch_select_indices(stays)
             if teacher:
                 teacher_cache.batch_select_indices(stays)
-    return cut_room(out, length)
+    return trim_rollout(out, length)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -720,7 +720,7 @@ def backward_in_chunks(
     hidden (N, H), teacher_hidden (N, H'); response_ids, log_probs (as sampled), token_weight: (N,);
     heads: hidden -> logits; token_loss: student_logits, teacher_logits (n, V), ids (n,) -> (n,);
     measure: the same and log_probs (n,) -> dict of (n,)
-    -> the gradient with respect to hidden (N, H), the weighted sum of losses, the measures by chunk
+    -> the gradient with respect to hidden (N, H), the weighted sum of losses, a list of measures
     """
     gradients, measured = [], []
     total = 0.0
@@ -731,10 +731,10 @@ def backward_in_chunks(
         student_logits = student_head(states)  # (n, V)
         teacher_logits = teacher_head(teacher_states).detach()
         loss = (token_loss(student_logits, teacher_logits, ids) * weight).sum()
-        # Backward now, while these logits exist: kept, they would fill (B, T, V) several times
+        # Backward per chunk frees its logits: kept, they would fill (B, T, V) several times
         loss.backward()
         gradients.append(states.grad)
-        total = total + loss.detach()  # not .item(): a GPU would wait at every chunk
+        total = total + loss.detach()  # not .item(), which would sync a GPU at every chunk
         if measure:
             student_logits = student_logits.detach()
             measured.append(measure(student_logits, teacher_logits, ids, sampled_log_probs))
@@ -742,31 +742,31 @@ def backward_in_chunks(
 
 
 def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
-    """The gradients of the loss of a step; no weight changes.
+    """Compute the gradients of a step's loss, in .grad; no weight changes.
 
-        sum of token_weight * loss, where loss_mask says, / the number of those tokens, of all rows
+        sum of token_weight * loss over the tokens in loss_mask, of all rows, / their number
 
     batch: a rollout with token_weight (B, T) and loss_mask (B, T) bool, which may have holes.
-    micro_batch_size: so many of the longest rows in a pass, or as many tokens in shorter ones; the
-    gradient is the same. chunk: for backward_in_chunks.
-    -> dict: loss, num_tokens, the means of what measure returns; {} without a token to learn from.
-    FloatingPointError for a loss that is not finite.
+    micro_batch_size: rows per pass at the longest row's length; of shorter rows, as many as fit in
+    as many tokens. The gradient does not depend on it. chunk: settings of backward_in_chunks.
+    -> dict: loss, num_tokens, the means of what measure returns; {} if no token is to be trained.
+    FloatingPointError if the loss is not finite.
     """
     rows = learned_rows(batch)
-    # Of the whole step: a mean per micro-batch or process would give the tokens beside short rows
-    # more weight than others
+    # Over the whole step: a mean per micro-batch or process would give the tokens in batches of
+    # short rows more weight than others
     num_tokens = sum(gather([int(learned.sum()) for _, learned, _ in rows]))
     student.zero_grad(set_to_none=True)
     if not num_tokens:
         return {}
     for module in student.modules():
-        # transformers recomputes a layer in training mode only; all else stays in eval: no dropout
+        # transformers recomputes layers only in training mode; the rest stays in eval: no dropout
         module.training = getattr(module, "gradient_checkpointing", False)
 
     loss, measured = 0.0, []
-    most_tokens = micro_batch_size * len(rows[0][0]) if rows else 0  # padding counted
+    most_tokens = micro_batch_size * len(rows[0][0]) if rows else 0  # padding included
     while rows:
-        # Of the rows left, as many of the longest as most_tokens allows, padded on the right
+        # The longest of the rows left, as many as most_tokens allows, right-padded
         count = most_tokens // len(rows[0][0])
         ids, learned, columns = zip(*rows[:count])
         rows = rows[count:]
@@ -783,7 +783,7 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
         loss = loss + total
         measured += measures
     student.eval()
-    sum_gradients(student)  # a sum: num_tokens is of all processes
+    sum_gradients(student)  # a sum, not a mean: num_tokens counts all processes
 
     loss = sum(gather([float(loss)]))
     if not math.isfinite(loss):
@@ -794,7 +794,7 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
 
 
 def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0):
-    """Clip and apply the gradients -> their norm before. FloatingPointError if it is not finite"""
+    """Clip and apply gradients -> their norm before clipping. FloatingPointError if not finite"""
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm).item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"gradient norm {norm}")
@@ -805,7 +805,7 @@ def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0):
 
 
 def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **settings):
-    """backward, with these settings, and optimizer_step -> metrics. train has the two apart"""
+    """backward, with these settings, then optimizer_step -> metrics. train calls the two itself"""
     metrics = backward(student, batch, **settings)
     if metrics:
         metrics["grad_norm"] = optimizer_step(student, optimizer, learning_rate, max_grad_norm)
@@ -813,12 +813,12 @@ def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **se
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The loop. Of part I, this alone sees both the flags (config) and the state of a run
+# 8. The loop. The only section of part I that sees both the flags (config) and a run's state
 
 
 def plan_rollout(config, step, cap):
-    """How far the rollouts of step 1, 2, ... go, and who goes on. The methods differ here, in
-    token_weights, and in train, where Prune-OPD's cap moves. cap: Prune-OPD's, in tokens.
+    """The Plan of step 1, 2, ...: how long rollouts may get, and which rows go on. Methods differ
+    here, in token_weights, and in train, which moves Prune-OPD's cap. cap: that cap, in tokens.
     """
     plan = Plan(config.max_new_tokens, config.segment_length)
     if config.method == "prefix":
@@ -846,7 +846,7 @@ def plan_rollout(config, step, cap):
 
     elif config.method == "prune":
         plan.max_length = min(cap, config.max_new_tokens)
-        # The abstract stops what drifts while it runs; the released code moves the cap alone
+        # The abstract stops drifting rows in flight; the released code only moves the cap
         if not config.no_prune_in_flight:
             plan.goes_on = functools.partial(
                 reliable_rows, threshold=config.drift_threshold, w_drop=config.w_drop
@@ -855,23 +855,23 @@ def plan_rollout(config, step, cap):
 
 
 def token_weights(config, out):
-    """What a rollout teaches -> token_weight (B, T), and loss_mask (B, T) bool: where to learn"""
+    """Loss weights, and which tokens to train on -> token_weight (B, T), loss_mask (B, T) bool"""
     weight = torch.ones_like(out["overlap"])
     loss_mask = out["response_mask"]
     if config.method == "prune":
-        # The loss is divided by the number of tokens, not by their weights, as released
+        # As released: the loss is divided by the number of tokens, not by the sum of weights
         reliability = drift_weights(
             out["overlap"], out["response_mask"], config.drift_threshold, config.w_drop
         )
         weight = reliability + config.w_base
     if config.method == "prefix-guided" and not config.train_pruned_prefix:
-        # The paper does not say whether the losers' prefixes are learned: here not (our choice)
+        # The paper does not say whether to train on the losers' prefixes: here not (our choice)
         loss_mask = loss_mask & out["kept"][:, None]
     return weight, loss_mask
 
 
 def token_loss(config, student_logits, teacher_logits, response_ids):
-    """The loss of --loss, of each token. (n, V), (n, V), (n,) -> (n,)"""
+    """The per-token loss that --loss names. (n, V), (n, V), (n,) -> (n,)"""
     if config.loss == "reverse_kl":
         return reverse_kl(student_logits, teacher_logits)
     if config.loss == "forward_kl":
@@ -885,8 +885,8 @@ def token_loss(config, student_logits, teacher_logits, response_ids):
 
 
 def train(config, run):
-    """Every method, step by step: sample, judge, learn, and sample from what was learned."""
-    evaluate_and_save(config, run)  # of a resumed run: what was broken off
+    """Every method, step by step: sample, score, update, and sample from the updated student."""
+    evaluate_and_save(config, run)  # what was interrupted, if the run is resumed
     for step in range(run.step + 1, config.max_steps + 1):
         run.phase = f"the rollout of step {step}"
         problems = draw_prompts(config, run, config.cold_start_steps + step)
@@ -905,12 +905,12 @@ def train(config, run):
         update = backward(run.student, out, **update_settings(config, run))
         update["learning_rate"] = config.learning_rate * min(1, step / max(1, config.warmup_steps))
 
-        # From here to the record a step is done whole or not at all: signals wait
+        # From here to run.record the step is done whole or not at all: signals wait
         with whole_step(run):
             rate, clip = update["learning_rate"], config.max_grad_norm
             update["grad_norm"] = optimizer_step(run.student, run.optimizer, rate, clip)
-            run.optimizer.zero_grad()  # the gradient's place is that of the next rollout's caches
-            # On-policy: the next rollout samples from what was just learned
+            run.optimizer.zero_grad()  # the next rollout's caches need the gradients' memory
+            # On-policy: the next rollout samples from the updated weights
             run.sampler.load_state_dict(run.student.state_dict())
             update["time_update"] = clock(run.device) - began
 
@@ -919,7 +919,7 @@ def train(config, run):
                 run.cap, run.misses = next_cap(config, run, rows["reliable_length"])
             metrics = step_metrics(run, out, rows, {**update, "max_length": plan.max_length})
             run.shown = first_rows(config, problems, plan, out)
-            del out  # the teacher's states of a step: the plan has room for one
+            del out  # the teacher's states: the memory plan has room for those of one step
             if config.extrapolate and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
                 metrics |= extrapolate_student(config, run)
             run.step = step
@@ -931,12 +931,12 @@ def train(config, run):
 # --------------------------------------------------------------------------------------------------
 # 9. Evaluation
 
-THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # up to the last </think>, or all if one is open
+THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # to the last </think>; all if a <think> is open
 
 
 def last_boxed(text):
-    r"""The content of the last balanced \boxed{...} of a text, or None. A box that never closes is
-    none: the one before it counts. \boxed 4 is a box, too.
+    r"""The content of the last balanced \boxed{...} in a text, or None. A box that never closes
+    does not count; the one before it does. \boxed 4 is a box, too.
     Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"
     """
     text = re.sub(r"\\boxed\s*(-?[\d.,/]*\d|\\[a-z][^\s$]*)", r"\\boxed{\1}", text)
@@ -950,18 +950,18 @@ def last_boxed(text):
 
 
 def is_correct(response_text, gold):
-    r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box is wrong."""
+    r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False."""
     rest = re.sub(THOUGHTS, "", response_text)
     answer = last_boxed(rest)
     return answer is not None and is_same(answer, gold, rest)
 
 
 def pass_at_k(num_samples, num_correct, k):
-    """The chance that one or more of k answers are right, unbiased, from num_samples >= k answers.
+    """Unbiased estimate of the chance that at least one of k answers is right, from n >= k answers.
 
-        1 - C(n - c, k) / C(n, k),   c of n are right                      [Chen et al., 2107.03374]
+        1 - C(n - c, k) / C(n, k),   n num_samples, c num_correct          [Chen et al., 2107.03374]
 
-    Example: n 4, c 1, k 2 -> .5. ValueError for k > n.
+    Example: n 4, c 1, k 2 -> .5. ValueError unless 1 <= k <= n and 0 <= c <= n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
         raise ValueError("needs 1 <= k <= n and 0 <= c <= n")
@@ -969,8 +969,8 @@ def pass_at_k(num_samples, num_correct, k):
 
 
 def auroc(scores, correct):
-    """The chance that a right answer scores higher than a wrong one. lists -> [0, 1], NaN unless
-    there are both, and scores. A tie counts half. Example: .9, .4 right, .4, .1 wrong -> .875
+    """The chance that a right answer scores higher than a wrong one, ties counting half. Lists ->
+    [0, 1], or NaN if one kind or a score is missing. Example: .9, .4 right, .4, .1 wrong -> .875
     """
     scores, correct = np.array(scores), np.array(correct, dtype=bool)
     if correct.all() or not correct.any() or np.isnan(scores).any():
@@ -993,25 +993,25 @@ def evaluate(
     title="",
     **sampling,
 ):
-    """Sample and grade num_samples answers to every problem, after seeding torch's global stream.
+    """Sample and grade num_samples answers to every problem, after seeding torch's global RNG.
 
-    problems: dicts with prompt_ids, answer, perhaps teacher_prompt_ids, begun (of the answer).
-    sampling: vocab_size, eos_ids, stop_id, temperature and top_p, for rollout. With a
-    teacher an answer has a reward, the mean of log q - log p at temperature 1, else NaN.
+    problems: dicts with prompt_ids, answer, and optionally teacher_prompt_ids, begun (the first ids
+    of the answer). sampling: vocab_size, eos_ids, stop_id, temperature, top_p of rollout. With a
+    teacher, an answer's reward is its mean of log q - log p at temperature 1; without one, NaN.
     -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]
     """
-    # Answers still to be given, and this process's share of them
+    # The answers to sample, and this process's share of them
     answers = []
     for index, problem in enumerate(problems):
         answers += [{**problem, "index": index, "sample": sample} for sample in range(num_samples)]
-    # Side by side those of like prompts, so that little is padded, and ended rows leave together
+    # Sorted by prompt length, so that batches have little padding and rows end together
     own = share(sorted(answers, key=prompt_length))
-    seed_sampling(seed)  # not restored: every step of training seeds for itself
+    seed_sampling(seed)  # not restored: every training step seeds anew
     starts = range(0, len(own), rows_per_batch)
     head = {name: sampling.get(name) for name in ("vocab_size", "eos_ids", "stop_id")}
-    # No bar without a title: inside whole_step a terminal that is gone must not raise
+    # No bar without a title: inside whole_step a closed terminal must not raise
     for start in tqdm(starts, title, leave=False, disable=not (title and is_main())):
-        # Sample, and let the teacher judge what was sampled
+        # Sample, and let the teacher score the samples
         batch = own[start : start + rows_per_batch]
         prompts = [answer["prompt_ids"] + answer.get("begun", []) for answer in batch]
         asked = [teacher_prompt(answer) + answer.get("begun", []) for answer in batch]
@@ -1022,7 +1022,7 @@ def evaluate(
             log_p = response_log_probs(model, out, **head)
             rewards = [(theirs - ours).mean().item() for theirs, ours in zip(log_q, log_p)]
 
-        # Grade the text, without the tokens that end it
+        # Grade the text, without special tokens
         for row, answer in enumerate(batch):
             ids = out["response_ids"][row][out["response_mask"][row]].tolist()
             ids = answer.get("begun", []) + ids
@@ -1049,7 +1049,7 @@ def evaluate(
 # --------------------------------------------------------------------------------------------------
 # Everything below is plumbing
 #
-# Part II. 10. Several processes, as torchrun starts them: no other section counts them
+# Part II. 10. Several processes, as torchrun starts them
 
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
@@ -1057,17 +1057,17 @@ NUM_RANKS = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main():
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is rank 0, the process that writes files and prints for all."""
     return RANK == 0
 
 
 def share(items):
-    """This process's share of a list that all have."""
+    """This process's share of a list that every process has."""
     return items[RANK::NUM_RANKS]
 
 
 def gather(items):
-    """The lists of all processes end to end, in the order of their ranks."""
+    """The lists of all processes, concatenated in rank order."""
     if not dist.is_initialized():
         return items
     lists = [None] * dist.get_world_size()
@@ -1076,7 +1076,7 @@ def gather(items):
 
 
 def sum_gradients(model):
-    """Make every gradient the sum of those of all processes."""
+    """All-reduce: every gradient becomes its sum over all processes."""
     if not dist.is_initialized():
         return
     for parameter in model.parameters():
@@ -1086,33 +1086,33 @@ def sum_gradients(model):
 
 
 def seed_sampling(seed):
-    """Seed torch's global stream, which model.generate draws from: each process has its own."""
+    """Seed torch's global RNG, which model.generate draws from, differently in each process."""
     torch.manual_seed(seed * NUM_RANKS + RANK)
 
 
 def join_processes(device):
-    """Meet the other processes, if torchrun started any."""
+    """Join the process group, if torchrun started more than one process."""
     if NUM_RANKS == 1 or dist.is_initialized():
         return
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = datetime.timedelta(hours=2)  # one rank may sample for long after the others
+    timeout = datetime.timedelta(hours=2)  # one rank may sample much longer than the others
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
     if RANK:
-        sys.stdout = open(os.devnull, "w")  # one speaks for all
+        sys.stdout = open(os.devnull, "w")  # only rank 0 prints
         warnings.simplefilter("ignore")
 
 
 def clock(device):
-    """Seconds, when the device has done all that it was given."""
+    """The time in seconds, once a CUDA device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_memory(device):
-    """GB that a GPU held at most since the last call."""
+    """Peak memory of a GPU in GB since the last call; 0 without one."""
     if device.type != "cuda":
         return 0.0
     peak = torch.cuda.max_memory_allocated(device) / 1e9
@@ -1125,32 +1125,32 @@ def peak_memory(device):
 
 
 def read_records(path):
-    """The objects in a jsonl, json or parquet file -> list. OSError, or ValueError with the line"""
+    """A jsonl, json or parquet file -> list of its records. OSError, or ValueError with the line"""
     with open(path, "rb") as file:
         if path.endswith(".parquet"):
-            import pyarrow.parquet  # only here; without it an ImportError says so
+            import pyarrow.parquet  # needed only here; if it is missing, ImportError names it
 
             return pyarrow.parquet.read_table(file).to_pylist()
         text = file.read().removeprefix("\ufeff".encode())
-    # One list, or JSON lines, which many a .json file holds, too
+    # One JSON list, or JSON lines, which many .json files hold, too
     is_list = text.lstrip().startswith(b"[")
     records = []
     for number, line in enumerate([text] if is_list else text.splitlines(), start=1):
         try:
             if line.strip():
                 records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:  # the latter: nested too deep
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
             number += getattr(error, "lineno", 1) - 1
             raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
     return records[0] if is_list else records
 
 
-# Fields that hold an answer, in some data sets or in all, and texts with an answer in a box
+# Fields that hold an answer, or in some data sets something else; texts with an answer in a box
 ANSWERS = ("answer", "final_answer", "ground_truth", "expected_answer")
 LABELS = ("label", "target", "gold")
 WORKED = ("solution", "assistant:")
-REASONED = ("rationale", "reasoning")  # steps alone, without an answer to be graded by
-# What data sets write where there is no answer
+REASONED = ("rationale", "reasoning")  # only steps, no answer to grade by
+# What data sets put where there is no answer
 NO_ANSWER = (
     r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/a|n\.a\.|none|null|nan|-?inf|unknown|not ?found"
     r"|no (?:final )?answer|see (?:the )?solution"
@@ -1158,7 +1158,7 @@ NO_ANSWER = (
 
 
 def read_gold(value):
-    """A field -> the answer in a box, in dollars or behind "####"; "" for true, {}, NaN, "N/A" """
+    """A field -> the answer in a box, in dollars or after "####"; "" for true, {}, NaN, "N/A" """
     items = value if isinstance(value, list) else [value]
     texts = [str(item) for item in items if type(item) in (str, int, float)]
     text = ", ".join(texts).rsplit("####", 1)[-1]
@@ -1167,18 +1167,18 @@ def read_gold(value):
 
 
 def first_of(values):
-    """The first that says something, else None"""
+    """The first value that is not empty, else None"""
     return next(filter(None, values), None)
 
 
 def read_fields(record):
-    """A record of any kind of file -> its problem, its answer and its worked solution, None where
-    there is none; the turns of a chat that are left out
+    """A record of any data set -> its problem, its answer and its worked solution, each None if it
+    is missing; the turns of a chat that are left out
     """
     fields, left_out = dict(record), []
     if isinstance(record.get("reward_model"), dict):
         fields = record["reward_model"] | record
-    # Of a chat the last question is asked, and what comes after it is an answer
+    # In a chat the last user turn is the problem, and what follows it is an answer
     chat = record.get("prompt")
     if not isinstance(chat, list):
         chat = record.get("messages")
@@ -1188,17 +1188,17 @@ def read_fields(record):
         fields |= {f"{turn.get('role')}:": turn.get("content") for turn in turns[last:]}
         left_out = turns[:last]
     if fields.get("problem") or fields.get("question"):
-        left_out = []  # another problem is asked than the chat's
+        left_out = []  # the problem is not taken from the chat
 
     def values(names):
         return [fields[name] for name in names if fields.get(name) is not None]
 
-    # In this order. A label may be of another kind, and beside a field that says "no answer" a
-    # solution counts only for its box
+    # In this order: a label may be something else than the answer. If there is any such field, even
+    # one that says "no answer", a solution counts only for its box
     given, labels, worked = map(values, (ANSWERS, LABELS, WORKED))
     boxed = [text for text in worked if re.search(r"\\boxed|####", str(text))]
     golds = given + boxed + labels or worked
-    # GSM8K's solutions are in its answers, before "####"
+    # GSM8K has its solutions in the answer field, before "####"
     before = [text for text in given if "####" in str(text)]
     solutions = worked + values(REASONED) + before
     problem = first_of(values(("problem", "question", "user:", "prompt")))
@@ -1207,8 +1207,8 @@ def read_fields(record):
 
 
 def read_solution(value):
-    """A field -> the text of a worked solution, "" where it holds none: without GSM8K's <<1+1=2>>
-    and its line of the answer, and with a mark for halves of characters
+    """A field -> the text of a worked solution, "" if it holds none. GSM8K's <<1+1=2>> and "####"
+    line are removed; lone surrogates become U+FFFD
     """
     text = value.strip() if isinstance(value, str) else ""
     before, mark, last = text.rpartition("####")
@@ -1217,34 +1217,34 @@ def read_solution(value):
     return re.sub(HALF, "\ufffd", re.sub(r"<<[^<>\n]*>>", "", text)).strip()
 
 
-# What data sets add to a problem fights the template, and a grader of boxes. No .* is in here:
-# for a text of a million characters it would take hours
+# Instructions that data sets add to a problem. They conflict with the prompt template, and with
+# grading by boxes. No .* in here: on a text of a million characters it would take hours
 INSTRUCTIONS = (
     r"Solve the following math problem step by step\. The last line of .{0,200}? to the problem\."
     r'|Remember to put your answer on its own line after "Answer:"\.'
     r"|(?:Please|Let's) (?:reason|think) step by step,? and .{0,99}?(?:\\boxed\{\}|\"####\")\."
     r"|Present the answer in LaTex format: \\boxed\{Your answer\}"
 )
-# What others say, and halves of characters, lone surrogates, which no file can hold
+# Other requests for an answer format; lone surrogates, half characters that UTF-8 cannot encode
 FORMAT = r"(?i)\\boxed|####|answer:|</?(?:answer|think)>|step[ -]by[ -]step"
 HALF = "[\ud800-\udfff]"
-SHORT = reprlib.Repr()  # all fields of a record, and of long ones the ends
+SHORT = reprlib.Repr()  # shows all fields of a record, the long ones cut in the middle
 SHORT.maxdict = 99
 
 
 def load_problems(path, needs_answers=False):
     """A jsonl, json or parquet file -> list of {"problem": str, "answer" and "solution": str or
-    None}, each once. Knows the usual field names, chats, and golds in a box, in dollars or behind
-    "####". OSError, ValueError or ImportError, with a line for the user.
+    None}, duplicates merged. Knows the usual field names, chats, and gold answers in a box, in
+    dollars or after "####". OSError, ValueError or ImportError, each with a message for the user.
     """
-    problems = {}  # by text: the first of equal ones
+    problems = {}  # by text
     notes = collections.defaultdict(list)
     for number, record in enumerate(read_records(path), start=1):
         record = record if isinstance(record, dict) else {}
         problem, answer, solution, left_out = read_fields(record)
         listed = SHORT.repr(record)
 
-        # What cannot be used
+        # Refuse what cannot be used
         wrong = ""
         if not isinstance(problem, str) or not problem.strip():
             wrong = "needs a text in problem, question, prompt or messages"
@@ -1255,7 +1255,7 @@ def load_problems(path, needs_answers=False):
         if wrong:
             raise ValueError(f"{path}, record {number}: {wrong}; its fields are {listed}")
 
-        # What to know of the rest
+        # Note what the user should know of the rest
         problem = re.sub(INSTRUCTIONS, "", problem).strip() or problem
         form = re.search(FORMAT, problem)
         if form:
@@ -1278,8 +1278,8 @@ def load_problems(path, needs_answers=False):
 
 
 def fill_template(template, problem):
-    """{problem}, {answer} and {solution} in a template become those of a problem, a dict -> text,
-    or None where it lacks one. What looks like a name inside these is text.
+    """Fill {problem}, {answer} and {solution} in a template from a problem, a dict -> text, or None
+    if the problem lacks one of them. Braces in the inserted texts are not filled in turn.
     """
     names = r"\{(problem|answer|solution)\}"
     if None in [problem[name] for name in re.findall(names, template)]:
@@ -1288,7 +1288,7 @@ def fill_template(template, problem):
 
 
 def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):
-    """A problem (str) -> list of ids: the template filled in, as a user's turn if there are any"""
+    """A problem (str) -> list of ids: the template filled in, inside the chat template if any"""
     text = template.replace("{problem}", problem)
     if chat_template and tokenizer.chat_template:
         turns = [{"role": "user", "content": text}]
@@ -1296,7 +1296,7 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
             turns, add_generation_prompt=True, return_dict=False, **template_flags
         )
 
-    # A BOS in front is wanted. An EOS behind is not: the response goes on from here
+    # A BOS at the start is wanted. An EOS at the end is not: the response continues from here
     encoded = tokenizer(text + "\n", return_special_tokens_mask=True)
     while encoded.special_tokens_mask.pop():
         last = tokenizer.decode(encoded.input_ids.pop())
@@ -1309,37 +1309,37 @@ def prompt_length(problem):
 
 
 def teacher_prompt(problem):
-    """The ids that the teacher reads: its own prompt, else what the student reads"""
+    """The prompt ids of the teacher: its own if there are any, else the student's"""
     return problem.get("teacher_prompt_ids", problem["prompt_ids"])
 
 
 def prompt_end(tokenizer, problem):
-    """The last characters of a prompt, as many as <think> has: where it ends in that, the response
-    begins inside thoughts
+    """The last characters of a prompt, as many as <think> has: if they are <think>, the response
+    begins inside the thoughts
     """
     prompt = tokenizer.decode(problem["prompt_ids"], skip_special_tokens=True)
     return prompt.rstrip()[-len("<think>") :]
 
 
 def is_solved(tokenizer, problem, ids):
-    """Whether a response, these ids behind the prompt of a problem, has its answer"""
+    """Whether a response, the ids after a problem's prompt, has the problem's answer"""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return is_correct(prompt_end(tokenizer, problem) + text, problem["answer"])
 
 
 def pad_left(prompts, pad_id, device="cpu"):
-    """Lists of ids -> ids (B, S), mask (B, S) bool. On the left: responses start in one column."""
+    """Lists of ids -> ids (B, S), mask (B, S) bool. All responses then start in the same column."""
     ids = [torch.tensor(prompt) for prompt in prompts]
-    # From the lengths, not ids != pad_id: where pad and EOS are one id, that would hide real tokens
+    # From the lengths, not ids != pad_id: if pad and EOS share an id, that would mask real tokens
     mask = [torch.ones_like(row, dtype=torch.bool) for row in ids]
     left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     return left(ids, padding_value=pad_id).to(device), left(mask).to(device)
 
 
 def batch_indices(step, batch_size, num_problems, seed):
-    """The problems of step 1, 2, ...: each once, in a new order every epoch, before any recurs.
-    It depends on its arguments alone: there is no sampler to save, and every method meets the same
-    prompts in the same order.
+    """The indices of the problems of step 1, 2, ... Every epoch has each once, in a new order. The
+    result depends only on the arguments: there is no data sampler to save, and every method gets
+    the same prompts in the same order.
     """
     epoch, start = divmod((step - 1) * batch_size, num_problems)
     order = []  # from this epoch on
@@ -1350,25 +1350,25 @@ def batch_indices(step, batch_size, num_problems, seed):
 
 
 def draw_prompts(config, run, step):
-    """This process's problems of a step, short prompts first, G times each: row p * G + g"""
-    pools, shares = [sum(run.pools, [])], [1]  # all files are one pool, or each its own
+    """This process's problems of a step, short prompts first, G times each: row i * G + g"""
+    pools, shares = [sum(run.pools, [])], [1]  # all files are one pool; with --mix, one each
     if config.mix:
         pools, shares = run.pools, config.mix
-    # Each pool's share of the batch, to the nearest prompt. A half goes up, and so does 6.4999999:
-    # to the even number, a share worth one prompt might get none
+    # Each pool's share of the batch, rounded to whole prompts. A half rounds up, and so does
+    # 6.4999999: if halves went to the even number, a share worth one prompt might get none
     borders = np.cumsum([0, *shares]) * config.batch_size + 0.500001
     counts = np.diff(borders.astype(int)).tolist()
     drawn = []
     for pool, count in zip(pools, counts):
         drawn += [pool[index] for index in batch_indices(step, count, len(pool), config.seed)]
-    # Seeded here, the sampling of a step does not depend on what was drawn before
+    # Seeded here, so that a step's sampling does not depend on what was drawn before
     seed_sampling(config.seed * 1_000_003 + step)
     own = sorted(share(drawn), key=prompt_length)
     return [problem for problem in own for _ in range(config.num_generations)]
 
 
-# Spellings of one answer: signs, then patterns in turn, each with an example. Quotes hold text:
-# words, a unit, a base. *+ gives nothing back: of 5,000 spaces that would take minutes
+# Spellings of one answer: signs, then patterns in this order, each with an example. Quotes hold
+# text: words, a unit, a base. *+ does not backtrack: on 5,000 spaces that would take minutes
 SIGNS = dict(zip(map(ord, "–—−∞°²³½（），"), r"- - - \infty ^\circ ^2 ^3 \frac12 ( ) ,".split()))
 SPELLINGS = {
     # spaces and sizes: \;  \big)  ~
@@ -1385,16 +1385,16 @@ SPELLINGS = {
     r"\\(text\w*|\wbox|mathrm|mathbf) *\{(?=[^{}]*\})([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": (
         r'"\2"\3 '
     ),
-    # what leads in: the final answer is 5, = 5
+    # a lead-in: the final answer is 5, = 5
     r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?[": ]*=?'
     r'|^ *("[^"]*" *|\w\(\w, *\w\) *)?(=|\\approx)': "",
     # a choice: (C) 42 is C
     r'^[" (]*([A-J])[).](?!.*[A-J][).]).*': r"\1",
-    # nothing: no solution
+    # the empty set: no solution
     r'(?i)"? *+((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
     # a unit: 5 cm, 3 hours
     r'(?<=\d) *+(""|(?<= )) *+([a-zA-Z.]{3,}( [a-z]+)*|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
-    # or one of few letters: 5m
+    # or a short unit: 5m
     r"^ *(-?[\d.,]*\d) *((sq |cu )?(kg|lbs?|oz|ft|in|mi|hrs?|[gmshL]))\.?$": r'\1 "\2"',
     # a word, or letters in order: north, ABC
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
@@ -1406,19 +1406,19 @@ SPELLINGS = {
     r"(?:\(?\b(\d\w*)\)? *+_|\(? *+\\?[pb]?(mod)\b) *+\{? *+(\w++) *+\}? *+\)?$": r'\1 "\2\3"',
     # roots: 2√3
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
-    # two in one: 1 \pm i
+    # two answers in one: 1 \pm i
     r'^(?!.*(["(\[]|\\[{}]|\\mp))(.*,)?([^,]*)(\\pm|±)([^,]*)': r"\2\3+\5,\3-\5",
     # any integer: k\pi, k \in \mathbb{Z}
     r'(?<![, ])[, ]++(\\q?quad *+)?("[^"]*+" *+)?[kmn] *+\\in *+\\mathbb *\{?Z\}? *+$'
     r'|" *+(for|where)\b[^"]*+" *+[a-zA-Z]? *+$': "",
-    # what trails: 7. is 7; and 1 000 000
+    # what trails: 7. is 7; and spaces inside a number: 1 000 000
     r'(?<=") *\^ *\{?-?\d\}?|(/|\\cdot) *(?=" *\w)': "",
     r'_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
 }
 
 
 def spell(answer):
-    r"""An answer -> (its value, its text in small letters). Example: 5\,\text{cm} -> 5, cm"""
+    r"""An answer -> (its value, its text in lower case). Example: 5\,\text{cm} -> 5, cm"""
     answer = " ".join(answer.replace('"', " ").split()).translate(SIGNS)
     for pattern, plain in SPELLINGS.items():
         answer = re.sub(pattern, plain, answer)
@@ -1426,7 +1426,7 @@ def spell(answer):
     return re.sub('"[^"]*"|"', "", answer), re.sub(r"\^\d|\W|square|cubic", "", text)
 
 
-# Of a gold, value;unit, that math-verify would take for something else: words, a modulus, dots
+# Gold answers, as value;unit, that math-verify would misread: words, a modulus, dots
 NOT_FOR_MATH_VERIFY = r"^ *;|\\text|;mod|\.\.|\\[lc]?dots"
 
 
@@ -1434,35 +1434,35 @@ BOX = r"\\boxed *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 
 
 def is_same(answer, gold, text):
-    """Whether an answer, one that ends a text, is the gold one."""
+    """Whether an answer, the last box of a text, equals the gold one."""
     if len(answer) + len(gold) > 5000:
         return False
     gold, unit = spell(read_gold(gold))
-    # To a list, as many boxes are one answer
+    # If the gold answer is a list, as many boxes count as one answer
     boxes = dict.fromkeys(re.findall(BOX, text))
     parts = re.split(r",(?!\d{3}\b)(?![^(\[{]*[)\]}])", gold)
     answer, other = spell(answer)
     if len(boxes) == len(parts) > 1 and answer.count(",") < gold.count(","):
         answer, other = spell(", ".join(boxes))
 
-    # Letters commute in math-verify: strings of them are text. A unit may be missing or short
+    # math-verify lets letters commute, so words are text. A unit may be missing or abbreviated
     same = gold.replace(" ", "") == answer.replace(" ", "")
     if re.search(NOT_FOR_MATH_VERIFY, f"{gold};{unit}"):
         return same and unit == other
     short, long = sorted([unit, other], key=len)
     rest = iter(long)
     short_for = long.startswith(short[:1]) and all(letter in rest for letter in short)
-    short_for &= len(long) > 2 or short in ("", long)  # m is no mm
+    short_for &= len(long) > 2 or short in ("", long)  # m is not short for mm
     return short_for and (same or ask_math_verify(gold, answer))
 
 
-# The process of ask_math_verify, with what is easy to get wrong:
+# The subprocess of ask_math_verify. Three things are easy to get wrong:
 #   in a box     else \left( 3, 4 \right) is read as 3
-#   Latex alone  else 1 \pmod 4 is read as 4
-#   gold first   an answer (1,2) is taken for a gold 1<x<2, but 1<x<2 not for (1,2), a point
+#   LaTeX only   else 1 \pmod 4 is read as 4
+#   gold first   for gold 1<x<2 it accepts (1,2), but for gold (1,2), a point, it rejects 1<x<2
 MATH_VERIFY = r"""import json, re, sys
 from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify
-# Units are gone already, and a last letter is none; six decimals would make 0.333333 of 1/3
+# Units are gone already, so a last letter is no unit; at six decimals 0.333333 would equal 1/3
 latex = LatexNormalizationConfig(units=False, malformed_operators=True, nits=True)
 latex = [LatexExtractionConfig(normalization_config=latex)]
 options = dict(numeric_precision=99, float_rounding=12)
@@ -1477,9 +1477,9 @@ for line in sys.stdin:
 
 def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noqa: B006, kept
     """
-    Whether math-verify takes answer for gold, both bare LaTeX; answer None: whether it reads gold.
-    False when it takes longer: 2003^{2002^{2001}} keeps sympy busy in one C call that only the end
-    of its process ends. ImportError where there is no math-verify.
+    Whether math-verify accepts answer for gold, both bare LaTeX; answer None: whether it can parse
+    gold. False after `seconds`: 2003^{2002^{2001}} keeps sympy in one C call, which ends only
+    when its process is killed. ImportError if math-verify is missing.
     """
     process = worker["process"]
     if process is None or process.poll() is not None:
@@ -1490,9 +1490,9 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
             stdout=pipe,
             stderr=subprocess.DEVNULL,
             text=True,
-            process_group=0,  # Ctrl-C is not for it
+            process_group=0,  # Ctrl-C must not reach it
         )
-        if process.stdout.readline() != "ready\n":  # not counted towards the limit
+        if process.stdout.readline() != "ready\n":  # start-up does not count towards seconds
             raise ImportError("math-verify cannot be imported", name="math-verify")
         worker["process"] = process
     reply = ""
@@ -1501,21 +1501,21 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
         if select.select([process.stdout], [], [], seconds)[0]:
             reply = process.stdout.readline()
     finally:
-        # After Ctrl-C, too: what nobody has read would be taken for the next reply
+        # After Ctrl-C, too: an unread reply would be taken for the next one
         if not reply:
             process.kill()
-            process.wait()  # poll() sees it, and the next call starts another
+            process.wait()  # so that poll() sees it, and the next call starts another
     return reply == "True\n"
 
 
 # --------------------------------------------------------------------------------------------------
 # 12. The tiny world: a made-up language in which distillation can be watched
 #
-# A problem is a digit, five operations modulo 10, and how often to go through them: "4 a +3 b *7
-# ... IV". Its solution goes step by step: "I first a +3 4 gives 7 , then b *7 7 is 9 . ... II now a
-# +3 9 is 2 ; ... so the answer is \boxed{ 8 }". Every operation can be undone: a slip carries
-# through to the answer. Words have synonyms, of which authors like some better: a model's top k are
-# its habits. An author may lose the thread, mumble "hmm er um", and come back to it, or never.
+# A problem is a digit, five operations modulo 10, and how many rounds of them: "4 a +3 b *7 ...
+# IV". Its solution goes step by step: "I first a +3 4 gives 7 , then b *7 7 is 9 . ... II now a +3
+# 9 is 2 ; ... so the answer is \boxed{ 8 }". Every operation is invertible, so a slip carries
+# through to the answer. Words have synonyms, and authors prefer some: these habits fill a model's
+# top k. An author may lose the thread, mumble "hmm er um", and find it again or not.
 
 LEXICON = {
     "special": "<pad> <end> <user> <solve>",
@@ -1536,8 +1536,8 @@ def tiny_example(rng, rounds, habit, slip_rate=0.0, mumble_rate=0.0, order=1):
     """A problem of so many rounds, and an author's solution -> {"problem", "answer"}, words
 
     habit, 0 to 7: the synonym the author likes best; each next one is .6 times as likely.
-    slip_rate: how often a result is wrong; what follows goes on from it.
-    mumble_rate: how often a mumble stands before a step; after one in four nothing else comes.
+    slip_rate: how often a result is wrong; the next steps continue from it.
+    mumble_rate: how often a mumble precedes a step; one in four ends the solution, without <end>.
     order -1: "a 4 +3" for "a +3 4".
     """
 
@@ -1588,7 +1588,7 @@ def tiny_tokenizer(words):
 
 
 def tiny_model(tokenizer):
-    """A Qwen3 of 0.1M parameters. All worlds start with it; the seed draws what is learned."""
+    """A Qwen3 of 0.1M parameters. All worlds start with its weights; their seed draws the data."""
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=len(tokenizer),
@@ -1608,29 +1608,29 @@ def tiny_model(tokenizer):
 
 
 def imitate(model, draw, steps, title):
-    """Train a model, in place, on batches of 3,000 tokens. draw() makes a row: ids (L,), and where
-    it is learned (L,).
+    """Train a model in place, on batches of about 3,000 tokens. draw() returns a row: its ids, and
+    1 for each token to train on, else 0 (two lists of L).
     """
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step in tqdm(range(steps), desc=f"tiny world: {title}", leave=False):
-        # Padded on the right, where it needs no mask; it is 0, <pad>, and not learned
+        # Right-padded, so that no attention mask is needed, with 0 (<pad>), which is not trained on
         rows = []
         while sum(map(len, rows)) < 3000:
             rows.append(torch.tensor(draw()).T)
         ids, learned = pad_sequence(rows).permute(2, 1, 0)  # (rows, L) each
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids.where(learned > 0, -100)).loss.backward()
-        # Warm-up, and a cosine down to a twentieth
+        # Linear warm-up, and cosine decay to a twentieth
         cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)
         optimizer_step(model, optimizer, 8e-3 * min(1, (step + 1) / 20) * cosine)
 
 
 def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=100):
     """Write the tiny world into a folder, in a minute: models teacher/ and student/, train.jsonl,
-    eval.jsonl. From one base model, which hardly read a mumble, the teacher learns of a careful
-    author; the student, briefly, of one of other habits, who slips and mumbles.
+    eval.jsonl. Both start from a base model that saw few mumbles. The teacher is trained on a
+    careful author; the student, briefly, on one of other habits, who slips and mumbles.
     """
-    # One tokenizer for both, as OPD needs it
+    # One tokenizer for both, as OPD requires
     tokenizer = tiny_tokenizer(sum(LEXICON.values(), []))
 
     def learn(model, title, batches, rounds, habit=None, **author):
@@ -1645,7 +1645,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=100
 
         imitate(model, draw, batches, title)
 
-    # Each draws from a stream of its own
+    # Each learn call has a random stream of its own
     student = tiny_model(tokenizer)
     learn(student, "base model, short problems", 200, (1, 2), mumble_rate=0.002)
     learn(student, "base model, full problems", 250, (4, 6), mumble_rate=0.002)
@@ -1653,13 +1653,12 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=100
     learn(teacher, "teacher", teacher_steps, (4, 6), teacher_habit, order=teacher_order)
     learn(student, "student", 40, (4, 6), habit=2, slip_rate=0.04, mumble_rate=0.03)
 
-    partial = f"{folder}.partial"  # a world that was broken off must not look like one
+    partial = f"{folder}.partial"  # an interrupted world must not look complete
     shutil.rmtree(partial, ignore_errors=True)
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(f"{partial}/{name}")
         tokenizer.save_pretrained(f"{partial}/{name}")
-    # Problems, no two alike, and solutions without slips. Nobody reads these but
-    # --teacher_prompt_template
+    # Problems, no two alike, and solutions without slips, which only --teacher_prompt_template uses
     rng, records = random.Random(f"{seed} problems"), {}
     while len(records) < 2200:
         problem, words = tiny_example(rng, rng.randint(4, 6), habit=0)
@@ -1682,111 +1681,111 @@ Support = Literal["student", "teacher", "intersection", "union"]
 @dataclass
 class Config:
     """All flags: --name in a shell, Config(name=...) in a notebook. --help shows these comments;
-    a [tag] says whose value the default is."""
+    a [tag] names the paper that an option or its default is from."""
 
     # -- models and data
-    student: str = ""  # model folder or hub name; without it and --teacher: the tiny world
-    teacher: str = ""  # model folder or hub name, with the student's token ids; may be left out
-    # beside --teacher_prompt_template: it is the student as it was first, a copy more in memory
-    train_file: list[str] = ()  # problems to train on: jsonl, json, parquet; needs no answers
-    mix: list[float] = ()  # the training files' shares of every step, such as 0.8 0.2
+    student: str = ""  # model folder or hub name; with no model and no data file: the tiny world
+    teacher: str = ""  # model folder or hub name, with the student's token ids; optional with
+    # --teacher_prompt_template: then the initial student, frozen, one more model in memory
+    train_file: list[str] = ()  # training problems: jsonl, json or parquet; answers are not needed
+    mix: list[float] = ()  # each training file's share of a batch, such as 0.8 0.2; unset: one pool
     eval_file: list[str] = ()  # problems with answers to evaluate on; one result per file
     output_dir: str = "out"  # for metrics.jsonl, samples.jsonl, checkpoints, the tiny world
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where the numbers go, too
-    report: str = ""  # compare the runs below this folder: print a table, draw report.png, stop
-    no_view: bool = False  # write no rollouts.html, the last step token by token
-    prompt_template: str = BOXED  # the user's message [Rethinking-OPD]
-    teacher_prompt_template: str = ""  # what the teacher reads instead, such as "{problem} Hint:
-    # {solution}"; also knows {answer}. Training problems that lack one are left out [OPSD]
-    no_chat_template: bool = False  # give the message as it is
-    enable_thinking: bool = False  # let Qwen3's chat template think
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: on a GPU bfloat16, with
-    # float32 master weights
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where else to log the metrics
+    report: str = ""  # compare the runs below this folder: print a table, draw report.png, exit
+    no_view: bool = False  # do not write rollouts.html, which shows the last step token by token
+    prompt_template: str = BOXED  # the user message, with {problem} filled in [Rethinking-OPD]
+    teacher_prompt_template: str = ""  # the teacher's own user message, such as "{problem} Hint:
+    # {solution}"; also {answer}. Training problems that lack a field it uses are left out [OPSD]
+    no_chat_template: bool = False  # do not apply the tokenizer's chat template
+    enable_thinking: bool = False  # turn on thinking in Qwen3's chat template
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else
+    # float32; the student's master weights are always float32
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # such as cuda, cuda:1, cpu
-    seed: int = 0  # of a tiny world yet to be made, the order of the data, all sampling
+    seed: int = 0  # for the data order, all sampling, and a tiny world that is yet to be made
 
     # -- method and loss
-    method: Method = "opd"  # opd: all to the cap [GKD]. prefix: to --prefix_length [FastOPD, TOPD].
-    # progressive: to a growing horizon [FastOPD, POPD]. prefix-guided: on where overlap is high
-    # [PG-OPD]. prune: less after drift [Prune-OPD]
-    loss: Loss = "topk"  # topk: KL(student || teacher) on top-k tokens, with the released gradient
-    # [Rethinking-OPD]. reverse_kl: on the whole vocabulary [GKD]. sampled: k1 policy gradient.
-    # forward_kl: KL(teacher || student) [GKD]. jsd: between the two, as --beta has it [GKD]
-    beta: float = 0.5  # of --loss jsd: the teacher's share of the mixture (our choice)
-    support: Support = "student"  # whose top k --loss topk sums over [Rethinking-OPD]
-    tail: bool = False  # --loss topk: the rest of the vocabulary as one more class (TRL's form)
-    baseline: bool = False  # subtract the closed-form baseline in --loss sampled [vOPD]
+    method: Method = "opd"  # opd: sample to the cap [GKD]. prefix: to --prefix_length [FastOPD,
+    # TOPD]. progressive: to a growing horizon [FastOPD, POPD]. prefix-guided: past the prefix only
+    # where overlap is high [PG-OPD]. prune: less weight and early stops after drift [Prune-OPD]
+    loss: Loss = "topk"  # topk: KL(student || teacher) on top-k tokens, with the released code's
+    # gradient [Rethinking-OPD]. reverse_kl: on the whole vocabulary [GKD]. sampled: k1 policy
+    # gradient. forward_kl: KL(teacher || student) [GKD]. jsd: between the two, as --beta says [GKD]
+    beta: float = 0.5  # --loss jsd: the teacher's weight in the mixture (our choice)
+    support: Support = "student"  # --loss topk: the top-k set it sums over [Rethinking-OPD]
+    tail: bool = False  # --loss topk: add the rest of the vocabulary as one class (TRL's form)
+    baseline: bool = False  # --loss sampled: subtract the closed-form baseline [vOPD]
     overlap_k: int = 16  # the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]
-    cold_start_steps: int = 0  # first learn the teacher's own right solutions [Rethinking-OPD]
+    cold_start_steps: int = 0  # SFT steps first, on correct teacher solutions [Rethinking-OPD]
     cold_start_learning_rate: float = 1e-5  # learning rate of the cold start (our choice)
 
     # -- sampling
     batch_size: int = 64  # prompts per step [Rethinking-OPD]
     num_generations: int = 4  # candidates per prompt [Rethinking-OPD]
-    max_prompt_length: int = 1024  # longer training prompts, the teacher's too, are left out
-    # [Rethinking-OPD]
-    max_new_tokens: int = 7168  # cap of a training response [Rethinking-OPD]
+    max_prompt_length: int = 1024  # a training problem is left out if its prompt, the student's or
+    # the teacher's, is longer [Rethinking-OPD]
+    max_new_tokens: int = 7168  # maximum length (cap) of a training response [Rethinking-OPD]
     temperature: float = 1.0  # divides the logits of both models, in sampling and loss [all: 1]
-    no_merge_stops: bool = False  # keep stop tokens apart; else, where student and teacher have
-    # several, they count as one [EOS]
-    segment_length: int = 0  # tokens between two looks at who goes on; 0: an eighth of the cap, at
-    # most 512 (our choice)
-    rollout_batch_size: int = 0  # rows a process samples at once; 0: on a GPU what fits, else all
-    prefix_length: int = 0  # tokens of the prefix; 0: 1024 in prefix (our choice), 128 in
+    no_merge_stops: bool = False  # keep stop tokens separate; by default all stop tokens of student
+    # and teacher count as one [EOS]
+    segment_length: int = 0  # tokens between two decisions on which rows go on; 0: an eighth of
+    # the cap, at most 512 (our choice)
+    rollout_batch_size: int = 0  # rows a process samples at once; 0: what fits on a GPU, else all
+    prefix_length: int = 0  # tokens of the prefix; 0: 1024 for prefix (our choice), 128 for
     # prefix-guided [PG-OPD, second hand]
-    probe_window: int = 128  # prefix-guided: first tokens, whose mean overlap scores [PG-OPD]
-    keep_ratio: float = 0.5  # prefix-guided: share of candidates to go on [PG-OPD: .25 to .75]
-    select: Literal["overlap", "random"] = "overlap"  # prefix-guided: random is a control
-    train_pruned_prefix: bool = False  # prefix-guided: train on the prefixes of the others, too
-    horizon_start: int = 512  # progressive: first horizon (our choice)
-    horizon_growth: int = 256  # progressive: tokens that it grows by (our choice)
-    horizon_every: int = 10  # progressive: updates between (our choice)
-    drift_threshold: float = 0.7  # prune: a token with less overlap is a bad event [Prune-OPD]
+    probe_window: int = 128  # prefix-guided: score = mean overlap of the first tokens [PG-OPD]
+    keep_ratio: float = 0.5  # prefix-guided: share of candidates that go on [PG-OPD: .25 to .75]
+    select: Literal["overlap", "random"] = "overlap"  # prefix-guided: criterion; random: a control
+    train_pruned_prefix: bool = False  # prefix-guided: train on prefixes of rows not selected, too
+    horizon_start: int = 512  # progressive: the first horizon, in tokens (our choice)
+    horizon_growth: int = 256  # progressive: tokens that each growth adds (our choice)
+    horizon_every: int = 10  # progressive: updates between two growths (our choice)
+    drift_threshold: float = 0.7  # prune: overlap below this makes a token a bad event [Prune-OPD]
     w_drop: float = 0.01  # prune: reliability lost at each bad event [Prune-OPD]
-    w_base: float = 0.5  # prune: added to the reliability as loss weight [Prune-OPD]
-    cap_init: int = 2048  # prune: first cap [Prune-OPD]
-    cap_min: int = 1024  # prune: least cap [Prune-OPD]
-    cap_max: int = 12288  # prune: largest cap; --max_new_tokens holds, too [Prune-OPD]
-    cap_step: int = 100  # prune: tokens that the cap moves by [Prune-OPD]
-    cap_margin: int = 100  # prune: reliable so near to the cap is a hit [Prune-OPD]
-    cap_hit_ratio: float = 0.1  # prune: share of hits at which the cap grows [Prune-OPD]
-    cap_patience: int = 3  # prune: misses in a row at which it shrinks [Prune-OPD]
-    no_prune_in_flight: bool = False  # prune: stop no row while it runs, as in the released code
+    w_base: float = 0.5  # prune: the loss weight is the reliability plus this [Prune-OPD]
+    cap_init: int = 2048  # prune: initial cap, in tokens [Prune-OPD]
+    cap_min: int = 1024  # prune: smallest cap [Prune-OPD]
+    cap_max: int = 12288  # prune: largest cap; --max_new_tokens limits it, too [Prune-OPD]
+    cap_step: int = 100  # prune: tokens by which the cap grows or shrinks [Prune-OPD]
+    cap_margin: int = 100  # prune: a row hits if reliable to within this of the cap [Prune-OPD]
+    cap_hit_ratio: float = 0.1  # prune: the cap grows if this share of the rows hits [Prune-OPD]
+    cap_patience: int = 3  # prune: misses (fewer hits) in a row after which it shrinks [Prune-OPD]
+    no_prune_in_flight: bool = False  # prune: do not stop rows in flight, as in the released code
 
     # -- optimisation
     learning_rate: float = 1e-6  # of AdamW [Rethinking-OPD, Prune-OPD, EffOPD]
     warmup_steps: int = 0  # steps of linear warm-up; then the rate is constant [EffOPD]
-    max_steps: int = 200  # DAPO-Math-17K once [Rethinking-OPD]
+    max_steps: int = 200  # training steps: DAPO-Math-17K once [Rethinking-OPD]
     max_grad_norm: float = 1.0  # gradient clipping (our choice)
-    micro_batch_size: int = 0  # longest rows at once in the update, or more short ones; 0: on a
-    # GPU what fits, else 4
-    gradient_checkpointing: bool = False  # recompute layers in backward: on a GPU it always does
-    no_gradient_checkpointing: bool = False  # not even on a GPU: faster, more memory
-    extrapolate: bool = False  # at steps 1, 2, 4, 8, ... try to go on along the update [EffOPD]
-    validation_size: int = 50  # answered training problems that judge --extrapolate [EffOPD]
+    micro_batch_size: int = 0  # rows at once in the update, if of the longest length; more
+    # of shorter ones. 0: what fits on a GPU, else 4
+    gradient_checkpointing: bool = False  # recompute layers in backward; on a GPU it is on anyway
+    no_gradient_checkpointing: bool = False  # turn it off on a GPU: faster, more memory
+    extrapolate: bool = False  # after steps 1, 2, 4, 8, ... try to extrapolate the update [EffOPD]
+    validation_size: int = 50  # --extrapolate: answered training problems to validate on [EffOPD]
     save_every: int = 0  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 2  # how many stay
-    resume: str = ""  # go on from the last checkpoint in --output_dir, or from the one named here
+    keep_checkpoints: int = 2  # how many of the latest to keep
+    resume: str = ""  # continue from the last checkpoint in --output_dir, or from the one given
 
     # -- evaluation
-    eval_only: bool = False  # grade --student on --eval_file and stop
-    eval_first: Literal["auto", "none", "student", "both"] = "auto"  # whom to evaluate before the
-    # first step; auto: both where that takes under a tenth of the run, else the student
+    eval_only: bool = False  # evaluate --student on --eval_file, then exit
+    eval_first: Literal["auto", "none", "student", "both"] = "auto"  # what to evaluate before the
+    # first step; auto: both models if that takes under a tenth of the run, else the student
     eval_every: int = 20  # steps between evaluations; 0: only at the end [Prune-OPD]
     eval_samples: int = 16  # answers per problem [Rethinking-OPD]
-    probe_depths: list[int] = ()  # percent of an answer: how the teacher goes on from there
-    # [Rethinking-OPD]
+    probe_depths: list[int] = ()  # cut the student's answers at these percentages, and let the
+    # teacher continue them [Rethinking-OPD]
     eval_temperature: float = 0.7  # 0 is greedy [Rethinking-OPD]
-    eval_top_p: float = 0.95  # nucleus; 1 is all [Rethinking-OPD]
-    eval_max_new_tokens: int = 31744  # full length [Rethinking-OPD]
-    eval_batch_size: int = 0  # rows of an evaluation at once; 0: on a GPU what fits, else 32
+    eval_top_p: float = 0.95  # nucleus sampling; 1 turns it off [Rethinking-OPD]
+    eval_max_new_tokens: int = 31744  # maximum length of an evaluation answer [Rethinking-OPD]
+    eval_batch_size: int = 0  # evaluation rows at once; 0: what fits on a GPU, up to 256, else 32
 
     @property
     def prefix(self):
         return self.prefix_length or (128 if self.method == "prefix-guided" else 1024)
 
 
-# Where neither model is named
+# The defaults where no model is named: the tiny world
 TINY = Config(
     device="cpu",
     prompt_template="{problem}",
@@ -1827,8 +1826,8 @@ ALIASES = {
 
 
 def parse_args(argv=None):
-    """Command line -> Config; without a model TINY. ValueError of one line for what is no flag"""
-    # Only what was given: the rest comes from Config, or from TINY
+    """Command line -> Config; without a model, on top of TINY. Bad flags: a one-line ValueError"""
+    # SUPPRESS: parse only the flags given. The rest comes from Config, or from TINY
     parser = argparse.ArgumentParser(
         usage="python opd.py [flags]",
         description=__doc__,
@@ -1842,7 +1841,7 @@ def parse_args(argv=None):
 
     parser.error = fail
 
-    # A flag's help is the comment behind it, with those that follow; a group's title has dashes
+    # A flag's help is the comment after it and the lines that continue it; "# --" titles a group
     for title, block in re.findall(r"# -- (.*)\n((?:.+\n)+)", inspect.getsource(Config)):
         group = parser.add_argument_group(title)
         for name, comment in re.findall(r"(\w+): .*?  # (.*(?:\n +# .*)*)", block):
@@ -1874,26 +1873,27 @@ def check_config(config):
         "drift_threshold w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every "
         "micro_batch_size eval_every eval_temperature eval_batch_size"
     ).split()
-    # Each alone; a Config may come from a notebook
+    # Each flag alone. argparse has not seen a Config from a notebook
     for name, kind in Config.__annotations__.items():
         value = getattr(config, name)
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"--{name} {value}: one of {', '.join(get_args(kind))}")
-        least, above = (0, "at least") if name in may_be_zero else (1e-300, "above")
+        zero_ok = name in may_be_zero
         most = 1 if name in ("keep_ratio", "eval_top_p") else 1e12
-        if type(value) in (int, float) and not least <= value <= most:
-            raise ValueError(f"--{name} {value} must be {above} 0, and at most {most:g}")
+        if type(value) in (int, float) and not (0 <= value <= most and (value or zero_ok)):
+            least = "at least 0" if zero_ok else "above 0"
+            raise ValueError(f"--{name} {value} must be {least}, and at most {most:g}")
 
     if not 0 < config.beta < 1:
-        ends = "for the ends there are --loss reverse_kl and forward_kl"
+        ends = "for the two KLs there are --loss reverse_kl and forward_kl"
         raise ValueError(f"--beta {config.beta} must lie between 0 and 1; {ends}")
     if config.tail and config.loss != "topk":
         raise ValueError(f"--tail is of --loss topk alone, and --loss is {config.loss}")
     if any(depth not in range(100) for depth in config.probe_depths):
-        raise ValueError(f"--probe_depths {config.probe_depths}: percentages from 0 to 99")
+        raise ValueError(f"--probe_depths {config.probe_depths} must be percentages, 0 to 99")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if config.device not in ("cpu", "mps", *gpus) and not (gpus and config.device == "cuda"):
-        raise ValueError(f"--device {config.device}: there is none here; use cpu")
+        raise ValueError(f"--device {config.device}: not available here; use cpu")
     if NUM_RANKS > 1 and config.device.startswith("cuda:"):
         raise ValueError(f"--device {config.device}: each process takes a GPU of its own; use cuda")
     if re.search(HALF, config.output_dir):
@@ -1910,19 +1910,19 @@ def check_config(config):
     if config.batch_size < NUM_RANKS:
         raise ValueError(f"--batch_size must be at least the {NUM_RANKS} processes")
 
-    # Together
+    # Flags in combination
     if config.method == "prefix-guided":
         if not config.probe_window <= config.prefix < config.max_new_tokens:
             holds = f"--probe_window <= --prefix_length {config.prefix} < --max_new_tokens"
             raise ValueError(f"{holds} must hold")
-        if config.keep_ratio * config.num_generations < 0.999:  # nobody writes out 1/3
+        if config.keep_ratio * config.num_generations < 0.999:  # .333 passes for 1/3
             raise ValueError(f"--keep_ratio {config.keep_ratio} is under one candidate per prompt")
     if config.mix:
-        # Nobody writes out 1/3
+        # Rounded, so that .3333 passes for 1/3
         prompts = round(min(config.mix) * config.batch_size, 2)  # of the smallest share
         matches = len(config.mix) == len(config.train_file)
         if not matches or round(sum(config.mix), 3) != 1 or prompts < 1:
-            needs = "a share for each --train_file, worth a prompt of every step, and 1 in all"
+            needs = "a share for each --train_file, each worth a prompt per step, summing to 1"
             raise ValueError(f"--mix needs {needs}")
     needed = [config.student, config.teacher or config.teacher_prompt_template, config.train_file]
     given = [config.student, config.teacher, config.train_file, config.eval_file]
@@ -1930,8 +1930,8 @@ def check_config(config):
         needed = [config.student, config.eval_file]
     if any(given) and not all(needed):
         raise ValueError(
-            "give --student, --teacher (or --teacher_prompt_template) and --train_file; with "
-            "--eval_only --student and --eval_file; or none of these"
+            "give --student, --teacher (or --teacher_prompt_template) and --train_file; for "
+            "--eval_only, --student and --eval_file; or none of these"
         )
 
 
@@ -1943,70 +1943,70 @@ def check_config(config):
 class Run:
     """What a run has loaded, and where it stands."""
 
-    flags: dict  # as given; a checkpoint's must agree
+    flags: dict  # as given; to resume, those of the checkpoint must agree
     files: list  # paths of metrics.jsonl and samples.jsonl
     track: object = None  # log(dict of numbers, step) of a tracker
     device: object = None
-    autocast: object = None  # a context for the update: bfloat16, or nothing
-    student: object = None  # what learns, with float32 master weights
-    sampler: object = None  # what samples: the student itself, or its bfloat16 copy
+    autocast: object = None  # context for the update: autocast to bfloat16, or disabled
+    student: object = None  # the model that is trained: float32 master weights
+    sampler: object = None  # the model that samples: the student itself, or its bfloat16 copy
     teacher: object = None  # None in --eval_only
-    tokenizer: object = None  # the student's; both models read its prompts
-    teacher_tokenizer: object = None  # for its stop ids and its template
+    tokenizer: object = None  # the student's; it encodes the prompts of both models
+    teacher_tokenizer: object = None  # for its vocabulary, stop ids and chat template
     optimizer: object = None
-    vocab_size: int = 0  # tokens that both models have; other rows of their heads are cut off
+    vocab_size: int = 0  # tokens that both models share; other rows of their heads are cut off
     sampling: dict = None  # vocab_size, eos_ids, stop_id, temperature: for rollout and head_logits
     stops: dict = None  # student, teacher: all ids that end a response of that model
-    cache_bytes: list = None  # what the caches of sampler and teacher keep of a token
-    kept_bytes: int = 0  # what the student's forward keeps of a token for backward
-    most: dict = None  # the longest prompt and response, and how many, of steps and evaluations
+    cache_bytes: list = None  # bytes per token in the caches of sampler and teacher
+    kept_bytes: int = 0  # bytes per token that the student's forward keeps for backward
+    most: dict = None  # upper bounds on rows and lengths, from work_at_most
     pools: list = None  # training problems, a list for each file
     answered: list = None  # those that have an answer
     evals: dict = None  # name of a file -> problems to evaluate on
 
     # Where it stands. A checkpoint has all of this, and the optimizer
-    step: int = 0  # the last whole step
+    step: int = 0  # the last completed step
     graded: int = 0  # the last step after which the student was evaluated
-    rows_at_once: dict = field(default_factory=dict)  # by the flags that end in batch_size
-    cap: int = 0  # prune: tokens
-    misses: int = 0  # prune: in a row
-    anchor: dict = field(default_factory=dict)  # EffOPD: the weights accepted the last time
+    rows_at_once: dict = field(default_factory=dict)  # keys as in plan_phases
+    cap: int = 0  # prune: the current cap, in tokens
+    misses: int = 0  # prune: misses in a row
+    anchor: dict = field(default_factory=dict)  # EffOPD: the weights accepted last
     counts: dict = field(default_factory=dict)  # tokens and FLOPs so far
 
     shown: dict = field(default_factory=dict)  # rows of the last step, for rollouts.html
 
-    # For the last words
+    # For the error message and the last checkpoint
     phase: str = "set-up"
-    halfway: bool = False  # between an update and the end of its step there is nothing to save
+    halfway: bool = False  # inside whole_step, or failed there: the state must not be saved
 
     def count(self, **costs):
         for name, cost in costs.items():
             self.counts[name] += cost
 
     def standing(self):
-        """What every line of metrics.jsonl says of where the run stands."""
+        """Where the run stands, a part of every line of metrics.jsonl."""
         rows = self.rows_at_once["rollout_batch_size"]
         standing = {"cap": self.cap, "misses": self.misses, "rollout_batch_size": rows}
         return standing | self.counts
 
     def record(self, metrics):
-        """A line of metrics.jsonl, and its numbers to the tracker."""
+        """Append a line to metrics.jsonl, and send its numbers to the tracker."""
         if is_main():
             append_json(self.files[0], {"step": self.step, **metrics})
         self.tell(metrics)
 
     def tell(self, metrics, prefix=""):
-        """The numbers among the metrics, to the tracker if there is one."""
+        """Send the numbers among the metrics to the tracker, if there is one."""
         if self.track:
             numbers = {prefix + name: x for name, x in metrics.items() if type(x) in (int, float)}
             self.track(numbers, self.step)
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
-    """Two dicts of tokens and ids -> how many ids both have. What one has beyond is cut off.
-    ValueError, naming three tokens, where they differ before that, or a token has two ids.
+    """Two dicts, token: id -> how many ids they share. The ids beyond these are cut off.
+    ValueError, naming up to three tokens, if they differ below that or a token has two ids.
     """
-    # The ids up to the last that is the same token in both
+    # All ids up to the last one that is the same token in both
     shared = student_vocab.items() & teacher_vocab.items()
     size = 1 + max(dict(shared).values(), default=-1)
     alone = dict(sorted(student_vocab.items() ^ teacher_vocab.items()))
@@ -2015,7 +2015,7 @@ def compare_vocabularies(student_vocab, teacher_vocab):
     if different:
         ids = [f"{t!r} is {student_vocab.get(t)} and {teacher_vocab.get(t)}" for t in different[:3]]
         count = f"different ids for {len(different)} tokens"
-        raise ValueError(f"use models of one tokenizer: {count}: {', '.join(ids)}")
+        raise ValueError(f"use models with the same tokenizer: {count}: {', '.join(ids)}")
     if alone:
         told = f"tokens that only one model has are cut off, {len(alone)} such as {min(alone)!r}"
         warnings.warn(f"{told}; {size} stay", stacklevel=2)
@@ -2023,7 +2023,7 @@ def compare_vocabularies(student_vocab, teacher_vocab):
 
 
 def stop_ids(model, tokenizer):
-    """All ids that end a response: the one or several of the generation config, and the EOS."""
+    """All ids that end a response: those of the generation config, and the tokenizer's EOS."""
     listed = model.generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
 
@@ -2034,20 +2034,20 @@ def load(auto_class, path, **options):
     try:
         if not adapter:
             loaded = auto_class.from_pretrained(path, trust_remote_code=False, **options)
-            adapter = getattr(loaded, "_hf_peft_config_loaded", False)  # of a hub name
-    except Exception as error:  # transformers, safetensors, json: each has errors of its own
+            adapter = getattr(loaded, "_hf_peft_config_loaded", False)  # for a hub name
+    except Exception as error:  # transformers, safetensors, json: each raises its own errors
         why = f"{type(error).__name__}: {str(error)[:200]}"
         if "trust_remote_code" in str(error):
             why = "it needs code of its own, and models that come with code are not supported"
         raise ValueError(f"{path} does not load: {why}") from None
     if adapter:
-        raise ValueError(f"{path} is an adapter (LoRA), no whole model: merge it into its base")
+        raise ValueError(f"{path} is an adapter (LoRA), not a full model: merge it into its base")
     return loaded
 
 
 def read_files(config, run):
-    """The problems of the files that the flags name, each with its prompt_ids, into the run; where
-    it has what --teacher_prompt_template names, with teacher_prompt_ids, too.
+    """Load the problems of --train_file and --eval_file into the run, with prompt_ids, and with
+    teacher_prompt_ids where a problem has all fields that --teacher_prompt_template names.
     """
     encode = functools.partial(
         encode_prompt,
@@ -2064,16 +2064,16 @@ def read_files(config, run):
                 problem["prompt_ids"] = encode(problem["problem"], config.prompt_template)
                 if filled:
                     problem["teacher_prompt_ids"] = encode(filled, "{problem}")
-            except Exception as error:  # a chat template raises what it likes
-                failed = "the chat template (there is --no_chat_template)"
+            except Exception as error:  # a chat template can raise anything
+                failed = "the chat template (try --no_chat_template)"
                 if config.no_chat_template:
                     failed = "the tokenizer"
-                why = f"{failed} fails at {problem['problem']!r:.60}: {error}"
+                why = f"{failed} fails on {problem['problem']!r:.60}: {error}"
                 raise ValueError(f"{path}: {why}") from None
         return problems
 
     run.evals, run.pools = {}, []
-    # A file's name is its evaluation's, its path where two have one name
+    # An evaluation is named after its file, or by its path if that name is taken
     for path in config.eval_file:
         name = os.path.splitext(os.path.basename(path))[0]
         run.evals[path if name in run.evals else name] = read(path, needs_answers=True)
@@ -2102,10 +2102,10 @@ def read_files(config, run):
 
 
 def check_model(model, only_sampled):
-    """ValueError for a model whose head does more than head_logits, unless it is only_sampled, or
-    whose cache keeps other things than keys and values -> the bytes that it keeps of a token
+    """Check a model -> the bytes that its cache keeps per token. ValueError if its head does more
+    than head_logits, unless it is only_sampled, or if its cache holds more than keys and values
     """
-    ids = torch.arange(16, device=model.device)[None] % 2  # any text; who knows how many tokens
+    ids = torch.arange(16, device=model.device)[None] % 2  # any text: all vocabularies have 0 and 1
     try:
         output = model(input_ids=ids, use_cache=True)
         own_logits = head_logits(model, model.base_model(input_ids=ids).last_hidden_state, None)
@@ -2117,21 +2117,21 @@ def check_model(model, only_sampled):
     kinds = {type(layer).__name__ for layer in layers}
     if other_head or kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
         raise ValueError(
-            f"{model.config.model_type} models are not supported: their head is not head_logits, "
-            "or their cache not keys and values alone; use others"
+            f"{model.config.model_type} models are not supported: their head is not a plain "
+            "one, or their cache holds more than keys and values; use others"
         )
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // ids.numel()
 
 
 def load_models(config, run, path):
-    """Both models, the student from this path, and all that depends on them, into the run."""
+    """Load both models, the student from this path, and all that depends on them, into the run."""
     on_gpu = config.device.startswith("cuda")
     bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and on_gpu
     low = torch.bfloat16 if bf16 else torch.float32
 
     def load_model(path, dtype):
-        # Loaded in bfloat16, not cast: a cast rounds the rotary frequencies, too, and turns
-        # positions around 1,000 by over .1 rad
+        # Loaded in bfloat16, not cast to it: a cast would round the rotary frequencies, too, and
+        # put the angles at positions around 1,000 off by over .1 rad
         return load(AutoModelForCausalLM, path, dtype=dtype).to(config.device)
 
     run.sampler = run.student = load_model(path, low)
@@ -2140,9 +2140,9 @@ def load_models(config, run, path):
     tokens = max(run.tokenizer.get_vocab().values()) + 1
     if not config.eval_only:
         if bf16:
-            # At a learning rate of 1e-6 most updates are smaller than bfloat16 can add
+            # At a learning rate of 1e-6 most updates are too small to change a bfloat16 weight
             run.student = load_model(path, torch.float32)
-        # Else the student as it was first, wherever it has been resumed from
+        # Without --teacher: the initial student, also when resuming from a checkpoint
         teacher = config.teacher or config.student
         run.teacher_tokenizer = load(AutoTokenizer, teacher)
         tokens = compare_vocabularies(run.tokenizer.get_vocab(), run.teacher_tokenizer.get_vocab())
@@ -2151,12 +2151,13 @@ def load_models(config, run, path):
         run.stops["teacher"] = stop_ids(run.teacher, run.teacher_tokenizer)
     eos_ids, stop_id = run.stops["student"], None
     all_stops = set().union(*run.stops.values())
-    if config.cold_start_steps:  # it teaches the teacher's stop token, too
+    if config.cold_start_steps:  # its solutions end in the teacher's stop tokens, too
         eos_ids = all_stops
     if len(all_stops) > 1 and not config.no_merge_stops:
-        # Into the tokenizer's own, which is one of them if it has one
-        eos_ids, own = all_stops, run.tokenizer.eos_token_id
-        stop_id = min(all_stops) if own is None else own
+        # Into the student tokenizer's EOS if it has one: it is among all_stops
+        eos_ids, stop_id = all_stops, run.tokenizer.eos_token_id
+        if stop_id is None:
+            stop_id = min(all_stops)
 
     run.cache_bytes = [check_model(model, config.eval_only) for model in models]
     # Both heads may have rows beyond the tokens that exist
@@ -2172,11 +2173,11 @@ def load_models(config, run, path):
     }
     run.device = run.sampler.device
     run.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=bf16)
-    # fused: the default on a GPU makes a copy of all weights on the way
+    # fused: the default on a GPU would make temporary copies of all weights
     run.optimizer = torch.optim.AdamW(run.student.parameters(), weight_decay=0.0, fused=on_gpu)
     checkpointed = config.gradient_checkpointing or on_gpu and not config.no_gradient_checkpointing
     if checkpointed:
-        warnings.filterwarnings("ignore", ".*checkpointing.* is deprecated")  # of its new name
+        warnings.filterwarnings("ignore", ".*checkpointing.* is deprecated")  # its name changed
         run.student.gradient_checkpointing_enable({"use_reentrant": False})
     run.kept_bytes = kept_for_backward(run.student, run.autocast, checkpointed)
 
@@ -2190,33 +2191,33 @@ def check_tokens(run):
         if max(ids, default=0) >= run.vocab_size:
             token = f"{run.tokenizer.convert_ids_to_tokens(max(ids))!r} ({max(ids)})"
             known = f"the models know only the first {run.vocab_size} tokens"
-            raise ValueError(f"{what} the token {token}, and {known}: use others")
+            raise ValueError(f"{what} the token {token}, and {known}: use other models")
 
 
 def position_limit(model):
-    """The length that a model's positions are for; why no run may go beyond, "" where one may"""
+    """The length that a model has positions for; why a run must not exceed it, "" if it may"""
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
     limit = next(filter(None, [getattr(config, name, None) for name in names]), math.inf)
     rotary = getattr(config, "rope_parameters", None)
     if not rotary:
-        return limit, "they are a table"
-    for kind in (rotary, *rotary.values()):  # of all layers, or one for each type
+        return limit, "they are a fixed table"
+    for kind in (rotary, *rotary.values()):  # one for all layers, or one per layer type
         name = kind.get("rope_type", "") if isinstance(kind, dict) else ""
         if name == "longrope" or "dynamic" in name:
-            changes = f"{name} factors change there, and the keys in a cache do not"
+            changes = f"{name} factors change there, but keys already cached do not"
             return kind.get("original_max_position_embeddings") or limit, changes
     return limit, ""
 
 
 def work_at_most(config, run):
-    """What this process meets in a step and in an evaluation -> dict: rows of a step, the longest
-    prompt and response in it, in tokens; answers, the longest question and answer; the longest
-    prompt and question of the teacher
+    """Upper bounds for this process, lengths in tokens -> dict. Of a step: rows, and the longest
+    prompt and response. Of an evaluation: answers, and the longest question and answer. And the
+    longest prompt and question that the teacher reads
     """
     trained, graded = sum(run.pools, []), sum(run.evals.values(), [])
     cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
-    if config.extrapolate or config.cold_start_steps:  # they sample to the end in any method
+    if config.extrapolate or config.cold_start_steps:  # both always sample to --max_new_tokens
         cap = config.max_new_tokens
     return {
         "rows": math.ceil(config.batch_size / NUM_RANKS) * config.num_generations,
@@ -2231,8 +2232,8 @@ def work_at_most(config, run):
 
 
 def check_lengths(run):
-    """Whether the longest prompt and response go beyond the positions of a model -> lines that warn
-    of it, and of a student that does not stop; ValueError where it will fail
+    """Warn if the longest prompt and response exceed a model's positions, or if the student has no
+    stop token -> lines. ValueError if the run would fail or go wrong
     """
     lines, most = [], run.most
     for role, prompt, response, flag in (
@@ -2247,7 +2248,7 @@ def check_lengths(run):
             sizes = f"a prompt of {most[prompt]} and a response of {most[response]} tokens"
             beyond = f"{sizes} (--{flag}) are more than the {limit} positions of the {role}"
             if why:
-                raise ValueError(f"{beyond}, and {why}: use less")
+                raise ValueError(f"{beyond}, and {why}: lower it")
             lines.append(beyond)
     if not run.sampling["eos_ids"]:
         lines.append("the student has no stop token: all its responses go on to the cap")
@@ -2255,11 +2256,11 @@ def check_lengths(run):
 
 
 def kept_for_backward(student, autocast, checkpointed):
-    """The bytes that the student's forward keeps of a token for backward."""
-    # Two widths: what does not grow with the tokens, the weights, drops out of the difference
+    """The bytes per token that the student's forward keeps for backward."""
+    # At two widths: what does not grow with the tokens, the weights, cancels in the difference
     sizes, kept = [], {}
 
-    def keep(tensor):  # by where it lies: many an operation keeps the same tensor
+    def keep(tensor):  # by address: several operations may keep the same tensor
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage
 
@@ -2269,36 +2270,36 @@ def kept_for_backward(student, autocast, checkpointed):
             states = hidden_states(student, ids, torch.ones_like(ids), width)
         sizes.append(sum(storage.nbytes() for storage in kept.values()))
         kept.clear()
-    every_layer = (sizes[1] - sizes[0]) // 16  # weights and their casts are in both
+    all_layers = (sizes[1] - sizes[0]) // 16  # weights and their casts are in both
     if not checkpointed:
-        return every_layer
-    # What goes into each layer, and one layer while it is recomputed
+        return all_layers
+    # Checkpointed: the input of each layer, and all of one layer while it is recomputed
     layers = student.config.get_text_config().num_hidden_layers
-    return layers * states.shape[-1] * states.element_size() + every_layer // layers
+    return layers * states.shape[-1] * states.element_size() + all_layers // layers
 
 
 def memory_plan(
     student, teacher, *, bf16, rows, columns, vocab, cache=0, segment=0, judged=0, kept=0, states=0
 ):
-    """What a GPU must hold -> dict of bytes: the parts, and their sums in rollout and update.
+    """Memory that a GPU needs -> dict of bytes: the parts, and the totals of rollout and update.
 
-    student, teacher: their parameters. rows at once, of so many columns, prompt and response.
-    segment: columns that are judged at once. Bytes of a token: cache, in the caches; judged, in a
-    pass of the teacher; kept, for backward. states: bytes of the teacher's states of a step.
+    student, teacher: parameter counts. rows: at once, of so many columns each, prompt and response.
+    segment: columns that the teacher scores at once. Bytes per token: cache, in the caches; judged,
+    in a pass of the teacher; kept, for backward. states: bytes of the teacher's states of a step.
     """
-    copy = 2 * student if bf16 else 0  # what samples; in the update, autocast's casts
-    read = min(rows * segment, 2**15)  # as hidden_states does
+    copy = 2 * student if bf16 else 0  # the sampler; again in the update: autocast's casts
+    read = min(rows * segment, 2**15)  # tokens per pass of hidden_states
     judged_logits = min(read * vocab, LOGITS_AT_ONCE)
     learned_logits = min(rows * columns * vocab, LOGITS_AT_ONCE)
     plan = {
         "weights": 4 * student + copy + (2 if bf16 else 4) * teacher,
         "gradient": 4 * student,
-        "moments": 8 * student,  # two of Adam
+        "moments": 8 * student,  # Adam's two
         "states": states,
         "caches": rows * columns * cache,
         "judging": read * judged + 10 * judged_logits,
         "activations": rows * columns * kept + copy,
-        "logits": 32 * learned_logits,  # of both models, losses, measures, gradient
+        "logits": 32 * learned_logits,  # both models', with losses, measures, gradient
     }
     always = plan["weights"] + plan["moments"] + states
     plan["rollout"] = always + plan["caches"] + plan["judging"]
@@ -2307,7 +2308,7 @@ def memory_plan(
 
 
 def plan_phases(config, run):
-    """What memory_plan is told -> {flag of the rows at once: (phase, most rows, dict)}"""
+    """The arguments of memory_plan -> {batch-size flag: (phase, most rows, arguments)}"""
     most, bf16 = run.most, run.sampler is not run.student
     step = {"student": 0, "teacher": 0, "bf16": bf16, "vocab": run.vocab_size}
     evaluation = {**step}
@@ -2316,32 +2317,32 @@ def plan_phases(config, run):
         wide = getattr(shape, "intermediate_size", 4 * shape.hidden_size)
         step["student"] = run.student.num_parameters()
         step["teacher"] = run.teacher.num_parameters()
-        step["judged"] = 6 * wide + 14 * shape.hidden_size
+        step["judged"] = 6 * wide + 14 * shape.hidden_size  # bytes per token
         evaluation = {**step, "segment": most["answer"]}
         step["states"] = most["rows"] * most["response"] * shape.hidden_size * (2 if bf16 else 4)
 
-    # Where both models keep a cache, as if both read the longer prompt
+    # A rollout keeps a cache of both models: counted as if both read the longer prompt
     longer = max(most["prompt"], most["teacher_prompt"])
     asked = max(most["question"], most["teacher_question"])
     sampling = {**step, "columns": longer + most["response"], "cache": sum(run.cache_bytes)}
     sampling["segment"] = Plan(max(most["response"], 1), config.segment_length).borders()[0]
-    learning = {**step, "columns": most["prompt"] + most["response"], "kept": run.kept_bytes}
-    student = {**evaluation, "columns": most["question"] + most["answer"]}
-    student["cache"] = run.cache_bytes[0]
-    if config.extrapolate:  # its tries are evaluations, of training prompts
-        student["columns"] = max(student["columns"], learning["columns"])
-    teacher = {**evaluation, "columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
-    few, many = (most["rows"], 256) if run.device.type == "cuda" else (4, 32)
+    update = {**step, "columns": most["prompt"] + most["response"], "kept": run.kept_bytes}
+    student_eval = {**evaluation, "columns": most["question"] + most["answer"]}
+    student_eval["cache"] = run.cache_bytes[0]
+    if config.extrapolate:  # its tries are evaluations on training prompts
+        student_eval["columns"] = max(student_eval["columns"], update["columns"])
+    teacher_eval = {**evaluation, "columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
+    update_rows, eval_rows = (most["rows"], 256) if run.device.type == "cuda" else (4, 32)
     return {
         "rollout_batch_size": ("rollout", most["rows"], sampling),
-        "micro_batch_size": ("update", few, learning),
-        "eval_batch_size": ("rollout", many, student),
-        "teacher_eval_batch_size": ("rollout", many, teacher),
+        "micro_batch_size": ("update", update_rows, update),
+        "eval_batch_size": ("rollout", eval_rows, student_eval),
+        "teacher_eval_batch_size": ("rollout", eval_rows, teacher_eval),
     }
 
 
 def use_less(flags, flag, count, cap):
-    """What to change where so many rows at once, by this flag, need too much memory -> str"""
+    """What to change if count rows at once, set by this flag, need too much memory -> str"""
     # The candidates of a prompt are sampled together
     least = flags["num_generations"] if flag == "rollout_batch_size" else 1
     if count > least:
@@ -2352,8 +2353,8 @@ def use_less(flags, flag, count, cap):
 
 
 def rows_that_fit(config, run):
-    """How many rows at once, by the flags that end in batch_size: as they say; for 0 as a resumed
-    run had, or all, on a GPU what fits. ValueError for what does not.
+    """Rows at once for each batch-size flag -> dict: its value; if 0, what a resumed run had or the
+    most in plan_phases, on a GPU what fits of that. ValueError if they do not fit.
     """
     free = math.inf
     if run.device.type == "cuda":
@@ -2362,19 +2363,19 @@ def rows_that_fit(config, run):
     for flag, (phase, fits, sizes) in plan_phases(config, run).items():
 
         def left(count, phase=phase, sizes=sizes):
-            """Bytes that so many rows leave; the weights are there"""
+            """Bytes left free by so many rows; the weights are loaded already"""
             plan = memory_plan(**sizes, rows=count)
             return free - (plan[phase] - plan["weights"])
 
-        # A fifth stays for what is not planned
+        # Keep a fifth in reserve for what is not planned
         while fits > 1 and left(fits) < 0.2 * left(0):
             fits -= 1
         before = run.rows_at_once.get(flag, 0)  # of a run that is resumed
         if before and left(before) >= 0:  # else this is a smaller GPU
             fits = before
-        asked = getattr(config, flag.removeprefix("teacher_"))
+        given = getattr(config, flag.removeprefix("teacher_"))
         least = config.num_generations if flag == "rollout_batch_size" else 1
-        count = max(asked or fits, least)
+        count = max(given or fits, least)
         if left(count) < 0:
             cap = "eval_max_new_tokens" if "eval" in flag else "max_new_tokens"
             instead = use_less(vars(config), flag, count, cap)
@@ -2384,38 +2385,38 @@ def rows_that_fit(config, run):
                 f"{lacks}; {instead}, or use smaller models"
             )
         rows[flag] = min(gather([count]))
-        if rows[flag] < before and not asked:
+        if rows[flag] < before and not given:
             less.append(f"--{flag.removeprefix('teacher_')} was {before} and is {rows[flag]}")
     if less:
-        note(f"this GPU holds less: {'; '.join(less)}")
+        note(f"fewer rows fit on this GPU: {'; '.join(less)}")
     return rows
 
 
 def try_update(config, run):
-    """An update at learning rate 0 of made-up rows, as many and as long as they get: what would run
-    out of memory hours later does it now.
+    """Run an update on dummy rows, as many and as long as they can get, at learning rate 0: what
+    would run out of memory hours later does so now.
     """
     run.phase = "an update of the longest rows"
     rows = min(run.rows_at_once["micro_batch_size"], run.most["rows"])
     T = run.most["response"]
-    # The others are a token shorter: only padded rows need an attention mask, which takes its room
+    # All but one are a token shorter: only padded rows need an attention mask, which takes memory
     longest = run.most["prompt"]
     prompts = [[0] * longest, *[[0] * max(1, longest - 1)] * (rows - 1)]
-    batch = make_room(prompts, prompts, T, 0, run.device)
+    batch = empty_rollout(prompts, prompts, T, 0, run.device)
     for name in ("response_mask", "loss_mask", "token_weight"):
         batch[name] = torch.ones_like(batch["response_mask"])
     # As many of the teacher's hidden states as a step has
     width = run.teacher.config.get_text_config().hidden_size
     states = torch.zeros(run.most["rows"], T, width, dtype=run.teacher.dtype, device=run.device)
     batch["teacher_hidden"] = states
-    for _ in range(2):  # the second beside Adam's moments, which the first one makes
+    for _ in range(2):  # the second with Adam's moments in memory: the first creates them
         train_step(run.student, run.optimizer, batch, 0.0, **update_settings(config, run))
-    run.optimizer.state.clear()  # of these steps nothing stays
+    run.optimizer.state.clear()  # leave no trace of these steps
     run.optimizer.zero_grad()
 
 
 def columns_at_most(run):
-    """How many columns are sampled, one after the other, in a step and in an evaluation -> dict"""
+    """How many columns, decoding steps in a row, a step and an evaluation take at most -> dict"""
     rows, most = run.rows_at_once, run.most
     G = run.flags["num_generations"]
     together = max(1, rows["rollout_batch_size"] // G) * G  # as rollout_in_groups does
@@ -2427,7 +2428,7 @@ def columns_at_most(run):
 
 
 def evaluated_first(config, run):
-    """Whom to evaluate before the first step. By columns, not by seconds: that is repeatable."""
+    """What to evaluate before the first step. By columns, not by seconds, to be reproducible."""
     if not run.evals or config.eval_first == "none":
         return []
     columns = columns_at_most(run)
@@ -2442,36 +2443,36 @@ def evaluated_first(config, run):
 
 
 def seconds_at_most(config, run, out):
-    """What steps and evaluations take if every response gets as long as it may and each token costs
-    what those of out did, a short rollout -> dict
+    """The seconds of steps and evaluations if every response reaches its cap and every token costs
+    what it did in out, a short rollout -> dict
     """
     B, T = out["response_ids"].shape
-    written = (out["seconds"] - out["teacher_seconds"]) / T  # a column, by the student
-    judged = out["teacher_seconds"] / (B * T)  # a token, by the teacher
+    per_column = (out["seconds"] - out["teacher_seconds"]) / T  # per column, the student
+    per_judged = out["teacher_seconds"] / (B * T)  # per token, the teacher
     size = run.teacher.num_parameters() / run.student.num_parameters()
-    learned = 4 * judged / size  # a token: four forwards of the student
+    per_learned = 4 * per_judged / size  # per token: four forwards of the student
     columns, most = columns_at_most(run), run.most
 
-    def answered(flag):
-        """What a column of an evaluation costs; a GPU is taken not to notice its rows"""
+    def column_seconds(flag):
+        """Seconds per column of an evaluation; on a GPU they are taken not to depend on its rows"""
         rows = min(run.rows_at_once[flag], most["answers"])
-        return written * max(1, rows / B) if run.device.type == "cpu" else written
+        return per_column * max(1, rows / B) if run.device.type == "cpu" else per_column
 
-    tokens = most["response"] * (judged + learned) + most["prompt"] * learned
-    step = columns["step"] * written + most["rows"] * tokens
+    tokens = most["response"] * (per_judged + per_learned) + most["prompt"] * per_learned
+    step = columns["step"] * per_column + most["rows"] * tokens
     return {
         "a step": step,
         "all steps": config.max_steps * step,
-        "an evaluation of the student": columns["student"] * answered("eval_batch_size"),
-        "one of the teacher": columns["teacher"] * size * answered("teacher_eval_batch_size"),
+        "an evaluation of the student": columns["student"] * column_seconds("eval_batch_size"),
+        "one of the teacher": columns["teacher"] * size * column_seconds("teacher_eval_batch_size"),
     }
 
 
 def plan_lines(config, run, out):
-    """The memory and the time that a run will take at most, from a short rollout -> lines"""
+    """The memory and time a run takes at most; the time extrapolates a short rollout -> lines"""
 
     def sizes_of(flag):
-        """What memory_plan says of the rows at once of this flag, as texts"""
+        """memory_plan for the rows at once of this flag, as texts"""
         _, _, sizes = plan_phases(config, run)[flag]
         plan = memory_plan(**sizes, rows=run.rows_at_once[flag])
         return {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
@@ -2488,39 +2489,39 @@ def plan_lines(config, run, out):
         f"plan for {device}: weights {step['weights']}, gradient {step['gradient']}, Adam's "
         f"moments {step['moments']}, the teacher's hidden states of a step {step['states']}",
         f"rollout: {rows['rollout_batch_size']} rows at once of {prompt} + {most['response']} "
-        f"tokens, caches {step['caches']}, judging {step['judging']}; in all {step['rollout']}",
+        f"tokens, caches {step['caches']}, judging {step['judging']}; total {step['rollout']}",
         f"update: {rows['micro_batch_size']} rows at once, activations {update['activations']}, "
-        f"logits of a chunk {update['logits']}; in all {update['update']}",
-        f"evaluation: of {most['question']} + {most['answer']} tokens {rows['eval_batch_size']} "
+        f"logits of a chunk {update['logits']}; total {update['update']}",
+        f"evaluation: {most['question']} + {most['answer']} tokens, {rows['eval_batch_size']} "
         f"rows at once of the student, {rows['teacher_eval_batch_size']} of the teacher",
-        f"time at most, if tokens cost what the first did: {', '.join(times)}",
+        f"time at most, if all tokens cost what the first did: {', '.join(times)}",
         f"evaluated before step 1: {' and '.join(evaluated_first(config, run)) or 'nobody'}",
     ]
 
 
 def own_prompt_lines(config, run, out, log_prob):
-    """What --teacher_prompt_template changes before any training -> lines
+    """How --teacher_prompt_template changes the teacher, before any training -> lines
 
-    log_prob: the mean that the teacher, reading its own prompts, gives the responses of out.
+    log_prob: the teacher's mean log-prob of the responses in out, given its own prompts.
     """
     alike = torch.cat(response_log_probs(run.teacher, out, **run.sampling)).mean()
     first = run.tokenizer.decode(run.pools[0][0]["teacher_prompt_ids"])
     lines = [
         f"the teacher's own first prompt: {first!r}",
-        f"the same tokens, teacher's mean log-prob: {log_prob:.2f} behind its own prompt, "
-        f"{alike:.2f} asked as the student is, a gap of {log_prob - alike:+.2f} nats a token; "
-        "where its prompt tells the teacher nothing, it is 0",
+        f"the same tokens, teacher's mean log-prob: {log_prob:.2f} after its own prompt, "
+        f"{alike:.2f} after the student's, a gap of {log_prob - alike:+.2f} nats a token; "
+        "0 where its own prompt adds nothing",
     ]
     if not config.teacher:
         size = run.teacher.get_memory_footprint(return_buffers=False)
-        told = "the teacher is the student as it was first, frozen: a copy more of its weights"
+        told = "the teacher is a frozen copy of the initial student: one more copy of its weights"
         lines.append(f"{told}, {tqdm.format_sizeof(size)}B")
     return lines
 
 
 def preflight(config, run):
-    """What to look at before a run is paid for, and what ruins runs in silence -> list of lines"""
-    # Can the answers be graded, and does the teacher make sense of what the student writes?
+    """What to check before paying for a run, and what would silently ruin it -> list of lines"""
+    # Can the answers be graded, and does the student's text look likely to the teacher?
     golds = [problem["answer"] for problem in run.answered[:500]]
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
     problems = draw_prompts(config, run, step=1)[: run.rows_at_once["rollout_batch_size"]]
@@ -2539,7 +2540,7 @@ def preflight(config, run):
     divergence = others.get(config.loss, "KL(student || teacher)")
     lines = [
         f"method {config.method}; loss {config.loss} of {divergence}, mean over a step's tokens",
-        f"data: {sum(map(len, run.pools))} training prompts, those that are too long left out; "
+        f"data: {sum(map(len, run.pools))} training prompts, without those that are too long; "
         f"{readable} of the first {len(golds)} answers can be read; "
         f"first prompt: {run.tokenizer.decode(run.pools[0][0]['prompt_ids'])!r}",
         f"first {len(log_q)} sampled tokens: teacher's mean log-prob {log_q.mean():.2f}, "
@@ -2548,7 +2549,7 @@ def preflight(config, run):
     if config.teacher_prompt_template:
         lines += own_prompt_lines(config, run, out, log_q.mean())
 
-    # Do the two stop alike, and read alike?
+    # Do the two have the same stop tokens, and the same chat template?
     for role in ("student", "teacher"):
         model = getattr(run, role)
         lines.append(
@@ -2558,7 +2559,7 @@ def preflight(config, run):
         )
     lines += [f"warning: {line}" for line in check_lengths(run)]
     if log_q.mean() < -3:
-        lines.append("warning: to the teacher the student's text is very unlikely; compare prompts")
+        lines.append("warning: the teacher finds the student's text very unlikely; compare prompts")
     stop_id = run.sampling["stop_id"]
     if stop_id is not None:
         lines.append(
@@ -2568,10 +2569,10 @@ def preflight(config, run):
     elif run.stops["student"] != run.stops["teacher"]:
         lines.append(
             f"warning: student stops at {sorted(run.stops['student'])}, "
-            f"teacher at {sorted(run.stops['teacher'])}: it may unlearn it"
+            f"teacher at {sorted(run.stops['teacher'])}: the student may unlearn to stop"
         )
     if run.tokenizer.chat_template != run.teacher_tokenizer.chat_template:
-        lines.append("warning: the chat templates differ; both models read the student's")
+        lines.append("warning: the chat templates differ; both models are given the student's")
     return lines + plan_lines(config, run, out)
 
 
@@ -2580,25 +2581,25 @@ def preflight(config, run):
 
 
 def note(text):
-    """What a user should know. main has it begin with "note:"; once for each place of a caller"""
+    """Tell the user. main prints it as "note: ..."; once per text and place in the code"""
     warnings.warn(text, stacklevel=3)
 
 
 def say(*lines, file=None):
-    """Print lines, with "?" for what the terminal cannot show. One that is gone stops no run."""
+    """Print lines, with "?" for what the terminal cannot show. A closed terminal stops no run."""
     file = file or sys.stdout
     encoding = file.encoding or "utf-8"
     try:
         tqdm.write("\n".join(lines).encode(encoding, "replace").decode(encoding), file=file)
         file.flush()
-    except OSError:  # a closed pipe (| head -1), a full disk; here, since Python flushes at exit
+    except OSError:  # a closed pipe (| head -1), a full disk: else the flush at exit fails, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 @contextlib.contextmanager
 def own_folder(config):
-    """--output_dir, made if it is not there and removed if it stays empty; a run has it for itself.
-    ValueError if another run does. A lock ends with its process, however that ends.
+    """Create --output_dir, lock it for this run, and remove it if it stays empty. ValueError if
+    another run has locked it. The lock ends with its process, however that ends.
     """
     os.makedirs(config.output_dir, exist_ok=True)
     folder = os.open(config.output_dir, os.O_RDONLY)
@@ -2620,7 +2621,7 @@ def own_folder(config):
 
 
 def append_json(path, *records):
-    """More lines of a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
+    """Append lines to a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
     records = json.loads(json.dumps(records), parse_constant=lambda _: None)
     # In one write: a kill must not leave half of the lines, or half a line
     with open(path, "a", encoding="utf-8") as file:
@@ -2641,20 +2642,20 @@ def open_tracker(kind, folder, flags, step):
         def log(numbers, step):
             for name, value in numbers.items():
                 board.add_scalar(name, value, step)
-            board.flush()  # every time: at exit its thread loses the rest
+            board.flush()  # every time: at exit its writer thread loses the rest
 
         return log
     return None
 
 
 def step_of(path):
-    """The step that a checkpoint's name tells, None for a folder of another name"""
+    """The step in a checkpoint folder's name, None for any other name"""
     name = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.normpath(path)))
     return int(name[1]) if name else None
 
 
 def list_checkpoints(folder):
-    """The paths of the checkpoints in a folder, which need not exist, in the order of steps"""
+    """The paths of the checkpoints in a folder, which need not exist, sorted by step"""
     paths = glob.glob(f"{glob.escape(folder)}/checkpoint-*")
     return sorted([path for path in paths if step_of(path) is not None], key=step_of)
 
@@ -2673,23 +2674,23 @@ STANDING = "step graded rows_at_once cap misses anchor counts flags".split()
 
 
 def save_checkpoint(config, run):
-    """What a run is after a step, and its files -> checkpoint-<step>/, unless it is there: whole or
-    not at all, since it gets its name when complete; then the oldest go. OSError, with no trace
-    left of it, if it cannot be written or is not finite.
+    """Save the run's state and files to checkpoint-<step>/, unless that exists, and remove the
+    oldest. It is whole or not there: it gets its name when complete. OSError, with nothing left
+    behind, if it cannot be written or a number in it is not finite.
     """
     folder = f"{config.output_dir}/checkpoint-{run.step}"
     partial = f"{config.output_dir}/checkpoint.partial"
     if not is_main():
         return
-    shutil.rmtree(partial, ignore_errors=True)  # of a save or a removal that was broken off
+    shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted save or removal
     if os.path.exists(folder):
         return
     try:
         parts = [run.student.state_dict(), run.anchor, *run.optimizer.state.values()]
         if not all(tensor.isfinite().all() for part in parts for tensor in part.values()):
             raise FloatingPointError("not all weights and moments of Adam are finite")
-        # Whoever loads it stops where it has learned to
-        # Without what shipped beside the stops, which transformers may refuse to write
+        # Its generation config has the stops that the student was trained with, and nothing else:
+        # transformers may refuse to save what shipped beside them
         stops = sorted(run.sampling["eos_ids"])
         run.student.generation_config = GenerationConfig(eos_token_id=stops)
         run.student.save_pretrained(partial)
@@ -2702,20 +2703,20 @@ def save_checkpoint(config, run):
         names = glob.glob("*.*", root_dir=partial)  # no folders
         digests = {name: digest(f"{partial}/{name}") for name in names}
         append_json(f"{partial}/digests.json", digests)
-    except Exception as error:  # torch and safetensors have errors of their own for a full disk
+    except Exception as error:  # torch and safetensors raise their own errors for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
     os.replace(partial, folder)  # from here on it is a checkpoint
     for old in list_checkpoints(config.output_dir)[: -config.keep_checkpoints]:
-        os.replace(old, partial)  # first the name: a kill must not leave half a checkpoint
+        os.replace(old, partial)  # rename first: a kill must not leave half a checkpoint
         shutil.rmtree(partial)
 
 
 def read_checkpoint(folder, flags):
-    """What a checkpoint holds of a run -> dict. ValueError where any of its files is not as it was
-    saved, or where it is of other flags.
+    """The state in a checkpoint -> dict. ValueError if any of its files has changed since it was
+    saved, or if it was made with other flags.
     """
-    # rollout_batch_size changes what is drawn, and selects within other groups: the user's choice
+    # rollout_batch_size changes the samples, and the groups to select in: still the user's choice
     may_change = (
         "resume output_dir max_steps save_every keep_checkpoints device micro_batch_size report_to "
         "eval_batch_size rollout_batch_size gradient_checkpointing no_gradient_checkpointing "
@@ -2727,11 +2728,11 @@ def read_checkpoint(folder, flags):
                 raise ValueError(f"{name} is not as it was saved; resume from another")
         state = torch.load(f"{folder}/trainer_state.pt", map_location="cpu", weights_only=True)
         if step_of(folder) not in (None, state["step"]):
-            raise ValueError(f"it is of step {state['step']}; name it so")
-    except Exception as error:  # a torn list of digests has errors of its own
+            raise ValueError(f"it is of step {state['step']}; rename it")
+    except Exception as error:  # a truncated digests.json raises other errors
         raise ValueError(f"--resume {folder} is no whole checkpoint: {error}") from None
 
-    def without_folders(name, value):  # these move; models and files keep their own names
+    def without_folders(name, value):  # folders may move; models and files keep their base names
         if name in ("student", "teacher"):
             return os.path.basename(os.path.normpath(value))
         if name in ("train_file", "eval_file"):
@@ -2749,11 +2750,11 @@ def read_checkpoint(folder, flags):
 
 
 def prepare_files(config, run, checkpoint):
-    """Empty files for a new run, the checkpoint's for a resumed one. What stands in --output_dir
-    of another run, or of later steps, is renamed to .old.
+    """Start a new run with empty files, a resumed one with the checkpoint's. What another run, or
+    later steps, left in --output_dir is renamed to .old.
     """
-    os.makedirs(config.output_dir, exist_ok=True)  # --eval_only in here removes it while empty
-    # What goes aside: all of another run, of this one what is later
+    os.makedirs(config.output_dir, exist_ok=True)  # an --eval_only run removes it if empty
+    # What to rename: everything of another run; of this run, what came after the checkpoint
     page, checkpoints = [f"{config.output_dir}/rollouts.html"], list_checkpoints(config.output_dir)
     if checkpoint and os.path.samefile(f"{checkpoint}/..", config.output_dir):
         page, checkpoints = [], [path for path in checkpoints if step_of(path) > run.step]
@@ -2769,13 +2770,13 @@ def prepare_files(config, run, checkpoint):
 
 
 def interrupt(number, _):
-    """What a signal does: it stops at once, but inside whole_step."""
+    """The signal handler: stop at once. whole_step replaces it with one that waits."""
     raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
 def on_signals(act):
-    """A block in which all signals do this, but for SIGHUP under nohup, which stays ignored."""
+    """A block in which act handles the signals below; under nohup SIGHUP stays ignored."""
     before = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -2789,8 +2790,8 @@ def on_signals(act):
 
 @contextlib.contextmanager
 def whole_step(run):
-    """A block that is done whole or not at all: signals wait for its end, and one that fails leaves
-    no line in the run's files, and run.halfway: nothing to save.
+    """A block that is done whole or not at all: signals wait for its end. If it fails, its lines
+    are removed from the run's files, and run.halfway stays True: the state must not be saved.
     """
     waiting = []
     files = run.files if is_main() else []
@@ -2801,7 +2802,7 @@ def whole_step(run):
             yield
             run.halfway = False
         except BaseException as error:
-            # That of optimizer_step comes before a weight has changed
+            # optimizer_step raises it before any weight has changed: the state is still good
             run.halfway = not isinstance(error, FloatingPointError)
             for path in filter(os.path.exists, files):
                 os.truncate(path, sizes.get(path, 0))
@@ -2812,7 +2813,7 @@ def whole_step(run):
 
 @torch.no_grad()
 def suspect(run):
-    """Whose logits are not finite, and on which of the first problems, for the last words."""
+    """Which model's logits are not finite, and on which problem, for the error message."""
     for problem in sum([*run.pools, *run.evals.values()], [])[:8]:
         ids = torch.tensor([problem["prompt_ids"]], device=run.device)
         for role in ("student", "teacher"):
@@ -2823,8 +2824,8 @@ def suspect(run):
 
 
 def explain(error, phase, flags):
-    """One line, and the exit status, for what is no error of the program; "" for what is. flags: as
-    they are, and the rows at once in use; empty before the first of them is used
+    """An error -> a line for the user and the exit status; "" if it is a bug of the program. flags:
+    those of the run, with the rows at once in use; empty until the run is open
     """
     text = " ".join(str(error).split())[:400]
     if isinstance(error, KeyboardInterrupt):
@@ -2846,11 +2847,11 @@ def explain(error, phase, flags):
         elif "evaluation" in phase:
             flag, cap = "eval_batch_size", "eval_max_new_tokens"
         return f"{told}; {use_less(flags, flag, flags[flag], cap)}", 2
-    # What torch says of drawing from NaN is a RuntimeError; on a GPU it is an assert
+    # Sampling from NaN raises a RuntimeError in torch; on a GPU it is a device-side assert
     if isinstance(error, FloatingPointError) or re.search("probability tensor|device-side", text):
         return f"{phase} is not finite: {text}", 2
     mistake = isinstance(error, (ValueError, ImportError)) and not flags  # in set-up
-    mistake |= "support for mps" in text  # which only torch knows
+    mistake |= "support for mps" in text  # only torch knows if it has mps
     if mistake or isinstance(error, OSError):
         module, path = getattr(error, "name", None), getattr(error, "filename", None)
         if module:
@@ -2864,7 +2865,7 @@ def explain(error, phase, flags):
 
 
 # --------------------------------------------------------------------------------------------------
-# 16. What a run does beside its steps: accounts, evaluations, EffOPD's tries, a cold start
+# 16. What a run does besides its steps: cost accounting, evaluations, EffOPD, the cold start
 
 STEP_LINE = (
     "step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | "
@@ -2876,11 +2877,11 @@ STEP_LINE = (
 def rollout_in_groups(
     student, teacher, prompts, plan, rows_at_once, num_generations=1, for_teacher=None, **settings
 ):
-    """rollout, of at most so many rows at once, or the candidates of one prompt -> its dict, of all
-    rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to its own longest,
-    so sort them by length. The plan's rule sees one group at a time.
+    """rollout in groups of at most rows_at_once rows, or one prompt's candidates -> its dict, of
+    all rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to the longest
+    in the group, so sort them by length. The plan's rule sees one group at a time.
     """
-    # So many rows that the candidates of a prompt stay together
+    # A multiple of num_generations, so that the candidates of a prompt stay together
     size = max(1, rows_at_once // num_generations) * num_generations
     began = clock(student.device)
     groups = []
@@ -2889,7 +2890,7 @@ def rollout_in_groups(
         read = (for_teacher or prompts)[own]
         groups.append(rollout(student, teacher, prompts[own], plan, read, **settings))
 
-    # Row by row, padded anew
+    # Join the groups row by row, and pad again
     out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
     out["seconds"] = clock(student.device) - began
     for name in groups[0]:
@@ -2908,23 +2909,23 @@ LOGITS_AT_ONCE = 25_000_000  # 100 MB in float32
 
 
 def tokens_at_once(vocab_size):
-    """Of how many tokens the logits may exist at one time: 164 at V = 151,936, 362,318 at V = 69"""
+    """The number of tokens whose logits may exist at once: 164 at V = 151,936, 362,318 at V = 69"""
     return max(1, LOGITS_AT_ONCE // vocab_size)
 
 
 @torch.no_grad()
 def response_logits(model, out, name, vocab_size, **head):
-    """What a model says at the responses of a rollout, some tokens at a time -> yields the logits
-    there (n, V), and those tokens (n,): the same ones whichever prompts it reads
+    """A model's logits on the responses of a rollout, some tokens at a time -> yields logits (n, V)
+    and the sampled tokens (n,); the split into chunks is the same for either kind of prompts
 
-    name: of these prompts, prompt or teacher_prompt. head: for head_logits. Needs read_so_far,
-    hidden_states, head_logits, tokens_at_once.
+    name: of the prompts to read, prompt or teacher_prompt. head: for head_logits. Needs
+    tokens_so_far, hidden_states, head_logits, tokens_at_once.
     """
     B, T = out["response_ids"].shape
     longest = max(out["prompt_ids"].shape[1], out["teacher_prompt_ids"].shape[1]) + T
     size = tokens_at_once(vocab_size)  # never (B, T, V)
     for rows in torch.arange(B).split(max(1, 2**15 // longest)):
-        ids, mask = read_so_far(out, name, rows, T)  # (b, S + T)
+        ids, mask = tokens_so_far(out, name, rows, T)  # (b, S + T)
         valid = mask[:, -T:]
         hidden = hidden_states(model, ids, mask, T)[valid]  # (N, H)
         for states, tokens in zip(hidden.split(size), ids[:, -T:][valid].split(size)):
@@ -2932,9 +2933,9 @@ def response_logits(model, out, name, vocab_size, **head):
 
 
 def response_log_probs(model, out, vocab_size, name="prompt", **head):
-    """The log-probs that a model gives the responses of a rollout -> B tensors (length,)
+    """A model's log-probs of the tokens in a rollout's responses -> B tensors (length,)
 
-    name: of the prompts that it reads, prompt or teacher_prompt. head: for head_logits. Needs
+    name: of the prompts to read, prompt or teacher_prompt. head: for head_logits. Needs
     response_logits.
     """
     log_probs = []
@@ -2943,8 +2944,8 @@ def response_log_probs(model, out, vocab_size, name="prompt", **head):
     return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
 
 
-def make_room(prompts, for_teacher, max_length, pad_id, device):
-    """An empty rollout of B prompts, with room for the longest response; what is blank is masked"""
+def empty_rollout(prompts, for_teacher, max_length, pad_id, device):
+    """An empty rollout of B prompts, with room up to max_length; all that is blank is masked out"""
     B = len(prompts)
     tokens = functools.partial(torch.full, (B, max_length), device=device)
     rows = functools.partial(torch.full, (B,), device=device)
@@ -2958,20 +2959,20 @@ def make_room(prompts, for_teacher, max_length, pad_id, device):
         "teacher_hidden": [[] for _ in range(B)],
         "teacher_seconds": 0.0,
     }
-    out = behind(out, prompts, "prompt", pad_id)
-    return behind(out, for_teacher, "teacher_prompt", pad_id)
+    out = with_prompts(out, prompts, "prompt", pad_id)
+    return with_prompts(out, for_teacher, "teacher_prompt", pad_id)
 
 
-def behind(out, prompts, name="prompt", pad_id=0):
-    """A rollout with these prompts, lists of ids, under this name -> dict"""
+def with_prompts(out, prompts, name="prompt", pad_id=0):
+    """Put prompts, lists of ids, in front of a rollout's responses, under this name -> new dict"""
     ids, mask = pad_left(prompts, pad_id, out["ended"].device)
     return {**out, f"{name}_ids": ids, f"{name}_mask": mask}
 
 
-def read_so_far(out, name, rows, length):
+def tokens_so_far(out, name, rows, length):
     """The prompts of some rows of a rollout, and their responses up to a length -> ids, mask (b, L)
 
-    name: of the prompts, prompt as the student reads them, or teacher_prompt.
+    name: of the prompts to read, prompt (the student's) or teacher_prompt.
     """
     parts = []
     for part in ("ids", "mask"):
@@ -2980,8 +2981,8 @@ def read_so_far(out, name, rows, length):
     return parts
 
 
-def read_prompts(model, prompts, pad_id):
-    """A cache of all columns but the last, a row per prompt. Equal prompts are read once."""
+def prefill(model, prompts, pad_id):
+    """Prefill -> a cache of all columns but the last, a row per prompt; equal prompts run once."""
     places = {}
     place = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
     ids, mask = pad_left(places, pad_id, model.device)
@@ -2993,9 +2994,9 @@ def read_prompts(model, prompts, pad_id):
     return cache
 
 
-def cut_room(out, length):
-    """A finished rollout, cut to its longest response, the teacher's states end to end."""
-    # There was room up to the cap; all may have ended before
+def trim_rollout(out, length):
+    """Cut a finished rollout to its longest response, and join the teacher's states of each row."""
+    # There was room up to the cap, but all rows may have ended earlier
     for name in ("response_ids", "response_mask", "overlap", "log_probs"):
         out[name] = out[name][:, :length]
     for row, pieces in enumerate(out["teacher_hidden"]):  # in place: never all of them twice
@@ -3004,13 +3005,13 @@ def cut_room(out, length):
 
 
 def learned_rows(batch):
-    """The rows of a rollout that there is something to learn from, without padding, longest first.
-    -> list of (ids (L,), learned (L,), {name: (n, ...)}): learned is True where the loss is, at n
-       tokens, and the dict has what backward_in_chunks needs to know of those
+    """The rows of a rollout with any token to learn from, without padding, longest first.
+    -> list of (ids (L,), learned (L,), {name: (n, ...)}): learned is True at the n tokens that have
+       a loss, and the dict has the values of these tokens for backward_in_chunks
     """
     rows = []
     for row, valid in enumerate(batch["response_mask"].bool()):
-        # loss_mask may have holes: what is attended to is the response, whatever part is learned
+        # loss_mask may have holes: attention still covers the response, whatever part is learned
         learned = batch["loss_mask"][row].bool()[valid]  # (length,)
         if not learned.any():
             continue
@@ -3019,7 +3020,7 @@ def learned_rows(batch):
         for name in ("response_ids", "log_probs", "token_weight"):
             columns[name] = batch[name][row][valid][learned]
 
-        # What comes after the last learned token changes nothing
+        # Tokens after the last learned one do not affect the loss
         end = int(learned.nonzero()[-1]) + 1
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
         ids = torch.cat([prompt, batch["response_ids"][row][valid][:end]])
@@ -3028,11 +3029,11 @@ def learned_rows(batch):
 
 
 def update_settings(config, run):
-    """What backward is told: the heads, the loss of --loss, and what is logged of each token"""
+    """The arguments of backward: the heads, the loss of --loss, what is logged per token, sizes"""
 
     def measure(student_logits, teacher_logits, response_ids, log_probs):
         measures = alignment(student_logits, teacher_logits, None, config.overlap_k)
-        # Of the update against those sampled with: on-policy it is what caches and bfloat16 cost
+        # log p now against log p as sampled: on-policy, only caches and bfloat16 make them differ
         now = student_logits.log_softmax(-1).gather(-1, response_ids[:, None])[:, 0]
         return {**measures, "sampling_mismatch": (now - log_probs).abs()}
 
@@ -3057,8 +3058,8 @@ def concatenate(parts):
 
 
 def forward_flops(model, lengths):
-    """Floating-point operations of one forward over rows of so many tokens (B,) -> float: the sum
-    of 2 N L + 2 n_layer d_model L^2, N parameters. Decoding costs a forward, an update three.
+    """Floating-point operations of one forward over rows of these lengths (B,) -> float: the sum of
+    2 N L + 2 n_layer d_model L^2, N parameters. Decoding costs one forward, an update three.
     """
     config, L = model.config.get_text_config(), lengths.double()
     weights = 2 * model.num_parameters() * L
@@ -3067,11 +3068,11 @@ def forward_flops(model, lengths):
 
 
 def summarise(answers, num_samples):
-    """Graded answers, in the order of problems, num_samples of each -> dict of metrics
+    """Graded answers, sorted by problem, num_samples of each -> dict of metrics
 
-    avg_at_n  the mean over problems of each one's share of right answers        [Rethinking-OPD]
-    se        its standard error, std over problems / sqrt(num_problems), for problems drawn anew:
-              of two models on the same problems the difference has a smaller one
+    avg_at_n  the share of right answers to a problem, averaged over problems    [Rethinking-OPD]
+    se        its standard error, std over problems / sqrt(num_problems), as if problems were drawn
+              anew: the difference of two models on the same problems usually has a smaller one
     """
 
     def values(key):
@@ -3080,7 +3081,7 @@ def summarise(answers, num_samples):
     def mean(key):
         return float(np.mean(values(key)))
 
-    # A row per problem, of its answers
+    # A row per problem, a column per answer
     correct = np.array(values("correct")).reshape(-1, num_samples)
     by_problem = correct.mean(1)
     of_stopped = [answer["correct"] for answer in answers if not answer["truncated"]]
@@ -3113,7 +3114,7 @@ def repetition(ids):
 
 
 def row_facts(config, batch):
-    """What is logged of every row of a step, of all processes -> dict of (B,)"""
+    """What is logged per row of a step, for the rows of all processes -> dict of (B,)"""
     mask, overlap = batch["response_mask"], batch["overlap"]
     reliability = drift_weights(overlap, mask, config.drift_threshold, config.w_drop)
     repeated = [repetition(ids[valid].tolist()) for ids, valid in zip(batch["response_ids"], mask)]
@@ -3149,23 +3150,23 @@ def next_cap(config, run, reliable):
 
 
 def step_metrics(run, batch, rows, update):
-    """Count what a step cost -> all its numbers, rows as row_facts gives them"""
+    """Add the cost of a step to the counts -> all its metrics. rows: what row_facts returned"""
     length, trained = rows["response_length"], rows["trained_length"]
-    context, learned = rows["prompt_length"] + length, rows["prompt_length"] + trained
+    context, trained_context = rows["prompt_length"] + length, rows["prompt_length"] + trained
     judged = rows["teacher_prompt_length"] + length
     sampled = int(length.sum())
     run.count(generated_tokens=sampled, teacher_tokens=sampled, trained_tokens=int(trained.sum()))
     run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, judged))
-    run.count(flops=3 * forward_flops(run.student, learned[trained > 0]))
+    run.count(flops=3 * forward_flops(run.student, trained_context[trained > 0]))
     means = {name: fact.mean().item() for name, fact in rows.items()}
-    # Of the rows of all processes, like the means. NaN is no overlap
-    said = [row[valid].cpu() for row, valid in zip(batch["overlap"], batch["response_mask"])]
-    overlap = pad_sequence(gather(said), batch_first=True, padding_value=math.nan)
+    # Over the rows of all processes, like the means. NaN marks padding
+    overlaps = [row[valid].cpu() for row, valid in zip(batch["overlap"], batch["response_mask"])]
+    overlap = pad_sequence(gather(overlaps), batch_first=True, padding_value=math.nan)
     return {
         **update,
         **run.standing(),
         **means,
-        # Of all that was sampled, not only of what is trained on
+        # Over all sampled tokens, not only those trained on
         "overlap_ratio": rows["agreed_tokens"].sum().item() / sampled,
         "overlap_by_position": overlap_by_position(overlap, ~overlap.isnan()),
         "time_rollout": batch["seconds"] - batch["teacher_seconds"],
@@ -3176,7 +3177,7 @@ def step_metrics(run, batch, rows, update):
 
 
 def evaluate_and_save(config, run):
-    """The evaluation and the checkpoint that are due after this step, and not done yet."""
+    """Do the evaluation and the checkpoint that are due after this step, if not done yet."""
 
     def due(every):  # 0: only at the end
         return run.step >= config.max_steps or every and run.step % every == 0
@@ -3189,13 +3190,13 @@ def evaluate_and_save(config, run):
 
 
 def grade(config, run, model, problems, **settings):
-    """evaluate as the flags say, unless settings say otherwise, with this model's stops and rows at
-    once -> its metrics and answers
+    """evaluate with the values of the flags, which settings override, and with this model's stop
+    ids and rows at once -> its metrics and answers
     """
     eos_ids, flag = run.sampling["eos_ids"], "eval_batch_size"
     if model is run.teacher:
         eos_ids, flag = eos_ids | run.stops["teacher"], "teacher_eval_batch_size"
-    how = {
+    arguments = {
         **run.sampling,
         "eos_ids": eos_ids,
         "temperature": config.eval_temperature,
@@ -3206,18 +3207,18 @@ def grade(config, run, model, problems, **settings):
         "rows_per_batch": run.rows_at_once[flag],
         **settings,
     }
-    return evaluate(model, run.tokenizer, problems, **how)
+    return evaluate(model, run.tokenizer, problems, **arguments)
 
 
 def evaluate_files(config, run, who):
-    """Evaluate who on every --eval_file -> {file: metrics}; they are shown and recorded
+    """Evaluate who on every --eval_file, print and record the results -> {file: metrics}
 
-    The teacher is asked as the student is; the prompted_teacher reads its own prompts, of those
-    problems that have what they name.
+    The teacher gets the student's prompts. The prompted_teacher gets its own, on the problems that
+    have the fields for them.
     """
     run.phase = f"evaluation after step {run.step}"
     began = clock(run.device)
-    # Who answers, who judges the answers, and what is asked
+    # Which model answers, which one scores the answers, and with what prompts
     model, judge_model = run.sampler, run.teacher
     template = config.prompt_template
     if who in ("teacher", "prompted_teacher"):
@@ -3236,14 +3237,14 @@ def evaluate_files(config, run, who):
         metrics, answers = grade(config, run, model, problems, teacher=judge_model, **settings)
         if judge_model:
             metrics |= probe(config, run, answers, metrics["avg_at_n"])
-        # To the screen, the tracker, and later the files
+        # To the screen and the tracker now, to the files later
         shown = ", ".join(f"{key} {round(value, 3)}" for key, value in metrics.items())
         say(f"{who} on {name}, step {run.step}: {shown}")
         run.tell(metrics, f"{who}/{name}/")
         results[name] = metrics
         for answer in answers:
             kept = {key: value for key, value in answer.items() if not key.endswith("_ids")}
-            kept.pop("solution", None)  # it is in the file, once
+            kept.pop("solution", None)  # --eval_file has it already
             lines.append({"step": run.step, "model": who, "eval": name, **kept})
     record = {
         "model": who,
@@ -3253,7 +3254,7 @@ def evaluate_files(config, run, who):
         "time_eval": clock(run.device) - began,
         **run.standing(),
     }
-    # All lines or none, at the end: what is broken off is done again on resume
+    # All lines or none, at the end: an interrupted evaluation is redone on resume
     with whole_step(run):
         if is_main():
             os.makedirs(config.output_dir, exist_ok=True)  # another run removes it while empty
@@ -3265,19 +3266,19 @@ def evaluate_files(config, run, who):
 
 
 def gap_lines(graded):
-    """How far the teacher is ahead with its own prompt -> lines, one a file. graded: {who: {file:
-    metrics}}, before the first step
+    """How far the teacher with its own prompt is ahead of the student -> lines, one per file.
+    graded: {who: {file: metrics}}, from before the first step
     """
     lines = []
     for name, informed in graded.get("prompted_teacher", {}).items():
         student = graded["student"][name]
         if informed["num_problems"] < student["num_problems"]:
-            continue  # those that it has a prompt for may be the easy ones
+            continue  # the problems that it has prompts for may be easier
         gap = 100 * (informed["avg_at_n"] - student["avg_at_n"])
         lines.append(
-            f"{name}: the teacher with its own prompt is {gap:+.1f} points ahead of the student, a "
-            "gap in which the gain is said to be linear (2605.30070); "
-            # A shortcut that only a solution allows is learned, too
+            f"{name}: the teacher with its own prompt is {gap:+.1f} points ahead of the student; "
+            "the gain is said to be linear in this gap (2605.30070); "
+            # Their lengths: a shortcut that only a solution allows is learned, too
             f"its answers have {informed['mean_length']:.0f} tokens, the student's "
             f"{student['mean_length']:.0f}"
         )
@@ -3285,7 +3286,7 @@ def gap_lines(graded):
 
 
 def probe(config, run, answers, accuracy):
-    """How much more often the teacher ends right, going on from answers cut at --probe_depths"""
+    """How much more often the teacher is right when it continues answers cut at --probe_depths"""
     advantages, phase = {}, run.phase
     run.phase += " by the teacher"
     for depth in config.probe_depths:
@@ -3295,14 +3296,14 @@ def probe(config, run, answers, accuracy):
             begun.append({**answer, "prompt_ids": teacher_prompt(answer), "begun": kept})
         most = config.eval_max_new_tokens
         onward = {"max_length": most - most * depth // 100, "title": f"teacher from {depth}%"}
-        metrics, _ = grade(config, run, run.teacher, begun, **onward)  # not longer in all
+        metrics, _ = grade(config, run, run.teacher, begun, **onward)  # the cap holds in total
         advantages[f"advantage_from_{depth}"] = metrics["avg_at_n"] - accuracy
     run.phase = phase
     return advantages
 
 
 def extrapolate_student(config, run):
-    """Move the student on along its update since the last time, if it helps -> metrics  [EffOPD]"""
+    """Extrapolate the student's update since the last try, if that helps -> metrics     [EffOPD]"""
     run.phase = "extrapolation"
     began = clock(run.device)
     # The same problems and the same seed every time: only the weights differ
@@ -3310,10 +3311,10 @@ def extrapolate_student(config, run):
 
     def validate(weights):
         run.sampler.load_state_dict(weights, strict=False)
-        # As training samples
+        # Sampled as in training
         settings = {"max_length": config.max_new_tokens, "temperature": config.temperature}
         metrics, answers = grade(config, run, run.sampler, problems, top_p=1.0, **settings)
-        # Its samples are part of the price
+        # Its samples count towards the cost
         sampled = sum(answer["length"] for answer in answers)
         columns = [prompt_length(answer) + answer["length"] for answer in answers]
         run.count(validation_tokens=sampled, generated_tokens=sampled)
@@ -3321,7 +3322,7 @@ def extrapolate_student(config, run):
         return metrics["avg_at_n"]
 
     run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
-    for model in (run.student, run.sampler):  # what was accepted; the next anchor
+    for model in (run.student, run.sampler):  # load what was accepted, the next anchor
         model.load_state_dict(run.anchor, strict=False)
     return {
         **run.standing(),
@@ -3334,16 +3335,16 @@ def extrapolate_student(config, run):
 def cold_start_step(config, run, step):
     """A supervised step on the teacher's own right solutions -> their share     [Rethinking-OPD]"""
     run.phase = f"cold start, step {step}"
-    # The teacher writes; its right solutions, and those of unknown answer, are learned
+    # The teacher samples; its right solutions, and those to problems without an answer, are learned
     problems = draw_prompts(config, run, step)
     asked = [teacher_prompt(problem) for problem in problems]
     plan = Plan(config.max_new_tokens, config.segment_length)
-    rows = run.rows_at_once["rollout_batch_size"]
+    size = run.rows_at_once["rollout_batch_size"]
     out = rollout_in_groups(
-        run.teacher, None, asked, plan, rows, config.num_generations, **run.sampling
+        run.teacher, None, asked, plan, size, config.num_generations, **run.sampling
     )
-    # The student learns them behind its own prompt
-    out = behind(out, [problem["prompt_ids"] for problem in problems])
+    # The student learns them after its own prompt
+    out = with_prompts(out, [problem["prompt_ids"] for problem in problems])
     run.phase = f"the update of cold start step {step}"
     mask, right = out["response_mask"], out["ended"].clone()
     for row, problem in enumerate(problems):
@@ -3353,7 +3354,7 @@ def cold_start_step(config, run, step):
     def cross_entropy(logits, _, ids):
         return F.cross_entropy(logits, ids, reduction="none")
 
-    # Learn the sampled ids. The teacher's states are not looked at: any of that length will do
+    # Learn the sampled ids. This loss ignores the teacher's states: any of that length will do
     out |= {"loss_mask": mask & right[:, None], "token_weight": mask.float()}
     out["teacher_hidden"] = [valid[valid] for valid in mask]
     settings = update_settings(config, run)
@@ -3365,11 +3366,11 @@ def cold_start_step(config, run, step):
 
     # What it cost
     rows = row_facts(config, out)
-    length, right = rows["response_length"], rows["trained_length"] > 0
+    length, learned = rows["response_length"], rows["trained_length"] > 0
     run.count(cold_start_tokens=int(length.sum()))
     run.count(flops=forward_flops(run.teacher, rows["teacher_prompt_length"] + length))
-    run.count(flops=3 * forward_flops(run.student, (rows["prompt_length"] + length)[right]))
-    return right.double().mean().item()
+    run.count(flops=3 * forward_flops(run.student, (rows["prompt_length"] + length)[learned]))
+    return learned.double().mean().item()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3383,60 +3384,60 @@ def why_stopped(config, out, row):
     if config.method == "prune":
         bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
-    # Whatever it competed with, its prompt's best was kept; rows that had ended did not compete
+    # Compared to rows kept for their score, not as their prompt's best, nor as already ended
     score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
     selected = out["kept"] & (out["response_mask"].sum(-1) > config.prefix)
-    better = score[selected & (score >= score[~out["kept"]].max())]
-    # By chance, or by a rule of one's own, there is no score to tell
-    if config.method != "prefix-guided" or config.select == "random" or not len(better):
+    on_merit = score[selected & (score >= score[~out["kept"]].max())]
+    # With random selection, or a custom rule, there is no score to report
+    if config.method != "prefix-guided" or config.select == "random" or not len(on_merit):
         return "not selected"
-    return f"not selected: overlap {score[row]:.3f} at first, where {better.min():.3f} was kept"
+    return f"not selected: overlap {score[row]:.3f} at first, where {on_merit.min():.3f} was kept"
 
 
 def first_rows(config, problems, plan, out, prompts=4):
-    """What the page shows of a step: the rollout of its first prompts -> dict; {}: no page"""
+    """What the page shows of a step: the rows of its first prompts -> dict; {}: no page"""
     if config.no_view or not is_main():
         return {}
     own = slice(prompts * config.num_generations)
-    # Cloned, since a view would keep the whole step
+    # Cloned: a view would keep the whole step in memory
     shown = {name: value[own].clone() for name, value in out.items() if torch.is_tensor(value)}
     shown["stopped"] = [why_stopped(config, out, row) for row in range(len(shown["kept"]))]
     return {**shown, "problems": problems[own], "borders": plan.borders()}
 
 
 def ask_both(run, out, k=5):
-    """What both models say at each of the N tokens of a rollout's responses -> dict: sampled, kl,
+    """What both models predict at each of the N response tokens of a rollout -> dict: sampled, kl,
     advantage (log q - log p) (N,); the k likeliest tokens of each model, and their probs (N, 2k)
     """
     asked = response_logits(run.sampler, out, "prompt", **run.sampling)
     asked_teacher = response_logits(run.teacher, out, "teacher_prompt", **run.sampling)
     chunks = []
     for (logits, sampled), (teacher_logits, _) in zip(asked, asked_teacher):
-        told = {"sampled": sampled, "kl": reverse_kl(logits, teacher_logits)}
+        columns = {"sampled": sampled, "kl": reverse_kl(logits, teacher_logits)}
         log_probs = torch.stack([logits, teacher_logits], dim=1).log_softmax(-1)  # (n, 2, V)
         of_sampled = log_probs.take_along_dim(sampled[:, None, None], dim=-1)  # (n, 2, 1)
         values, tokens = log_probs.topk(k)  # (n, 2, k)
-        told |= {"advantage": of_sampled.diff(dim=1).flatten(), "tokens": tokens.flatten(1)}
-        chunks.append({**told, "probs": values.exp().flatten(1)})
+        columns |= {"advantage": of_sampled.diff(dim=1).flatten(), "tokens": tokens.flatten(1)}
+        chunks.append({**columns, "probs": values.exp().flatten(1)})
     return concatenate(chunks)
 
 
 def token_texts(tokenizer, ids, before):
     """The text of each token -> list. A character of several tokens is at the last, ◌ before it"""
-    # Behind another token, since from the first of a text many a tokenizer takes the blank
+    # Decoded after another token: many tokenizers drop the space in front of the first one
     start = len(tokenizer.decode([before]))
     texts, part = [], [before]
     for token in ids:
         part.append(token)
         text = tokenizer.decode(part, clean_up_tokenization_spaces=False)[start:]
-        whole = len(part) > 4 or not text.endswith("\ufffd")  # no character has more
+        whole = len(part) > 4 or not text.endswith("\ufffd")  # a character has at most 4 bytes
         texts.append(text.replace("\n", "↵\n") if whole else "◌")
         part = [before] if whole else part
     return texts
 
 
 def row_html(config, run, row):
-    """A row of run.shown, a span for each token, and its prompt above the first candidate -> str"""
+    """A row of run.shown as HTML, a span per token; above a first candidate its prompt -> str"""
     shown, problem = run.shown, run.shown["problems"][row]
     ids = shown["response_ids"][row][shown["response_mask"][row]].tolist()
     parts = []
@@ -3444,7 +3445,7 @@ def row_html(config, run, row):
     if row % config.num_generations == 0:
         asked = f"{run.tokenizer.decode(problem['prompt_ids'])} (answer: {problem['answer']})"
         parts.append(f"<h2>{html.escape(asked)}</h2>")
-    # What became of it
+    # Right or wrong, its length, why it stopped
     verdict = ""
     if problem["answer"] is not None:
         verdict = "right" if is_solved(run.tokenizer, problem, ids) else "wrong"
@@ -3537,16 +3538,16 @@ paint();
 
 
 def write_view(config, run):
-    """Write rollouts.html of run.shown, with what both models say now. OSError, and no half page"""
+    """Write rollouts.html of run.shown, with what both models predict now. OSError: no half page"""
     if not run.shown:
         return
     run.phase, path = f"rollouts.html of step {run.step}", f"{config.output_dir}/rollouts.html"
     # The numbers of all tokens, end to end, for the script
-    told, valid = ask_both(run, run.shown), run.shown["response_mask"]
-    data = {name: told.pop(name).tolist() for name in ("sampled", "tokens")}
-    told["overlap"] = run.shown["overlap"][valid]
-    told["weight"] = (run.shown["token_weight"] * run.shown["loss_mask"])[valid]
-    data |= {name: x.cpu().double().round(decimals=3).tolist() for name, x in told.items()}
+    predictions, valid = ask_both(run, run.shown), run.shown["response_mask"]
+    data = {name: predictions.pop(name).tolist() for name in ("sampled", "tokens")}
+    predictions["overlap"] = run.shown["overlap"][valid]
+    predictions["weight"] = (run.shown["token_weight"] * run.shown["loss_mask"])[valid]
+    data |= {name: x.cpu().double().round(decimals=3).tolist() for name, x in predictions.items()}
     # A token's text once, not at every place where it is likely
     used = sorted(set().union(*data["tokens"]))
     before = run.shown["problems"][0]["prompt_ids"][0]
@@ -3565,7 +3566,7 @@ def write_view(config, run):
         # Without "<" nothing in it can end the script
         "data": json.dumps(data, separators=(",", ":")).replace("<", r"\u003c"),
     }
-    # Whoever looks at it while it is written sees the last one
+    # While it is written, a reader still sees the previous one
     with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
         file.write(page)
     os.replace(f"{path}.partial", path)  # whole or not at all
@@ -3585,8 +3586,8 @@ ROW = (
 
 
 def read_run(root, name):
-    """The whole lines of a run's metrics.jsonl -> what a report needs of it, None without a step"""
-    # out/compare/prefix/seed-2 is a run of prefix with the seed 2. A folder's name may be two lines
+    """The complete lines of a run's metrics.jsonl -> what a report needs, None without a step"""
+    # out/compare/prefix/seed-2 is a run of prefix with seed 2. A folder's name may have a newline
     line = name.replace("\n", " ")
     group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", line).groups()
     run = {"name": name, "group": group or ".", "curve": [], "final": {}}
@@ -3597,7 +3598,7 @@ def read_run(root, name):
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:  # half a line, of a run that was broken off
+        except ValueError:  # half a line, from a run that was killed
             continue
         if "overlap_by_position" in record:
             seconds += sum(record[key] for key in record if key.startswith("time_"))
@@ -3612,14 +3613,14 @@ def read_run(root, name):
                 run["after" if record["step"] else "before"] = accuracy
                 if record["step"]:
                     run["final"] = record["eval"]
-            else:  # the teacher with its own prompt, as it teaches, comes last
-                run[record["model"].removeprefix("prompted_")] = accuracy
-    run["pair"] = (seed, *sorted(run["final"]))  # runs that may be subtracted
+            elif record["model"].endswith("teacher"):
+                run["teacher"] = accuracy  # prompted_teacher, the one that teaches, comes last
+    run["pair"] = (seed, *sorted(run["final"]))  # runs with equal pairs may be compared
     return run if "last" in run else None
 
 
 def percent(values, sign=""):
-    """Fractions, one a seed -> "mean±standard error" in %, "-" without any"""
+    """Fractions, one per seed -> "mean±standard error" in %, "-" without any"""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "-"
@@ -3628,12 +3629,12 @@ def percent(values, sign=""):
 
 
 def report_row(group, baseline):
-    """The runs of one method, one a seed, beside those of the baseline -> a line of the table"""
+    """The runs of one method, one per seed, against the baseline's -> a line of the table"""
     row = {"method": group[0]["group"]}
     for who in ("teacher", "before", "after"):
         row[who] = percent([run[who] for run in group])
 
-    # To the baseline, pair by pair: at the end, and where it had sampled as many tokens
+    # Against the baseline, paired by seed: at the end, and where it had sampled as many tokens
     curves = {run["pair"]: run["curve"] for run in baseline if run["final"]}
     minus, as_many = [], []
     for run in group:
@@ -3643,7 +3644,7 @@ def report_row(group, baseline):
             as_many.append(np.interp(run["last"]["generated_tokens"], tokens, accuracy))
     row |= {"minus": percent(minus, "+"), "as_many": percent(as_many)}
 
-    # The share of the way to the teacher, if all teachers are ahead
+    # The share of the gap to the teacher that was closed, if all teachers are ahead
     gaps = [run["teacher"] - run["before"] for run in group]
     gains = [run["after"] - run["before"] for run in group]
     row["gap"] = "-"
@@ -3665,7 +3666,7 @@ def report_row(group, baseline):
 
 def report_table(runs):
     """Runs, as read_run gives them -> lines: a row per method, the baseline first"""
-    # Whatever ends in opd is what the others are measured by
+    # The baseline: the first group whose folder is named opd, else the first by name
     names = {run["group"] for run in runs}
     names = sorted(names, key=lambda name: (os.path.basename(name) != "opd", name))
     groups = {name: [] for name in names}
@@ -3684,7 +3685,7 @@ def draw_report(runs):
     """Accuracy against tokens and seconds, overlap by position, a colour per method -> figure"""
     from matplotlib.figure import Figure
 
-    # Not pyplot, which would look for a screen
+    # Not pyplot, which would look for a display
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     by_tokens, by_position, by_seconds = figure.subplots(1, 3)
     by_tokens.set(xlabel="generated tokens", ylabel="accuracy (a line per seed)")
@@ -3726,7 +3727,7 @@ def report(folder):
 
 
 def open_world(config):
-    """The flags with the models and files of the tiny world, which is made if it is not there."""
+    """The flags with the models and files of the tiny world, which is made if it does not exist."""
     torch.set_num_threads(1)  # tensors this small gain next to nothing from more
     transformers.utils.logging.disable_progress_bar()
     world = f"{config.output_dir}/world"
@@ -3743,7 +3744,7 @@ def open_world(config):
 
 
 def open_run(config):
-    """What the flags name, and --output_dir prepared -> run: new, or as a checkpoint left it"""
+    """Load what the flags name, and prepare --output_dir -> run, new or as a checkpoint left it"""
     flags = {**asdict(config), "processes": NUM_RANKS}
     folder, state = config.resume, {}
     if folder == "latest":
@@ -3768,15 +3769,15 @@ def open_run(config):
     check_tokens(run)
     run.most = work_at_most(config, run)
     for line in check_lengths(run):
-        if config.eval_only:  # else the preflight says it
+        if config.eval_only:  # else the preflight of a new run prints it
             note(line)
     ask_math_verify("1", None)  # if it cannot start, better now than after an evaluation
     kind = config.report_to if is_main() else "none"
     run.track = open_tracker(kind, config.output_dir, flags, state.get("step", -1) + 1)
-    # Where it stands; of the flags those given now hold
+    # Where it stands; of the flags, those given now apply
     for name in set(state) - {"flags", "optimizer"}:
         setattr(run, name, state[name])
-    run.rows_at_once = rows_that_fit(config, run)  # it counts with moments yet to come
+    run.rows_at_once = rows_that_fit(config, run)  # before loading the moments: it plans for them
     if state:
         run.optimizer.load_state_dict(state["optimizer"])
     if is_main() and not config.eval_only:
@@ -3801,7 +3802,7 @@ def work(config, run):
         if config.cold_start_steps:
             evaluate_files(config, run, "cold_start")
         if config.extrapolate:
-            run.anchor = movable_weights(run.student)  # OPD's update begins here
+            run.anchor = movable_weights(run.student)  # the anchor of the first extrapolation
     train(config, run)
     if not is_main():
         return run.standing()
@@ -3813,8 +3814,8 @@ def work(config, run):
 
 
 def main(argv=None):
-    """Run the job of the flags, a list of texts or a Config -> dict of the final metrics. A user's
-    mistake ends in one line and exit status 2.
+    """Do what the flags ask for -> dict of the final metrics. argv: a list of strings, or a Config.
+    A user's mistake ends in one line and exit status 2.
     """
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
@@ -3835,13 +3836,13 @@ def main(argv=None):
             dist.destroy_process_group()
         return result
     except (Exception, KeyboardInterrupt) as error:
-        # A second one does not break off the saving
+        # A second signal must not interrupt the saving
         held.enter_context(on_signals(signal.SIG_IGN))
-        traceback.clear_frames(error.__traceback__)  # they hold the caches on a full GPU
-        flags = {**vars(config), **run.rows_at_once} if run.flags else {}
+        traceback.clear_frames(error.__traceback__)  # they keep the caches alive on a full GPU
+        flags = {**run.flags, **run.rows_at_once}  # empty in set-up
         told, status = explain(error, run.phase, flags)
         if "is not finite" in told:
-            with contextlib.suppress(Exception):  # memory, or a GPU that fails
+            with contextlib.suppress(Exception):  # out of memory, or a GPU that failed
                 told += suspect(run)
         if run.step:
             with contextlib.suppress(OSError):

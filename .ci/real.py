@@ -5,13 +5,14 @@ Who is graded, before and after: right, boxed and stopped answers; overlap in th
 the last, in four parts of the responses; what it took.
 """
 
+import glob
 import json
 import os
 import sys
 
 import numpy as np
 
-ROW = "{:17} {:>10} {:>6} {:>8}   {:23} {:>7} {:>8}"
+ROW = "{:21} {:>10} {:>6} {:>8}   {:23} {:>7} {:>8}"
 TITLES = ROW.format("in %", "right", "boxed", "stopped", "overlap by position", "tokens", "seconds")
 
 
@@ -48,11 +49,12 @@ def main(folder):
     with open(f"{folder}/prompts.txt", encoding="utf-8") as file:
         print(file.read())
     print(TITLES)
-    runs = [name for name in os.listdir(folder) if os.path.exists(f"{folder}/{name}/done")]
-    for name in sorted(runs):  # opd, before which the others are graded, is the first
-        with open(f"{folder}/{name}/metrics.jsonl", encoding="utf-8") as file:
+    # The first is opd/seed-0, before which the others are graded
+    for done in sorted(glob.glob("*/seed-*/done", root_dir=folder)):
+        path = os.path.dirname(done)
+        with open(f"{folder}/{path}/metrics.jsonl", encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
-        print("\n".join(of_run(name, records)))
+        print("\n".join(of_run(path.replace("/seed-", ", seed "), records)))
     print("right: ± standard error over the problems; seconds of training")
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real language model teaches itself on a CPU: asked as anybody would, it learns from what it says
 # with the solution in its prompt [OPSD]. One that is done is not done again.
-#     SMOL=folder STEPS=24 SAMPLES=4 .ci/real.sh
+#     SMOL=folder SEEDS="0 1" STEPS=24 SAMPLES=4 .ci/real.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SMOL=${SMOL:-HuggingFaceTB/SmolLM2-135M-Instruct}
@@ -26,9 +26,9 @@ Answer: {solution}
 Question: {problem}
 Answer:'
 
-while read -r name flags; do
-    if [ -e "$out/$name/done" ]; then continue; fi
-    echo "running $out/$name"
+learn() {  # method and seed, flags
+    if [ -e "$out/$1/done" ]; then return; fi
+    echo "running $out/$1"
     # shellcheck disable=SC2086  # the flags are words
     .venv/bin/python opd.py --student "$SMOL" --teacher_prompt_template "$told" \
         --prompt_template "$asked" --train_file $out/train.jsonl --eval_file $out/eval.jsonl \
@@ -37,16 +37,25 @@ while read -r name flags; do
         --cap_margin 8 --w_drop .05 --learning_rate 1e-4 --warmup_steps 4 \
         --temperature .7 --max_steps "${STEPS:-24}" \
         --micro_batch_size 12 --eval_every 0 --eval_samples "${SAMPLES:-4}" \
-        --eval_max_new_tokens 48 --eval_batch_size 100 --output_dir "$out/$name" $flags \
-        > "$out/$name.log" 2>&1
-    touch "$out/$name/done"
-done << 'END'
-opd            --method opd --loss forward_kl --eval_first both
-prefix         --method prefix --loss forward_kl --eval_first none
-prefix-guided  --method prefix-guided --loss forward_kl --eval_first none
-prune          --method prune --loss forward_kl --eval_first none
-reverse-kl     --method opd --loss reverse_kl --eval_first none
+        --eval_max_new_tokens 48 --eval_batch_size 100 --output_dir "$out/$1" $2 \
+        > "$out/${1/\//-}.log" 2>&1
+    touch "$out/$1/done"
+}
+
+# What the models were before any step is asked once
+first=both
+for seed in ${SEEDS:-0 1}; do
+    while read -r name flags; do
+        learn "$name/seed-$seed" "$flags --seed $seed --eval_first $first"
+        first=none
+    done << 'END'
+opd            --method opd --loss forward_kl
+prefix         --method prefix --loss forward_kl
+prefix-guided  --method prefix-guided --loss forward_kl
+prune          --method prune --loss forward_kl
+reverse-kl     --method opd --loss reverse_kl
 END
+done
 .venv/bin/python opd.py --report $out
 .venv/bin/python .ci/real.py $out > assets/real.txt
 cat assets/real.txt

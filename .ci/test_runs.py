@@ -2187,7 +2187,7 @@ def test_no_chat_template_gives_the_message_as_it_is(world, tmp_path):
         assert run.tokenizer.convert_ids_to_tokens(run.pools[0][0]["prompt_ids"])[0] == first
 
 
-@pytest.mark.parametrize("flag, says", [(None, "(there is --no_chat"), (True, "the tokenizer fai")])
+@pytest.mark.parametrize("flag, says", [(None, "(try --no_chat"), (True, "the tokenizer fai")])
 def test_no_chat_template_is_named_where_it_is_not_given_yet(
     flag, says, world, tmp_path, monkeypatch
 ):
@@ -3004,7 +3004,7 @@ def test_rotary_factors_of_a_type_of_layers_count_too():
 def test_positions_that_are_not_rotary_are_a_table_of_the_length_that_the_config_has(names, limit):
     text = types.SimpleNamespace(**names)
     model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: text))
-    assert opd.position_limit(model) == (limit, "they are a table")
+    assert opd.position_limit(model) == (limit, "they are a fixed table")
 
 
 def test_a_student_without_a_stop_token_is_warned_of(world, tmp_path):

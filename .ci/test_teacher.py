@@ -386,7 +386,7 @@ def test_without_a_teacher_it_is_the_student_as_it_was_first_and_stays_it(
     moved = runs[0].student.state_dict()
     assert any(not torch.equal(moved[name], first[name]) for name in first)
     size = sum(value.numel() * 4 for value in runs[0].teacher.parameters())
-    told = "the teacher is the student as it was first, frozen: a copy more of its weights"
+    told = "the teacher is a frozen copy of the initial student: one more copy of its weights"
     assert f"{told}, {opd.tqdm.format_sizeof(size)}B" in capsys.readouterr().out
 
 
@@ -589,7 +589,7 @@ def test_the_preflight_tells_what_the_teachers_prompt_changes(
         means.append(torch.cat(log_probs).mean().item())
     own, alike = means
     assert f"teacher's mean log-prob {own:.2f}, top-4 overlap" in told
-    assert f"{own:.2f} behind its own prompt, {alike:.2f} asked as the student is" in told
+    assert f"{own:.2f} after its own prompt, {alike:.2f} after the student's" in told
     assert f"a gap of {own - alike:+.2f} nats a token" in told and abs(own - alike) > 0.01
     first = run.tokenizer.decode(run.pools[0][0]["teacher_prompt_ids"])
     assert f"the teacher's own first prompt: {first!r}" in told

@@ -249,7 +249,7 @@ def test_a_teacher_with_a_prompt_of_its_own_reads_that(tmp_path):
     own = [7, 8, 9, 10, 11, 12, 13]
     prompts = without_padding(out["prompt_ids"], out["prompt_mask"])
     problems = [{"prompt_ids": ids, "answer": None} for ids in prompts]
-    out = opd.behind(out, [own] * 4, "teacher_prompt")
+    out = opd.with_prompts(out, [own] * 4, "teacher_prompt")
     opd.write_view(*run_of(tmp_path, problems, out, num_generations=1))
     ids = torch.tensor([own + out["response_ids"][0][out["response_mask"][0]].tolist()])
     q = TEACHER(ids).logits[0, len(own) - 1, :V].softmax(-1)
