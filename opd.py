@@ -295,7 +295,7 @@ def alignment(student_logits, teacher_logits, response_mask, k):
 
 
 def overlap_by_position(overlap, response_mask, parts=8):
-    """Mean overlap in equal parts of the T columns. (B, T), (B, T) -> floats, NaN where empty"""
+    """Mean overlap in equal parts of T. (B, T), (B, T) -> `parts` floats, NaN where one is empty"""
     valid = overlap.where(response_mask.bool(), torch.nan)
     return [part.nanmean().item() for part in valid.tensor_split(parts, dim=1)]
 
@@ -499,7 +499,7 @@ def generate(
     it, or None for a new one; it grows in place, and transformers computes only what it lacks.
     temperature 0 is greedy. stop_id: the one id that stands for all eos_ids, see merge_stops; None:
     each stays a token of its own. pad_id: fills rows that have ended, any id with an embedding.
-    Sampling stops early once all rows have ended.
+    eos_ids: a set. Sampling stops early once all rows have ended. The model must be in eval mode.
     -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
        log-prob (B,) of each row's last new token, before top_p, meaningless if it ended before
     """
@@ -717,9 +717,9 @@ def backward_in_chunks(
 ):
     """Heads, loss and backward, chunk by chunk: the logits of all tokens never exist at once.
 
-    hidden (N, H), teacher_hidden (N, H'); response_ids, log_probs (as sampled), token_weight: (N,);
-    heads: hidden -> logits; token_loss: student_logits, teacher_logits (n, V), ids (n,) -> (n,);
-    measure: the same and log_probs (n,) -> dict of (n,)
+    hidden (N, H), teacher_hidden (N, H'); response_ids, log_probs (as sampled) and token_weight
+    (divided by the number of tokens): (N,), N > 0; heads: hidden -> logits; token_loss: both logits
+    (n, V), ids (n,) -> (n,); measure: the same and log_probs (n,) -> dict of (n,)
     -> the gradient with respect to hidden (N, H), the weighted sum of losses, a list of measures
     """
     gradients, measured = [], []
@@ -996,8 +996,8 @@ def evaluate(
     """Sample and grade num_samples answers to every problem, after seeding torch's global RNG.
 
     problems: dicts with prompt_ids, answer, and optionally teacher_prompt_ids, begun (the first ids
-    of the answer). sampling: vocab_size, eos_ids, stop_id, temperature, top_p of rollout. With a
-    teacher, an answer's reward is its mean of log q - log p at temperature 1; without one, NaN.
+    of the answer). max_length: tokens. sampling: vocab_size, eos_ids, stop_id, temperature, top_p
+    of rollout. reward: an answer's mean of log q - log p at temperature 1; NaN without a teacher.
     -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]
     """
     # The answers to sample, and this process's share of them
@@ -1067,7 +1067,7 @@ def share(items):
 
 
 def gather(items):
-    """The lists of all processes, concatenated in rank order."""
+    """The lists of all processes, concatenated in rank order. Every process must call it."""
     if not dist.is_initialized():
         return items
     lists = [None] * dist.get_world_size()
@@ -1076,7 +1076,7 @@ def gather(items):
 
 
 def sum_gradients(model):
-    """All-reduce: every gradient becomes its sum over all processes."""
+    """All-reduce: every gradient becomes its sum over all processes, which must all call it."""
     if not dist.is_initialized():
         return
     for parameter in model.parameters():
