@@ -1049,7 +1049,182 @@ def evaluate(
 # --------------------------------------------------------------------------------------------------
 # Everything below is plumbing
 #
-# Part II. 10. Several processes, as torchrun starts them
+# Part II. 10. What rollout, update and evaluation call
+
+LOGITS_AT_ONCE = 25_000_000  # 100 MB in float32
+
+
+def tokens_at_once(vocab_size):
+    """The number of tokens whose logits may exist at once: 164 at V = 151,936, 362,318 at V = 69"""
+    return max(1, LOGITS_AT_ONCE // vocab_size)
+
+
+def pad_left(prompts, pad_id, device="cpu"):
+    """Lists of ids -> ids (B, S), mask (B, S) bool. All responses then start in the same column."""
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    # From the lengths, not ids != pad_id: if pad and EOS share an id, that would mask real tokens
+    mask = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+    left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return left(ids, padding_value=pad_id).to(device), left(mask).to(device)
+
+
+def prefill(model, prompts, pad_id):
+    """Prefill -> a cache of all columns but the last, a row per prompt; equal prompts run once."""
+    places = {}
+    place = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
+    ids, mask = pad_left(places, pad_id, model.device)
+    cache = DynamicCache(config=model.config)
+    if ids.shape[1] > 1:
+        hidden_states(model, ids, mask, 1, cache)
+        if len(places) < len(prompts):
+            cache.batch_select_indices(torch.tensor(place, device=model.device))
+    return cache
+
+
+def empty_rollout(prompts, for_teacher, max_length, pad_id, device):
+    """An empty rollout of B prompts, with room up to max_length; all that is blank is masked out"""
+    B = len(prompts)
+    tokens = functools.partial(torch.full, (B, max_length), device=device)
+    rows = functools.partial(torch.full, (B,), device=device)
+    out = {  # a tensor's dtype is that of the number it is filled with
+        "response_ids": tokens(pad_id),
+        "response_mask": tokens(False),
+        "overlap": tokens(0.0),
+        "log_probs": tokens(torch.nan),
+        "ended": rows(False),
+        "kept": rows(True),
+        "teacher_hidden": [[] for _ in range(B)],
+        "teacher_seconds": 0.0,
+    }
+    out = with_prompts(out, prompts, "prompt", pad_id)
+    return with_prompts(out, for_teacher, "teacher_prompt", pad_id)
+
+
+def with_prompts(out, prompts, name="prompt", pad_id=0):
+    """Put prompts, lists of ids, in front of a rollout's responses, under this name -> new dict"""
+    ids, mask = pad_left(prompts, pad_id, out["ended"].device)
+    return {**out, f"{name}_ids": ids, f"{name}_mask": mask}
+
+
+def tokens_so_far(out, name, rows, length):
+    """The prompts of some rows of a rollout, and their responses up to a length -> ids, mask (b, L)
+
+    name: of the prompts to read, prompt (the student's) or teacher_prompt.
+    """
+    parts = []
+    for part in ("ids", "mask"):
+        response = out[f"response_{part}"][rows, :length]
+        parts.append(torch.cat([out[f"{name}_{part}"][rows], response], dim=1))
+    return parts
+
+
+def trim_rollout(out, length):
+    """Cut a finished rollout to its longest response, and join the teacher's states of each row."""
+    # There was room up to the cap, but all rows may have ended earlier
+    for name in ("response_ids", "response_mask", "overlap", "log_probs"):
+        out[name] = out[name][:, :length]
+    for row, pieces in enumerate(out["teacher_hidden"]):  # in place: never all of them twice
+        out["teacher_hidden"][row] = torch.cat(pieces) if pieces else None
+    return out
+
+
+def rollout_in_groups(
+    student, teacher, prompts, plan, rows_at_once, num_generations=1, for_teacher=None, **settings
+):
+    """rollout in groups of at most rows_at_once rows, or one prompt's candidates -> its dict, of
+    all rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to the longest
+    in the group, so sort them by length. The plan's rule sees one group at a time.
+    """
+    # A multiple of num_generations, so that the candidates of a prompt stay together
+    size = max(1, rows_at_once // num_generations) * num_generations
+    began = clock(student.device)
+    groups = []
+    for start in range(0, len(prompts), size):
+        own = slice(start, start + size)
+        read = (for_teacher or prompts)[own]
+        groups.append(rollout(student, teacher, prompts[own], plan, read, **settings))
+
+    # Join the groups row by row, and pad again
+    out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
+    out["seconds"] = clock(student.device) - began
+    for name in groups[0]:
+        rows = [row for group in groups for row in group[name]]
+        if name == "teacher_hidden":
+            out[name] = rows
+        elif rows[0].dim() == 0:  # ended, kept
+            out[name] = torch.stack(rows)
+        else:
+            side = "left" if "prompt" in name else "right"
+            out[name] = pad_sequence(rows, batch_first=True, padding_side=side)
+    return out
+
+
+@torch.no_grad()
+def response_logits(model, out, name, vocab_size, **head):
+    """A model's logits on the responses of a rollout, some tokens at a time -> yields logits (n, V)
+    and the sampled tokens (n,); the split into chunks is the same for either kind of prompts
+
+    name: of the prompts to read, prompt or teacher_prompt. head: for head_logits. Needs
+    tokens_so_far, hidden_states, head_logits, tokens_at_once.
+    """
+    B, T = out["response_ids"].shape
+    longest = max(out["prompt_ids"].shape[1], out["teacher_prompt_ids"].shape[1]) + T
+    size = tokens_at_once(vocab_size)  # never (B, T, V)
+    for rows in torch.arange(B).split(max(1, 2**15 // longest)):
+        ids, mask = tokens_so_far(out, name, rows, T)  # (b, S + T)
+        valid = mask[:, -T:]
+        hidden = hidden_states(model, ids, mask, T)[valid]  # (N, H)
+        for states, tokens in zip(hidden.split(size), ids[:, -T:][valid].split(size)):
+            yield head_logits(model, states, vocab_size, **head), tokens
+
+
+def response_log_probs(model, out, vocab_size, name="prompt", **head):
+    """A model's log-probs of the tokens in a rollout's responses -> B tensors (length,)
+
+    name: of the prompts to read, prompt or teacher_prompt. head: for head_logits. Needs
+    response_logits.
+    """
+    log_probs = []
+    for logits, tokens in response_logits(model, out, name, vocab_size, **head):
+        log_probs.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+    return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
+
+
+def learned_rows(batch):
+    """The rows of a rollout with any token to learn from, without padding, longest first.
+    -> list of (ids (L,), learned (L,), {name: (n, ...)}): learned is True at the n tokens that have
+       a loss, and the dict has the values of these tokens for backward_in_chunks
+    """
+    rows = []
+    for row, valid in enumerate(batch["response_mask"].bool()):
+        # loss_mask may have holes: attention still covers the response, whatever part is learned
+        learned = batch["loss_mask"][row].bool()[valid]  # (length,)
+        if not learned.any():
+            continue
+        states = batch["teacher_hidden"][row]
+        columns = {"teacher_hidden": states if learned.all() else states[learned]}  # seldom a copy
+        for name in ("response_ids", "log_probs", "token_weight"):
+            columns[name] = batch[name][row][valid][learned]
+
+        # Tokens after the last learned one do not affect the loss
+        end = int(learned.nonzero()[-1]) + 1
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+        ids = torch.cat([prompt, batch["response_ids"][row][valid][:end]])
+        rows.append((ids, F.pad(learned[:end], (len(prompt), 0)), columns))
+    return sorted(rows, key=lambda row: len(row[0]), reverse=True)
+
+
+def concatenate(parts):
+    """A list of dicts of (n,) tensors -> one dict, each end to end"""
+    joined = {}
+    for part in parts:
+        for name, value in part.items():
+            joined.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in joined.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Several processes, as torchrun starts them
 
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
@@ -1121,7 +1296,7 @@ def peak_memory(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Data
+# 12. Data
 
 
 def read_records(path):
@@ -1327,15 +1502,6 @@ def is_solved(tokenizer, problem, ids):
     return is_correct(prompt_end(tokenizer, problem) + text, problem["answer"])
 
 
-def pad_left(prompts, pad_id, device="cpu"):
-    """Lists of ids -> ids (B, S), mask (B, S) bool. All responses then start in the same column."""
-    ids = [torch.tensor(prompt) for prompt in prompts]
-    # From the lengths, not ids != pad_id: if pad and EOS share an id, that would mask real tokens
-    mask = [torch.ones_like(row, dtype=torch.bool) for row in ids]
-    left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    return left(ids, padding_value=pad_id).to(device), left(mask).to(device)
-
-
 def batch_indices(step, batch_size, num_problems, seed):
     """The indices of the problems of step 1, 2, ... Every epoch has each once, in a new order. The
     result depends only on the arguments: there is no data sampler to save, and every method gets
@@ -1509,7 +1675,7 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. The tiny world: a made-up language in which distillation can be watched
+# 13. The tiny world: a made-up language in which distillation can be watched
 #
 # A problem is a digit, five operations modulo 10, and how many rounds of them: "4 a +3 b *7 ...
 # IV". Its solution goes step by step: "I first a +3 4 gives 7 , then b *7 7 is 9 . ... II now a +3
@@ -1670,7 +1836,7 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=100
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. Flags
+# 14. Flags
 
 BOXED = r"{problem} Please reason step by step, and put your final answer within \boxed{}."
 Method = Literal["opd", "prefix", "progressive", "prefix-guided", "prune"]
@@ -1936,7 +2102,7 @@ def check_config(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# 14. Set-up and preflight
+# 15. Set-up and preflight
 
 
 @dataclass
@@ -2577,7 +2743,7 @@ def preflight(config, run):
 
 
 # --------------------------------------------------------------------------------------------------
-# 15. Files, checkpoints, endings
+# 16. Files, checkpoints, endings
 
 
 def note(text):
@@ -2865,167 +3031,13 @@ def explain(error, phase, flags):
 
 
 # --------------------------------------------------------------------------------------------------
-# 16. What a run does besides its steps: cost accounting, evaluations, EffOPD, the cold start
+# 17. What a run does besides its steps: cost accounting, evaluations, EffOPD, the cold start
 
 STEP_LINE = (
     "step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | "
     "kept {kept_fraction:4.0%} | length {response_length:7.1f} | stopped {stopped_fraction:4.0%} | "
     "norm {grad_norm:6.2f} | {generated_tokens:11,} tokens"
 )
-
-
-def rollout_in_groups(
-    student, teacher, prompts, plan, rows_at_once, num_generations=1, for_teacher=None, **settings
-):
-    """rollout in groups of at most rows_at_once rows, or one prompt's candidates -> its dict, of
-    all rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to the longest
-    in the group, so sort them by length. The plan's rule sees one group at a time.
-    """
-    # A multiple of num_generations, so that the candidates of a prompt stay together
-    size = max(1, rows_at_once // num_generations) * num_generations
-    began = clock(student.device)
-    groups = []
-    for start in range(0, len(prompts), size):
-        own = slice(start, start + size)
-        read = (for_teacher or prompts)[own]
-        groups.append(rollout(student, teacher, prompts[own], plan, read, **settings))
-
-    # Join the groups row by row, and pad again
-    out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
-    out["seconds"] = clock(student.device) - began
-    for name in groups[0]:
-        rows = [row for group in groups for row in group[name]]
-        if name == "teacher_hidden":
-            out[name] = rows
-        elif rows[0].dim() == 0:  # ended, kept
-            out[name] = torch.stack(rows)
-        else:
-            side = "left" if "prompt" in name else "right"
-            out[name] = pad_sequence(rows, batch_first=True, padding_side=side)
-    return out
-
-
-LOGITS_AT_ONCE = 25_000_000  # 100 MB in float32
-
-
-def tokens_at_once(vocab_size):
-    """The number of tokens whose logits may exist at once: 164 at V = 151,936, 362,318 at V = 69"""
-    return max(1, LOGITS_AT_ONCE // vocab_size)
-
-
-@torch.no_grad()
-def response_logits(model, out, name, vocab_size, **head):
-    """A model's logits on the responses of a rollout, some tokens at a time -> yields logits (n, V)
-    and the sampled tokens (n,); the split into chunks is the same for either kind of prompts
-
-    name: of the prompts to read, prompt or teacher_prompt. head: for head_logits. Needs
-    tokens_so_far, hidden_states, head_logits, tokens_at_once.
-    """
-    B, T = out["response_ids"].shape
-    longest = max(out["prompt_ids"].shape[1], out["teacher_prompt_ids"].shape[1]) + T
-    size = tokens_at_once(vocab_size)  # never (B, T, V)
-    for rows in torch.arange(B).split(max(1, 2**15 // longest)):
-        ids, mask = tokens_so_far(out, name, rows, T)  # (b, S + T)
-        valid = mask[:, -T:]
-        hidden = hidden_states(model, ids, mask, T)[valid]  # (N, H)
-        for states, tokens in zip(hidden.split(size), ids[:, -T:][valid].split(size)):
-            yield head_logits(model, states, vocab_size, **head), tokens
-
-
-def response_log_probs(model, out, vocab_size, name="prompt", **head):
-    """A model's log-probs of the tokens in a rollout's responses -> B tensors (length,)
-
-    name: of the prompts to read, prompt or teacher_prompt. head: for head_logits. Needs
-    response_logits.
-    """
-    log_probs = []
-    for logits, tokens in response_logits(model, out, name, vocab_size, **head):
-        log_probs.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
-    return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
-
-
-def empty_rollout(prompts, for_teacher, max_length, pad_id, device):
-    """An empty rollout of B prompts, with room up to max_length; all that is blank is masked out"""
-    B = len(prompts)
-    tokens = functools.partial(torch.full, (B, max_length), device=device)
-    rows = functools.partial(torch.full, (B,), device=device)
-    out = {  # a tensor's dtype is that of the number it is filled with
-        "response_ids": tokens(pad_id),
-        "response_mask": tokens(False),
-        "overlap": tokens(0.0),
-        "log_probs": tokens(torch.nan),
-        "ended": rows(False),
-        "kept": rows(True),
-        "teacher_hidden": [[] for _ in range(B)],
-        "teacher_seconds": 0.0,
-    }
-    out = with_prompts(out, prompts, "prompt", pad_id)
-    return with_prompts(out, for_teacher, "teacher_prompt", pad_id)
-
-
-def with_prompts(out, prompts, name="prompt", pad_id=0):
-    """Put prompts, lists of ids, in front of a rollout's responses, under this name -> new dict"""
-    ids, mask = pad_left(prompts, pad_id, out["ended"].device)
-    return {**out, f"{name}_ids": ids, f"{name}_mask": mask}
-
-
-def tokens_so_far(out, name, rows, length):
-    """The prompts of some rows of a rollout, and their responses up to a length -> ids, mask (b, L)
-
-    name: of the prompts to read, prompt (the student's) or teacher_prompt.
-    """
-    parts = []
-    for part in ("ids", "mask"):
-        response = out[f"response_{part}"][rows, :length]
-        parts.append(torch.cat([out[f"{name}_{part}"][rows], response], dim=1))
-    return parts
-
-
-def prefill(model, prompts, pad_id):
-    """Prefill -> a cache of all columns but the last, a row per prompt; equal prompts run once."""
-    places = {}
-    place = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
-    ids, mask = pad_left(places, pad_id, model.device)
-    cache = DynamicCache(config=model.config)
-    if ids.shape[1] > 1:
-        hidden_states(model, ids, mask, 1, cache)
-        if len(places) < len(prompts):
-            cache.batch_select_indices(torch.tensor(place, device=model.device))
-    return cache
-
-
-def trim_rollout(out, length):
-    """Cut a finished rollout to its longest response, and join the teacher's states of each row."""
-    # There was room up to the cap, but all rows may have ended earlier
-    for name in ("response_ids", "response_mask", "overlap", "log_probs"):
-        out[name] = out[name][:, :length]
-    for row, pieces in enumerate(out["teacher_hidden"]):  # in place: never all of them twice
-        out["teacher_hidden"][row] = torch.cat(pieces) if pieces else None
-    return out
-
-
-def learned_rows(batch):
-    """The rows of a rollout with any token to learn from, without padding, longest first.
-    -> list of (ids (L,), learned (L,), {name: (n, ...)}): learned is True at the n tokens that have
-       a loss, and the dict has the values of these tokens for backward_in_chunks
-    """
-    rows = []
-    for row, valid in enumerate(batch["response_mask"].bool()):
-        # loss_mask may have holes: attention still covers the response, whatever part is learned
-        learned = batch["loss_mask"][row].bool()[valid]  # (length,)
-        if not learned.any():
-            continue
-        states = batch["teacher_hidden"][row]
-        columns = {"teacher_hidden": states if learned.all() else states[learned]}  # seldom a copy
-        for name in ("response_ids", "log_probs", "token_weight"):
-            columns[name] = batch[name][row][valid][learned]
-
-        # Tokens after the last learned one do not affect the loss
-        end = int(learned.nonzero()[-1]) + 1
-        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
-        ids = torch.cat([prompt, batch["response_ids"][row][valid][:end]])
-        rows.append((ids, F.pad(learned[:end], (len(prompt), 0)), columns))
-    return sorted(rows, key=lambda row: len(row[0]), reverse=True)
 
 
 def update_settings(config, run):
@@ -3046,15 +3058,6 @@ def update_settings(config, run):
         "micro_batch_size": run.rows_at_once["micro_batch_size"],
         "autocast": run.autocast,
     }
-
-
-def concatenate(parts):
-    """A list of dicts of (n,) tensors -> one dict, each end to end"""
-    joined = {}
-    for part in parts:
-        for name, value in part.items():
-            joined.setdefault(name, []).append(value)
-    return {name: torch.cat(values) for name, values in joined.items()}
 
 
 def forward_flops(model, lengths):
@@ -3374,7 +3377,7 @@ def cold_start_step(config, run, step):
 
 
 # --------------------------------------------------------------------------------------------------
-# 17. rollouts.html: rows of the last step, token by token
+# 18. rollouts.html: rows of the last step, token by token
 
 
 def why_stopped(config, out, row):
@@ -3573,7 +3576,7 @@ def write_view(config, run):
 
 
 # --------------------------------------------------------------------------------------------------
-# 18. Report
+# 19. Report
 
 TITLES = """\
                                       opd at as
@@ -3723,7 +3726,7 @@ def report(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# 19. Main
+# 20. Main
 
 
 def open_world(config):
