@@ -1,10 +1,10 @@
 """
-The lessons: what a reader of opd.py would doubt, one claim a test, in the order of its part I. Read
-the names first: python -m pytest --collect-only -q test_opd.py
+The lessons: what a reader of opd.py might doubt, one claim per test, in the order of its part I.
+Read the names first: python -m pytest --collect-only -q test_opd.py
 
-Everything runs offline, on random models with 2 layers and 24 tokens. Where there is a second way
-to get a number (every token tried, autograd on full logits, one uninterrupted model.generate), the
-test goes that way. What guards the plumbing is in .ci/test_runs.py.
+Everything runs offline, on random models of 2 layers, most with a vocabulary of 24 tokens. Where
+there is a second way to compute a number (a sum over all tokens, autograd on full logits, one
+uninterrupted model.generate), the test compares with it. Part II is tested in .ci/test_runs.py.
 """
 
 import torch
@@ -28,22 +28,22 @@ from torch.utils._pytree import tree_leaves
 import opd
 
 # --------------------------------------------------------------------------------------------------
-# Helpers, all of them
+# Helpers
 
 WORDS = "<pad> <end> <user> <solve> \\boxed{ } 0 1 2 3 4 5 6 7 8 9 a b c d e f g h".split()
 PAD = 0
 END = 1
-V = len(WORDS)  # 24: small enough to try every token
+V = len(WORDS)  # 24: small enough to compute exact expectations over all tokens
 TOKENS = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": PAD}
 SIZES = {**TOKENS, "vocab_size": V, "max_position_embeddings": 256, "tie_word_embeddings": False}
 SIZES |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-SIZES |= {"initializer_range": 0.3}  # with less, greedy decoding repeats one token for ever
+SIZES |= {"initializer_range": 0.3}  # with less, greedy decoding would repeat one token forever
 close = torch.testing.assert_close
 
 
 def tiny(family, seed, **changes):
-    """A random model of a family of transformers."""
+    """A small random model of a family of transformers, such as Llama."""
     torch.manual_seed(seed)
     config = getattr(transformers, family + "Config")(**{**SIZES, **changes})
     return getattr(transformers, family + "ForCausalLM")(config).eval()
@@ -58,7 +58,7 @@ def tiny_qwen3(seed, **changes):
 
 
 def tiny_gpt2(seed):
-    """Absolute positions: the one kind of model that notices wrong position_ids."""
+    """Absolute positions: the only family here that notices shifted position_ids."""
     torch.manual_seed(seed)
     sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
     config = transformers.GPT2Config(vocab_size=V, **sizes, **TOKENS)
@@ -66,7 +66,7 @@ def tiny_gpt2(seed):
 
 
 FAMILIES = pytest.mark.parametrize("family", [tiny_llama, tiny_qwen3, tiny_gpt2])
-STUDENT = tiny_llama(1)  # both are read only
+STUDENT = tiny_llama(1)  # no test changes these two
 TEACHER = tiny_qwen3(2, hidden_size=48)
 
 
@@ -75,20 +75,20 @@ def logits(*shape, seed=0, scale=2.0):
 
 
 def gradient(loss, z):
-    """Of the sum of loss(z), with respect to the logits z."""
+    """The gradient of the sum of loss(z) with respect to the logits z."""
     z = z.clone().requires_grad_()
     return torch.autograd.grad(loss(z).sum(), z)[0]
 
 
 def advantages(z, t, baseline):
-    """What the loss multiplies -log p(y) by, for each of the 24 tokens y. (1, 1, V) -> (V,)"""
+    """The factor of -log p(y) in reverse_kl_sampled, for each token y. (1, 1, V) -> (V,)"""
     y = torch.arange(V)[:, None]
     value = opd.reverse_kl_sampled(z.expand(V, 1, V), t.expand(V, 1, V), y, baseline)
     return value.flatten() / -z.log_softmax(-1).flatten()
 
 
 def support_set(z, t, k, support):
-    """The same set of tokens, by Python's sorting and sets."""
+    """The support S that topk_support must choose, by sorting and set operations in Python."""
     student = {*sorted(range(V), key=lambda v: -z.flatten()[v])[:k]}
     teacher = {*sorted(range(V), key=lambda v: -t.flatten()[v])[:k]}
     sets = {"student": student, "teacher": teacher}
@@ -100,12 +100,12 @@ def entropy(probabilities):
 
 
 def random_scores(seed=0):
-    """Of 8 prompts with 4 candidates."""
+    """Scores of 8 prompts with 4 candidates each."""
     return torch.rand(8, 4, generator=torch.Generator().manual_seed(seed))
 
 
 def prompts(*lengths):
-    """Random prompts of so many tokens -> ids, mask, padded on the left"""
+    """Random prompts of these lengths -> ids, mask, left-padded"""
     rng = random.Random(0)
     return opd.pad_left([rng.choices(range(2, V), k=length) for length in lengths], PAD)
 
@@ -117,11 +117,11 @@ def without_padding(ids, mask):
 # Sampling
 
 SAMPLING = {"vocab_size": V, "eos_ids": {END}, "pad_id": PAD}
-LENGTHS = (2, 5, 3, 4)  # of prompts
+LENGTHS = (2, 5, 3, 4)  # of the prompts, in tokens
 
 
 def roll(student, teacher=None, lengths=LENGTHS, prompt=None, **changes):
-    """A rollout of 12 tokens in segments of 4, greedy if not told else; prompt: (ids, mask)"""
+    """A rollout, by default greedy, of 12 tokens in segments of 4. prompt: (ids, mask)"""
     plan = {"max_length": 12, "segment_length": 4}
     settings = {**SAMPLING, "temperature": 0, "overlap_k": 4 if teacher else 0}
     for name, value in changes.items():
@@ -132,7 +132,7 @@ def roll(student, teacher=None, lengths=LENGTHS, prompt=None, **changes):
 
 
 def rows_of(out):
-    """Each row without any padding, as (prompt and response (1, L), length of the prompt)."""
+    """Each row without padding, as (prompt and response (1, L), length of the prompt)."""
     rows = []
     for row, prompt in enumerate(without_padding(out["prompt_ids"], out["prompt_mask"])):
         response = out["response_ids"][row][out["response_mask"][row]].tolist()
@@ -150,7 +150,7 @@ def plain_generate(model, ids, mask, eos_ids, length):
 
 
 def staggered_ends(model, ids, mask):
-    """EOS ids with which greedy rows end in the first and the second segment of 4, and one not."""
+    """EOS ids with which greedy rows end in the first segment of 4, in the second, and never."""
     free = plain_generate(model, ids, mask, {V}, 12)
     for eos_ids in itertools.combinations(range(1, V), 3):
         is_end = torch.isin(free, torch.tensor(eos_ids))
@@ -163,7 +163,7 @@ ENDS = staggered_ends(STUDENT, *prompts(*LENGTHS))
 
 
 def forward_shapes(model):
-    """A list that fills with (rows, columns) at every forward of a model, and what stops it."""
+    """A list that gets (rows, columns) of every forward pass; a function that stops this."""
     shapes = []
 
     def note(module, args, kwargs):
@@ -172,12 +172,12 @@ def forward_shapes(model):
     return shapes, model.base_model.register_forward_pre_hook(note, with_kwargs=True).remove
 
 
-FLAT = tiny_llama(0, initializer_range=0.1)  # every token is likely enough to be counted
+FLAT = tiny_llama(0, initializer_range=0.1)  # no token is too rare for a chi-square test
 FLAT_LOGITS = FLAT(torch.tensor([[3, 5, 7]])).logits[0, -1].detach()
 
 
 def first_tokens(model, count=4000, **changes):
-    """So many draws of the token behind 3, 5, 7 -> how often each came"""
+    """Sample the token after 3, 5, 7 `count` times -> how often each token came (V,)"""
     ids = torch.tensor([[3, 5, 7]]).expand(count, 3)
     settings = {"max_new_tokens": 1, "vocab_size": V, "eos_ids": {END}, **changes}
     torch.manual_seed(0)
@@ -186,7 +186,7 @@ def first_tokens(model, count=4000, **changes):
 
 
 def chi_square(counts, law):
-    """How far 4000 draws are from their law: of 24 tokens above 50 once in a thousand times."""
+    """Chi-square of 4000 draws against a distribution; with 24 tokens P(> 50) is .001."""
     assert (counts[law == 0] == 0).all()
     expected = 4000 * law[law > 0]
     return ((counts[law > 0] - expected) ** 2 / expected).sum().item()
@@ -203,7 +203,7 @@ LOSSES = {
 
 
 def make_batch(student, teacher, lengths=LENGTHS, **changes):
-    """A sampled rollout to learn from, with weights that differ from token to token."""
+    """A sampled rollout to train on, with random token weights."""
     torch.manual_seed(0)
     out = roll(student, teacher, lengths, **{"eos_ids": {2, 3}, "temperature": 1.0, **changes})
     generator = torch.Generator().manual_seed(0)
@@ -218,7 +218,7 @@ def gradients_of(model):
 
 
 def update(student, teacher, batch, loss="reverse_kl", lr=0.0, **changes):
-    """train_step of SGD, which changes no weight if lr is 0 -> (metrics, gradients by name)"""
+    """train_step with SGD; lr 0 changes no weight -> (metrics, gradients by name)"""
     settings = {
         "max_grad_norm": 1e9,
         "micro_batch_size": 2,
@@ -234,7 +234,7 @@ def update(student, teacher, batch, loss="reverse_kl", lr=0.0, **changes):
 
 
 def plain_gradients(student, teacher, batch, loss="reverse_kl"):
-    """The same by the book: each row alone and unpadded, full logits, one loss, one backward."""
+    """The plainest way: each row alone, unpadded, full logits, one backward -> (loss, gradients)"""
     student.zero_grad()
     total = 0.0
     for row, (ids, prompt) in enumerate(rows_of(batch)):
@@ -249,14 +249,14 @@ def plain_gradients(student, teacher, batch, loss="reverse_kl"):
 
 
 def assert_same(a, b, tolerance=1e-6):
-    """Two dicts of tensors are the same, to rounding."""
+    """Two dicts of tensors are equal up to rounding, with tolerance 0 exactly."""
     assert a.keys() == b.keys()
     for name in a:
         close(a[name], b[name], rtol=1e-4 if tolerance else 0, atol=tolerance)
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation makes inside it."""
+    """Records the size, in elements, of the largest tensor that an operation inside it returns."""
 
     numel = 0
 
@@ -272,7 +272,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def write(path, *records, text=None):
-    """A file of JSON lines, or of this text -> its path, a str"""
+    """Write a file of JSON lines, or of this text -> its path, a str"""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     path.write_text(lines if text is None else text, encoding="utf-8")
@@ -285,7 +285,7 @@ def read(path):
 
 
 def save_model(folder, model, words=WORDS):
-    """A model and a tokenizer of these words, as from_pretrained loads them -> the folder"""
+    """Save a model and a tokenizer of these words for from_pretrained -> the folder"""
     model.save_pretrained(folder)
     opd.tiny_tokenizer(words).save_pretrained(folder)
     return folder
@@ -293,7 +293,7 @@ def save_model(folder, model, words=WORDS):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Two models, the teacher's head with 8 rows more; 9 problems to train on, 3 to grade."""
+    """Two models, the teacher's head with 8 extra rows; 9 problems to train on, 3 to evaluate."""
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "student", tiny_qwen3(1))
     save_model(folder / "teacher", tiny_qwen3(2, hidden_size=48, vocab_size=V + 8))
@@ -313,7 +313,7 @@ SMALL |= {"max_steps": 2, "overlap_k": 4, "prefix_length": 6, "probe_window": 4}
 SMALL |= {"horizon_start": 4, "horizon_growth": 4, "horizon_every": 1, "validation_size": 3}
 SMALL |= {"cap_init": 8, "cap_min": 4, "cap_max": 12, "cap_step": 2, "cap_margin": 2}
 SMALL |= {"eval_samples": 1, "eval_max_new_tokens": 12, "eval_every": 0, "eval_first": "both"}
-SMALL |= {"no_view": True}  # .ci/test_view.py looks at the page
+SMALL |= {"no_view": True}  # rollouts.html is tested in .ci/test_view.py
 
 
 def flags(**changes):
@@ -321,10 +321,10 @@ def flags(**changes):
 
 
 def chosen(score, ended=(0, 0, 0, 0, 0, 0), at=6, **changes):
-    """Which candidates prefix-guided goes on with: scores (P, G), ended (B,) -> (P, G) bool"""
+    """Which candidates prefix-guided continues: scores (P, G), ended (B,) -> (P, G) bool"""
     P, G = len(score), len(score[0])
     overlap = torch.tensor(score).view(-1, 1).expand(P * G, at).clone()
-    overlap[:, 4:] = 1 - overlap[:, 4:]  # behind the probe window of 4
+    overlap[:, 4:] = 1 - overlap[:, 4:]  # past the probe window of 4 the opposite
     changes = {"method": "prefix-guided", "num_generations": G, **changes}
     rule = opd.plan_rollout(flags(**changes), 1, cap=8).goes_on
     mask, ended = torch.ones(P * G, at).bool(), torch.tensor(ended).bool()
@@ -332,7 +332,7 @@ def chosen(score, ended=(0, 0, 0, 0, 0, 0), at=6, **changes):
 
 
 def settings_of(**changes):
-    """What the update is told under these flags."""
+    """The arguments of backward under these flags, with a vocabulary of 20."""
     config = flags(**changes)
     run = opd.Run({}, [], student=STUDENT, teacher=TEACHER, vocab_size=20, autocast="low")
     run.sampling = {"vocab_size": 20, "temperature": config.temperature}
@@ -341,7 +341,7 @@ def settings_of(**changes):
 
 
 def command(world, out, **changes):
-    """A command line for the small world. None leaves a flag out, True gives it no value."""
+    """A command line for the small world. None omits a flag, True gives it no value."""
     flags = {
         **SMALL,
         "student": world / "student",
@@ -362,7 +362,7 @@ def command(world, out, **changes):
 
 
 def train(world, out, **changes):
-    """-> (what main returns, lines of metrics.jsonl about steps, those about evaluations)"""
+    """A run -> (what main returns, the lines of metrics.jsonl of steps, those of evaluations)"""
     results = opd.main(command(world, out, **changes))
     lines = read(out / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
@@ -370,7 +370,7 @@ def train(world, out, **changes):
 
 
 def repeatable(lines):
-    """What two equal runs have in common: all but times and memory."""
+    """The lines without what differs between two equal runs: times and memory."""
     kept = []
     for line in lines:
         names = [name for name in line if not name.startswith(("time", "peak"))]
@@ -379,7 +379,7 @@ def repeatable(lines):
 
 
 def says_a(text, gold):
-    """In place of is_correct, so that random models are right now and then."""
+    """Replaces is_correct, so that random models are sometimes right."""
     assert gold is not None
     return "a" in text.split()
 
@@ -390,7 +390,7 @@ def checkpoints(folder):
 
 
 def outcome(folder):
-    """All that a run leaves, as it can be compared bit for bit."""
+    """What a run leaves, in a form that can be compared bit for bit."""
     last = folder / checkpoints(folder)[-1]
     weights = hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
     samples = read(folder / "samples.jsonl")
@@ -398,7 +398,7 @@ def outcome(folder):
 
 
 def watch_updates(patch, seen):
-    """Have every update add (the student before it, its batch, its gradients) to seen."""
+    """Make every update append (the student before it, its batch, its gradients) to seen."""
     backward = opd.backward
 
     def watched(student, batch, **settings):
@@ -419,7 +419,7 @@ def updates(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """A list to which every training adds its Run."""
+    """A list to which every call of opd.train appends its Run."""
     seen = []
     loop = opd.train
 
@@ -433,13 +433,13 @@ def runs(monkeypatch):
 
 @pytest.fixture(scope="session")
 def first_run(world, tmp_path_factory):
-    """A run of four steps, for several tests -> (its folder, results, steps, evaluations)"""
+    """A run of four steps that tests share -> (its folder, results, steps, evaluations)"""
     out = tmp_path_factory.mktemp("run")
     return out, *train(world, out, max_steps=4)
 
 
 def evaluate(*problems, model=STUDENT, **changes):
-    """opd.evaluate, three answers to a problem and four at a time -> (metrics, answers)"""
+    """opd.evaluate, three answers per problem, four rows at a time -> (metrics, answers)"""
     settings = {**SAMPLING, "max_length": 8, "num_samples": 3, "seed": 5, "rows_per_batch": 4}
     tokenizer = opd.tiny_tokenizer(WORDS)
     return opd.evaluate(model, tokenizer, problems, **{**settings, **changes})
@@ -451,7 +451,7 @@ LOSS_OF |= {"prefix-guided": "topk", "prune": "reverse_kl"}
 
 @pytest.fixture(scope="module", params=LOSS_OF)
 def whole_run(request, world, tmp_path_factory):
-    """Five steps of a method, with everything on -> (flags, folder, updates as in that fixture)"""
+    """Five steps of a method, extrapolating, saving, evaluating -> (flags, folder, updates)"""
     out = tmp_path_factory.mktemp(request.param)
     changes = {"method": request.param, "loss": LOSS_OF[request.param], "extrapolate": True}
     changes |= {"max_steps": 5, "save_every": 3, "eval_every": 4, "max_grad_norm": 1e9}
@@ -465,17 +465,17 @@ def whole_run(request, world, tmp_path_factory):
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. Losses
+# 1. Losses, one value per token
 
 
-def test_reverse_kl_is_kl_student_teacher_as_torch_distributions_has_it():
+def test_reverse_kl_is_torchs_kl_divergence_of_student_and_teacher_in_that_order():
     z, t = logits(2, 5, seed=1), logits(2, 5, seed=2)
     expected = kl_divergence(Categorical(logits=z), Categorical(logits=t))
     close(opd.reverse_kl(z, t), expected)
 
 
-def test_reverse_kl_lets_a_student_settle_on_one_mode_and_invent_none():
-    """One of the teacher's two modes costs log 2; a third, which it does not have, costs no end."""
+def test_reverse_kl_charges_little_for_one_of_two_modes_and_much_for_an_invented_one():
+    """Covering one of the teacher's two modes costs log 2; a third, which it lacks, over 10."""
     never = -50.0
     teacher = torch.tensor([[[0.0, 0.0, never]]])
     one_mode = torch.tensor([[[0.0, never, never]]])
@@ -501,8 +501,8 @@ def test_reverse_kl_passes_gradcheck_in_float64():
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_token_that_neither_model_can_say_costs_nothing_and_pulls_nowhere(loss):
-    """As if the vocabulary had one token fewer."""
+def test_a_token_of_probability_zero_under_both_models_changes_no_loss_and_no_gradient(loss):
+    """Loss and gradient are those of a vocabulary without it; its own gradient is 0."""
     z, t = logits(2, 3, seed=1), logits(2, 3, seed=2)
     y = torch.arange(6).view(2, 3)
     expected = LOSSES[loss](z[..., :-1], t[..., :-1], y)
@@ -516,8 +516,8 @@ def test_a_token_that_neither_model_can_say_costs_nothing_and_pulls_nowhere(loss
 
 
 @pytest.mark.parametrize("baseline", [False, True])
-def test_the_sampled_loss_has_the_gradient_of_reverse_kl_on_average(baseline):
-    """All 24 tokens are tried, each weighted by its probability: no sampling noise is left."""
+def test_the_sampled_loss_has_the_gradient_of_reverse_kl_in_expectation(baseline):
+    """The exact mean over all 24 tokens, weighted by p: there is no sampling noise."""
     z, t = logits(1, 1, seed=1).double(), logits(1, 1, seed=2).double()
     mean = torch.zeros_like(z)
     for y, probability in enumerate(z.softmax(-1).flatten()):
@@ -528,14 +528,14 @@ def test_the_sampled_loss_has_the_gradient_of_reverse_kl_on_average(baseline):
     close(mean, gradient(lambda z: opd.reverse_kl(z, t), z), rtol=0, atol=1e-12)
 
 
-def test_the_advantage_of_a_token_is_what_the_teacher_gives_it_more_than_the_student():
+def test_the_advantage_of_a_sampled_token_is_log_q_minus_log_p():
     z, t = logits(1, 1, seed=1), logits(1, 1, seed=2)
     expected = (t.log_softmax(-1) - z.log_softmax(-1)).flatten()
     close(advantages(z, t, baseline=False), expected)
 
 
-def test_the_closed_form_baseline_centres_the_advantage_and_shrinks_its_variance():
-    """Of the second moment it takes KL squared. (The variance of the gradient need not fall.)"""
+def test_the_baseline_centres_the_advantage_and_lowers_its_mean_square_by_kl_squared():
+    """The variance of the advantage stays the same; that of the gradient need not fall."""
     z, t = logits(1, 1, seed=1), logits(1, 1, seed=2)
     p = z.softmax(-1).flatten()
     plain, centred = advantages(z, t, False), advantages(z, t, True)
@@ -549,7 +549,7 @@ def test_the_closed_form_baseline_centres_the_advantage_and_shrinks_its_variance
     "tokens, others, shared",
     [([3, 1], [1, 2], [False, True]), ([3, 1], [1, 3], [True, True]), ([3], [1, 2], [False])],
 )
-def test_is_among_asks_for_each_token_whether_it_is_one_of_the_others(tokens, others, shared):
+def test_is_among_tells_for_each_token_whether_it_is_one_of_the_others(tokens, others, shared):
     assert opd.is_among(torch.tensor(tokens), torch.tensor(others)).tolist() == shared
 
 
@@ -557,8 +557,8 @@ SUPPORTS = pytest.mark.parametrize("support", ["student", "teacher", "intersecti
 
 
 @SUPPORTS
-def test_the_topk_loss_is_the_mean_of_log_p_minus_log_q_on_its_support(support):
-    """p = exp(z) / sum exp(z) on the support alone."""
+def test_the_topk_loss_is_the_p_weighted_mean_of_log_p_minus_log_q_on_its_support(support):
+    """Weighted by p_bar, renormalised on the support; log p and log q are not renormalised."""
     z, t = logits(1, 1, seed=1).double(), logits(1, 1, seed=2).double()
     S = support_set(z, t, 8, support)
     rho = (z.log_softmax(-1) - t.log_softmax(-1))[..., S]
@@ -567,8 +567,8 @@ def test_the_topk_loss_is_the_mean_of_log_p_minus_log_q_on_its_support(support):
 
 
 @SUPPORTS
-def test_the_gradient_of_the_topk_loss_is_that_of_the_released_code(support):
-    """Of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / sum_S p."""
+def test_the_gradient_of_the_topk_loss_is_the_closed_form_of_the_released_code(support):
+    """For logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / sum_S p,   rho = log p - log q."""
     z, t = logits(1, 1, seed=1).double(), logits(1, 1, seed=2).double()
     p, rho = z.softmax(-1).flatten(), (z.log_softmax(-1) - t.log_softmax(-1)).flatten()
     S = support_set(z, t, 8, support)
@@ -579,15 +579,15 @@ def test_the_gradient_of_the_topk_loss_is_that_of_the_released_code(support):
     close(got.flatten(), expected, rtol=0, atol=1e-12)
 
 
-def test_the_topk_loss_of_the_whole_vocabulary_is_reverse_kl():
-    """Even where neither model can say some of it."""
+def test_the_topk_loss_on_the_whole_vocabulary_is_reverse_kl():
+    """Even if one of its tokens has probability 0 under both models."""
     z, t = logits(2, 3, seed=1), logits(2, 3, seed=2)
     z[..., 0] = -torch.inf
     t[..., 0] = -torch.inf
     close(opd.reverse_kl_topk(z, t, V), opd.reverse_kl(z, t))
 
 
-def test_the_topk_loss_moves_mass_between_support_and_tail_and_the_renormalised_one_cannot():
+def test_the_topk_loss_moves_mass_between_support_and_rest_which_a_renormalised_kl_cannot():
     z, t = logits(1, 1, seed=1), logits(1, 1, seed=2)
     S = support_set(z, t, 5, "student")
     tail = [v for v in range(V) if v not in S]
@@ -598,14 +598,14 @@ def test_the_topk_loss_moves_mass_between_support_and_tail_and_the_renormalised_
     assert released[..., S].sum().abs() > 0.01 and released[..., tail].abs().max() > 0.01
 
 
-def test_an_empty_intersection_costs_nothing_and_pulls_nowhere():
+def test_on_an_empty_intersection_the_topk_loss_and_its_gradient_are_zero():
     z = torch.arange(V).float()[None, None]
     pull = gradient(lambda z: opd.reverse_kl_topk(z, -z.detach(), 3, "intersection"), z)
     assert opd.reverse_kl_topk(z, -z, 3, "intersection").item() == 0 and pull.abs().max() == 0
 
 
-def test_the_topk_loss_weighs_by_probabilities_however_small_their_sum():
-    """The one token of the support has e^-200 of the student: 0 in float32, but a weight of 1."""
+def test_the_topk_loss_renormalises_p_however_improbable_its_support():
+    """Its only token has probability e^-200 under the student, 0 in float32, yet p_bar is 1."""
     student = torch.tensor([[[200.0, 0.0]]])
     teacher = torch.tensor([[[0.0, 200.0]]])
     assert opd.reverse_kl_topk(student, teacher, 1, "teacher").item() == -200
@@ -620,7 +620,7 @@ TAIL_SUPPORTS = ["student", "teacher", "intersection", "union"]
 
 
 @pytest.mark.parametrize("support", TAIL_SUPPORTS)
-def test_reverse_kl_tail_is_the_kl_of_the_support_and_one_class_for_all_else(support):
+def test_reverse_kl_tail_is_the_kl_over_the_support_and_one_class_for_the_rest(support):
     z, t = logits(2, 3, seed=1), logits(2, 3, seed=2)
     value = opd.reverse_kl_tail(z, t, 4, support)
     for place in itertools.product(range(2), range(3)):
@@ -635,21 +635,21 @@ def test_reverse_kl_tail_is_the_kl_of_the_support_and_one_class_for_all_else(sup
 
 
 @pytest.mark.parametrize("support", TAIL_SUPPORTS)
-def test_reverse_kl_tail_is_never_above_reverse_kl_and_the_same_where_the_support_is_all(support):
+def test_reverse_kl_tail_is_below_reverse_kl_and_equal_on_the_whole_vocabulary(support):
     z, t = logits(50, seed=1).double(), logits(50, seed=2).double()
     full = opd.reverse_kl(z, t)
     assert (opd.reverse_kl_tail(z, t, 4, support) < full).all()
     close(opd.reverse_kl_tail(z, t, V, support), full)
 
 
-def test_reverse_kl_tail_passes_gradcheck_and_pulls_nowhere_at_the_teacher():
+def test_reverse_kl_tail_passes_gradcheck_and_has_no_gradient_where_the_models_are_equal():
     z, t = logits(2, seed=1).double().requires_grad_(), logits(2, seed=2).double()
     assert torch.autograd.gradcheck(lambda z: opd.reverse_kl_tail(z, t, 4, "union"), (z,))
     close(gradient(lambda z: opd.reverse_kl_tail(z, t, 4), t), torch.zeros(2, V).double())
 
 
-def test_reverse_kl_tail_moves_mass_between_the_support_and_the_rest():
-    """On its top 2 the student agrees with the teacher, which gives all else far more."""
+def test_reverse_kl_tail_moves_mass_out_of_the_support_if_the_teacher_has_more_outside():
+    """The teacher, like the student, prefers neither of the top 2, but gives the rest far more."""
     z, t = torch.zeros(V), torch.zeros(V)
     z[:2] = 6.0
     t[:2] = 1.0
@@ -664,27 +664,27 @@ P4 = [0.5, 0.3, 0.15, 0.05]  # top two: tokens 0 and 1
 Q4 = [0.4, 0.1, 0.3, 0.2]  # tokens 0 and 2
 
 
-def test_topk_overlap_is_the_share_of_the_students_top_k_in_the_teachers():
+def test_topk_overlap_is_the_share_of_the_students_top_k_that_is_in_the_teachers():
     student = torch.tensor([[P4, P4, P4]]).log()
     teacher = torch.tensor([[Q4, P4[::-1], P4]]).log()
     assert opd.topk_overlap(student, teacher, 2).tolist() == [[0.5, 0, 1]]
 
 
-def test_the_overlap_ignores_the_rank_inside_the_top_k():
+def test_the_overlap_ignores_the_rank_within_the_top_k():
     student, teacher = torch.tensor([[[2.0, 1, 0, 0]]]), torch.tensor([[[1.0, 2, 0, 0]]])
     assert opd.topk_overlap(student, teacher, 2).item() == 1
 
 
-def test_unrelated_models_overlap_by_k_over_v_and_not_by_zero():
+def test_unrelated_models_overlap_by_k_over_v_on_average_not_by_zero():
     overlap = opd.topk_overlap(logits(100, 100, seed=1), logits(100, 100, seed=2), 6)
     assert overlap.mean().item() == pytest.approx(6 / V, abs=0.01)
 
 
-def test_every_alignment_metric_by_hand():
-    """k = 3: the student's top are 0, 1, 2, the teacher's 0, 1, 3; they share 0 and 1."""
+def test_every_alignment_metric_agrees_with_a_calculation_by_hand():
+    """k = 3: the student's top 3 are 0, 1, 2, the teacher's 1, 0, 3; they share 0 and 1."""
     p, q = [0.6, 0.2, 0.15, 0.05], [0.3, 0.4, 0.1, 0.2]
     got = opd.alignment(torch.tensor([[p]]).log(), torch.tensor([[q]]).log(), torch.ones(1, 1), 3)
-    # Renormalised on what they share: p_bar .75, .25 and q_bar 3/7, 4/7
+    # Renormalised on the shared tokens: p_bar .75, .25 and q_bar 3/7, 4/7
     advantage = (0.75 * math.log(3 / 7 / 0.75) + 0.25 * math.log(4 / 7 / 0.25)) / 2
     assert got == pytest.approx(
         {
@@ -701,14 +701,14 @@ def test_every_alignment_metric_by_hand():
     )
 
 
-def test_the_entropy_gap_is_a_distance_whichever_model_is_surer():
+def test_the_entropy_gap_is_the_same_positive_number_when_the_models_are_swapped():
     z, t = logits(1, 1, seed=1), logits(1, 1, seed=2)
     one, other = opd.alignment(z, t, None, 4), opd.alignment(t, z, None, 4)
     assert one["entropy_gap"] == other["entropy_gap"] > 0.1
 
 
-def test_alignment_is_the_mean_over_the_valid_positions_of_the_batch():
-    """Of tokens, not of rows: here three of one row and one of the other."""
+def test_alignment_averages_over_the_valid_tokens_of_the_batch_not_over_its_rows():
+    """Every token counts the same: here three of one row and one of the other."""
     z, t = logits(2, 3, seed=1), logits(2, 3, seed=2)
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     means = opd.alignment(z, t, mask, 12)
@@ -716,8 +716,8 @@ def test_alignment_is_the_mean_over_the_valid_positions_of_the_batch():
         assert means[name] == pytest.approx(value[mask.bool()].sum().item() / 4, abs=1e-6), name
 
 
-def test_a_position_where_nothing_is_shared_counts_in_the_overlap_and_not_in_the_advantage():
-    """k = 2: at the first position they share both tokens, at the second nothing."""
+def test_a_position_without_shared_tokens_counts_in_the_overlap_but_not_in_the_advantage():
+    """k = 2: the models share both tokens at the first position, none at the second."""
     student = torch.tensor([[P4, P4]]).log()
     teacher = torch.tensor([[[0.2, 0.6, 0.15, 0.05], P4[::-1]]]).log()
     both = opd.alignment(student, teacher, torch.ones(1, 2), 2)
@@ -726,7 +726,7 @@ def test_a_position_where_nothing_is_shared_counts_in_the_overlap_and_not_in_the
     assert both["overlap_token_advantage"] == first["overlap_token_advantage"] < -0.1
 
 
-def test_alignment_takes_a_token_that_neither_model_can_say_for_none():
+def test_a_token_of_probability_zero_under_both_models_changes_no_alignment_metric():
     z, t = logits(1, 4, seed=1), logits(1, 4, seed=2)
     mask = torch.ones(1, 4)
     expected = opd.alignment(z[..., :-1], t[..., :-1], mask, 4)
@@ -741,8 +741,8 @@ def test_alignment_of_bfloat16_logits_is_computed_in_float32():
     close(opd.alignment(z, t, None, 4), expected, equal_nan=True)
 
 
-def test_overlap_by_position_averages_equal_parts_of_the_longest_response():
-    """Over tokens: 16 positions in 8 parts, to which one row comes up to 7 and one up to 14."""
+def test_overlap_by_position_averages_over_the_tokens_in_each_of_8_equal_parts_of_the_columns():
+    """16 columns in 8 parts; the rows have 14 and 7 tokens, so the last part is empty: NaN."""
     overlap = torch.stack([torch.arange(16) / 16, torch.full((16,), 1.0)])
     mask = torch.arange(16) < torch.tensor([[14], [7]])
     parts = opd.overlap_by_position(overlap, mask)
@@ -753,18 +753,18 @@ def test_overlap_by_position_averages_equal_parts_of_the_longest_response():
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Who goes on: horizon, selection, drift, cap
+# 3. Which rows go on, and how far: horizon, selection, drift, cap
 
 
-def test_the_horizon_is_a_staircase_up_to_the_cap():
+def test_the_horizon_is_a_staircase_up_to_max_length():
     steps = {0: 512, 9: 512, 10: 768, 19: 768, 20: 1024, 1000: 2048}
     assert {step: opd.horizon(step, 512, 256, 10, 2048) for step in steps} == steps
-    assert {opd.horizon(step, 512, 0, 10, 2048) for step in range(99)} == {512}  # a fixed prefix
+    assert {opd.horizon(step, 512, 0, 10, 2048) for step in range(99)} == {512}  # growth 0: fixed
 
 
 @pytest.mark.parametrize("num_keep", [8, 11, 16, 31, 32])
-def test_slots_above_one_per_prompt_go_to_the_best_of_all_the_others(num_keep):
-    """With 8 slots for 8 prompts each keeps its best, and prompts do not compete."""
+def test_each_prompt_keeps_its_best_candidate_and_more_slots_go_to_the_best_of_all_others(num_keep):
+    """With 8 slots for 8 prompts nothing is left to compete for."""
     score = random_scores(seed=num_keep)
     best = {(p, int(score[p].argmax())) for p in range(8)}
     others = {*itertools.product(range(8), range(4))} - best
@@ -773,7 +773,7 @@ def test_slots_above_one_per_prompt_go_to_the_best_of_all_the_others(num_keep):
     assert kept == best | {*others[: num_keep - 8]}
 
 
-def test_of_equal_scores_the_first_candidate_wins():
+def test_the_first_candidate_wins_a_tie():
     keep = opd.select_prefixes(torch.ones(2, 30), 3)
     assert keep.nonzero().tolist() == [[0, 0], [0, 1], [1, 0]]
 
@@ -788,31 +788,31 @@ def test_select_prefixes_refuses_fewer_slots_than_prompts_or_more_than_candidate
     "overlap, threshold, w_drop, w",
     [
         ([1, 0.5, 0], 0.75, 0.1, [1, 0.9, 0.8]),  # the released unit test
-        ([0.75, 0.5], 0.75, 0.25, [1, 0.75]),  # at the threshold is no bad event
-        ([0, 1, 1, 0, 1], 0.5, 0.25, [0.75, 0.75, 0.75, 0.5, 0.5]),  # it never recovers
+        ([0.75, 0.5], 0.75, 0.25, [1, 0.75]),  # an overlap equal to the threshold is not bad
+        ([0, 1, 1, 0, 1], 0.5, 0.25, [0.75, 0.75, 0.75, 0.5, 0.5]),  # w never rises again
     ],
 )
-def test_every_token_below_the_threshold_costs_reliability(overlap, threshold, w_drop, w):
+def test_every_token_below_the_threshold_lowers_reliability_for_good(overlap, threshold, w_drop, w):
     mask = torch.ones(1, len(overlap))
     got = opd.drift_weights(torch.tensor([overlap]), mask, threshold, w_drop)
     close(got, torch.tensor([w]).float())
 
 
-def test_a_hundred_bad_events_of_a_hundredth_use_reliability_up_and_end_the_reliable_length():
+def test_with_w_drop_of_a_hundredth_the_hundredth_bad_token_ends_the_reliable_length():
     w = opd.drift_weights(torch.zeros(1, 150), torch.ones(1, 150), 0.7, 0.01)
     assert w[0, 98] > 1e-8 and w[0, 99:].max() <= 1e-8 and w.min() >= 0
     assert opd.reliable_length(w, torch.ones(1, 150)).tolist() == [99]
 
 
-def test_padding_has_no_reliability_and_is_no_bad_event():
+def test_padding_has_no_reliability_is_no_bad_token_and_adds_no_reliable_length():
     mask = torch.tensor([[0, 1, 1, 0]])
     w = opd.drift_weights(torch.tensor([[0.0, 1, 0, 0]]), mask, 0.5, 0.25)
     assert w.tolist() == [[0, 1, 0.75, 0]]
     assert opd.reliable_length(torch.ones(1, 4), mask).tolist() == [2]
 
 
-def test_what_rounding_leaves_of_a_reliability_is_none():
-    """1 minus ten times a tenth need not be 0: to 1e-8 it is."""
+def test_a_reliability_within_rounding_of_zero_counts_as_zero():
+    """In floating point, 1 minus ten times .1 may miss 0: up to 1e-8 counts as 0."""
     w = torch.tensor([[1, 1e-7, 1e-9]])
     assert opd.reliable_length(w, torch.ones(1, 3)).tolist() == [2]
 
@@ -820,9 +820,9 @@ def test_what_rounding_leaves_of_a_reliability_is_none():
 CAP = {"step": 100, "margin": 100, "hit_ratio": 0.1, "patience": 3, "low": 1024, "high": 12288}
 
 
-def test_the_cap_grows_when_a_tenth_of_the_rows_is_reliable_to_within_the_margin():
+def test_the_cap_grows_if_a_tenth_of_the_rows_is_reliable_to_within_margin_of_it():
     hits = torch.tensor([1948] + [0] * 9)
-    assert opd.next_max_length(hits, 2048, 2, **CAP) == (2148, 0)  # and patience starts again
+    assert opd.next_max_length(hits, 2048, 2, **CAP) == (2148, 0)  # and the misses restart at 0
     one_token_short = hits - 1
     assert opd.next_max_length(one_token_short, 2048, 0, **CAP) == (2048, 1)
     of_eleven = torch.tensor([2048] + [0] * 10)
@@ -830,8 +830,8 @@ def test_the_cap_grows_when_a_tenth_of_the_rows_is_reliable_to_within_the_margin
 
 
 @pytest.mark.parametrize("ratio, hits, rows", [(0.25, 1, 4), (0.7, 7, 10)])
-def test_a_share_of_rows_that_equals_the_hit_ratio_is_a_hit(ratio, hits, rows):
-    """In float32 the share 7/10 is below .7."""
+def test_a_share_of_rows_exactly_at_the_hit_ratio_is_enough_to_grow_the_cap(ratio, hits, rows):
+    """The share is computed in float64: in float32, 7/10 would be below .7."""
     reliable = torch.tensor([2048] * hits + [0] * (rows - hits))
     assert opd.next_max_length(reliable, 2048, 0, **{**CAP, "hit_ratio": ratio}) == (2148, 0)
 
@@ -845,10 +845,10 @@ def test_the_cap_shrinks_after_three_misses_in_a_row():
     assert caps == [2048, 2048, 1948, 1948, 1948, 1848]
 
 
-def test_the_cap_stays_between_its_ends():
+def test_the_cap_stays_between_low_and_high_and_its_boundary_is_never_below_low():
     assert opd.next_max_length(torch.full((4,), 12288), 12250, 0, **CAP) == (12288, 0)
     assert opd.next_max_length(torch.zeros(4), 1100, 2, **CAP) == (1024, 0)
-    # the boundary does not fall below the smallest cap either
+    # At the lowest cap the boundary is 1024, not 1024 - margin: 1000 tokens are a miss
     assert opd.next_max_length(torch.full((4,), 1000), 1024, 0, **CAP) == (1024, 1)
 
 
@@ -856,7 +856,7 @@ def test_the_cap_stays_between_its_ends():
 # 4. Extrapolation
 
 
-def test_extrapolation_tries_1_plus_2k_times_the_update_from_the_anchor():
+def test_try_k_of_extrapolation_is_1_plus_2k_times_as_far_from_the_anchor_as_the_weights():
     seen = []
 
     def better_and_better(weights):
@@ -877,15 +877,15 @@ def test_extrapolation_tries_1_plus_2k_times_the_update_from_the_anchor():
         ([0.5, 0.6, 0.7, 0.65, 1], 2, 7.0),
     ],
 )
-def test_extrapolation_stops_at_the_first_try_that_is_not_strictly_better(scores, k, value):
+def test_extrapolation_stops_at_the_first_try_that_is_no_better_and_rejects_it(scores, k, value):
     left = iter(scores)
     weights, anchor = {"w": torch.tensor(3.0)}, {"w": torch.tensor(2.0)}
     accepted, accepted_k, tried = opd.extrapolate(weights, anchor, lambda _: next(left))
     assert (accepted_k, accepted["w"].item(), tried) == (k, value, scores[: k + 2])
 
 
-def test_an_anchor_that_was_loaded_elsewhere_is_brought_to_the_weights():
-    """A resumed run has its weights on a GPU, the anchor in memory; here the dtype differs."""
+def test_an_anchor_of_another_dtype_is_converted_to_that_of_the_weights():
+    """And likewise to their device, which a test on a CPU cannot show."""
     weights, anchor = {"w": torch.ones(2)}, {"w": torch.zeros(2, dtype=torch.float64)}
     accepted, k, _ = opd.extrapolate(weights, anchor, lambda tried: tried["w"].sum().item(), 2)
     assert k == 2 and accepted["w"].dtype == torch.float32 and accepted["w"].tolist() == [5, 5]
@@ -899,9 +899,9 @@ LEFT_BY_GPT2 = {"wte", "wpe", "ln_1", "ln_2", "ln_f", "lm_head"}
     "family, left",
     [(tiny_llama, LEFT_BY_LLAMA), (tiny_qwen3, LEFT_BY_LLAMA), (tiny_gpt2, LEFT_BY_GPT2)],
 )
-def test_all_that_attention_and_mlp_have_moves_and_nothing_else(family, left):
-    """post_attention_layernorm moves, for its name, as in the released code. What is kept of it are
-    copies, which later updates do not change."""
+def test_movable_weights_are_copies_of_the_weights_named_after_attention_or_mlp(family, left):
+    """In Llama and Qwen3 post_attention_layernorm is one of them, for its name, as in the released
+    code. Later updates do not change the copies."""
     model = family(0)
     moved = opd.movable_weights(model)
     for name, parameter in model.named_parameters():
@@ -917,16 +917,22 @@ LEAVES = {
     "reverse_kl": (Z, T),
     "reverse_kl_topk": (Z, T, 4, "union"),
     "reverse_kl_sampled": (Z, T, MASK.long(), True),
+    "reverse_kl_tail": (Z, T, 4, "union"),
+    "forward_kl": (Z, T),
+    "jsd": (Z, T, 0.5),
     "topk_overlap": (Z, T, 4),
     "alignment": (Z, T, MASK, 4),
+    "overlap_by_position": (OVERLAP, MASK, 4),
     "select_prefixes": (OVERLAP, 3),
     "drift_weights": (OVERLAP, MASK, 0.5, 0.1),
     "extrapolate": ({"w": Z}, {"w": T}, lambda weights: weights["w"].sum()),
+    "mask_through_eos": (MASK.long(), {1}),
+    "merge_stops": (Z, {1, 2}, 1),
 }
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_a_function_that_others_copy_changes_none_of_its_arguments(name):
+def test_a_function_made_to_be_copied_does_not_change_its_arguments(name):
     before = copy.deepcopy(LEAVES[name])
     getattr(opd, name)(*LEAVES[name])
     for argument, copied in zip(tree_leaves(LEAVES[name]), tree_leaves(before)):
@@ -946,16 +952,16 @@ def test_a_function_that_others_copy_changes_none_of_its_arguments(name):
         ([5, 6, 7, 1], {1}, 4),
         ([5, 6, 7, 8], {1}, 4),
         ([5, 6, 7, 8], set(), 4),
-        ([5, 1, 1, 1], {1}, 2),  # where pad and EOS are one id, only the first is an EOS
+        ([5, 1, 1, 1], {1}, 2),  # if pad and EOS are one id, only the first is an EOS
     ],
 )
-def test_the_mask_ends_with_the_first_of_any_eos_ids_which_is_in_it(ids, eos_ids, length):
+def test_the_mask_is_true_up_to_and_including_the_first_eos(ids, eos_ids, length):
     mask = opd.mask_through_eos(torch.tensor([ids]), eos_ids)
     assert mask.tolist() == [[t < length for t in range(4)]]
 
 
-def test_generation_settings_that_came_with_a_model_do_not_change_the_law_of_sampling(monkeypatch):
-    """Each would make the samples off-policy to the logits that the loss is about, in silence."""
+def test_the_generation_config_shipped_with_a_model_does_not_affect_sampling(monkeypatch):
+    """Each setting would silently make the samples off-policy. The model keeps its config."""
     law = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.3, "min_new_tokens": 9}
     more = {"repetition_penalty": 5.0, "suppress_tokens": [5, 6, 7], "forced_eos_token_id": 9}
     shipped = transformers.GenerationConfig(**law, **more, **TOKENS)
@@ -965,32 +971,32 @@ def test_generation_settings_that_came_with_a_model_do_not_change_the_law_of_sam
     assert FLAT.generation_config is shipped and shipped.to_dict() == before
 
 
-def test_temperature_divides_the_logits_in_sampling():
+def test_sampling_divides_the_logits_by_the_temperature():
     law = (FLAT_LOGITS / 0.5).softmax(-1)
     assert chi_square(first_tokens(FLAT, temperature=0.5), law) < 50
 
 
-def test_top_p_samples_the_fewest_likeliest_tokens_that_have_so_much_of_the_mass():
+def test_top_p_samples_from_the_fewest_likeliest_tokens_with_that_much_probability():
     p, order = FLAT_LOGITS.softmax(-1).sort(descending=True)
     fewest = int((p.cumsum(0) < 0.5).sum()) + 1
     law = torch.zeros(V).index_copy(0, order[:fewest], p[:fewest] / p[:fewest].sum())
     assert chi_square(first_tokens(FLAT, top_p=0.5), law) < 50
 
 
-def test_no_token_is_too_unlikely_to_be_sampled():
-    """Unless it is told otherwise, transformers samples from the 50 likeliest alone."""
+def test_sampling_is_not_limited_to_the_50_likeliest_tokens():
+    """The default top_k of transformers is 50; here all 99 tokens get sampled."""
     counts = first_tokens(tiny_llama(0, vocab_size=99, initializer_range=0.02), vocab_size=99)
     assert (counts > 0).sum() == 99
 
 
-def test_rows_of_the_head_that_are_no_tokens_are_never_sampled():
-    """The law is then the softmax over the first rows alone, as in the loss."""
+def test_rows_of_the_head_that_are_not_tokens_are_never_sampled():
+    """The distribution is the softmax over the first vocab_size rows, as in the loss."""
     counts = first_tokens(FLAT, vocab_size=6)
     assert len(counts) == 6 and chi_square(counts, FLAT_LOGITS[:6].softmax(-1)) < 25
 
 
 @FAMILIES
-def test_greedy_decoding_in_segments_with_rows_leaving_is_one_uninterrupted_generate(family):
+def test_a_greedy_rollout_in_segments_with_rows_leaving_equals_one_uninterrupted_generate(family):
     model, (ids, mask) = family(1), prompts(2, 7, 3, 5, 4, 6)
     eos_ids = staggered_ends(model, ids, mask)
     out = roll(model, prompt=(ids, mask), eos_ids=eos_ids)
@@ -998,7 +1004,7 @@ def test_greedy_decoding_in_segments_with_rows_leaving_is_one_uninterrupted_gene
 
 
 @FAMILIES
-def test_padding_is_invisible(family):
+def test_padding_changes_neither_the_tokens_nor_the_teachers_hidden_states(family):
     student, teacher = family(1), family(2)
     lengths = (2, 7, 3, 5)
     together, (ids, mask) = roll(student, teacher, lengths), prompts(*lengths)
@@ -1010,7 +1016,7 @@ def test_padding_is_invisible(family):
         close(states, alone["teacher_hidden"][0], rtol=1e-3, atol=1e-4)
 
 
-def test_temperature_zero_ignores_the_seed_and_sampling_repeats_with_it():
+def test_the_seed_decides_what_is_sampled_except_at_temperature_zero():
     def ids(seed, temperature):
         torch.manual_seed(seed)
         return roll(STUDENT, temperature=temperature)["response_ids"].tolist()
@@ -1019,7 +1025,7 @@ def test_temperature_zero_ignores_the_seed_and_sampling_repeats_with_it():
     assert ids(0, 1) == ids(0, 1) != ids(1, 1)
 
 
-def test_the_topk_recorded_while_sampling_is_that_of_a_full_forward():
+def test_the_top_k_recorded_while_sampling_is_that_of_a_full_forward_pass():
     ids, mask = prompts(4, 4)
     settings = {"max_new_tokens": 6, "vocab_size": 20, "eos_ids": {V}, "record_k": 5}
     new_ids, topk, _ = opd.generate(STUDENT, ids, mask, **settings)
@@ -1028,7 +1034,7 @@ def test_the_topk_recorded_while_sampling_is_that_of_a_full_forward():
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_the_log_prob_recorded_is_of_the_last_token_in_the_law_it_is_drawn_from(temperature):
+def test_the_recorded_log_prob_is_of_the_last_token_under_the_sampling_distribution(temperature):
     ids, mask = prompts(4, 4, 4)
     torch.manual_seed(0)
     settings = {"max_new_tokens": 5, "vocab_size": 20, "eos_ids": {V}, "temperature": temperature}
@@ -1039,15 +1045,15 @@ def test_the_log_prob_recorded_is_of_the_last_token_in_the_law_it_is_drawn_from(
     assert topk is None
 
 
-def test_hidden_states_predict_the_columns_they_are_asked_for():
-    """The shift by one: through the head they are the logits of a forward of all columns before."""
+def test_hidden_states_are_those_that_predict_the_last_columns():
+    """The shift by one: the head turns each into the logits of a pass over the columns before."""
     ids, mask = prompts(9)
     got = opd.head_logits(STUDENT, opd.hidden_states(STUDENT, ids, mask, 4), V)
     for column, row in zip(range(5, 9), got[0]):
         close(row, STUDENT(ids[:, :column]).logits[0, -1], rtol=1e-4, atol=1e-5)
 
 
-def test_head_logits_are_cut_to_the_vocabulary_divided_by_the_temperature_and_in_float32():
+def test_head_logits_are_cut_to_the_vocabulary_divided_by_temperature_and_in_float32():
     wide = tiny_llama(0, vocab_size=V + 8).bfloat16()
     ids, _ = prompts(6)
     cut = opd.head_logits(wide, wide.base_model(ids).last_hidden_state, V, temperature=2.0)
@@ -1055,20 +1061,20 @@ def test_head_logits_are_cut_to_the_vocabulary_divided_by_the_temperature_and_in
     close(cut, wide(ids).logits[..., :V].float() / 2)
 
 
-# Several stop tokens, one class
+# Several stop tokens merged into one class
 
 STOPS = {3, 7, 9}
-KEPT = [index for index in range(V) if index not in STOPS - {7}]  # the classes, 7 stands for all
+KEPT = [index for index in range(V) if index not in STOPS - {7}]  # classes: 7 stands for all stops
 
 
 def by_hand(z):
-    """The log-probs of the classes: the probabilities of all stop tokens are added up."""
+    """Log-probs of the classes, the probabilities of all stop tokens summed. (..., V - 2)"""
     p = z.softmax(-1)
     stop = p[..., sorted(STOPS)].sum(-1, keepdim=True)
     return torch.cat([p[..., :7], stop, p[..., 8:]], dim=-1)[..., KEPT].log()
 
 
-def test_merged_stops_have_the_probability_of_all_of_them_and_no_other_token_changes():
+def test_merge_stops_sums_the_probabilities_of_all_stop_tokens_and_changes_no_other():
     z = logits(2, 3)
     p, merged = z.softmax(-1), opd.merge_stops(z, STOPS, 7).softmax(-1)
     close(merged[..., 7], p[..., 3] + p[..., 7] + p[..., 9])
@@ -1077,14 +1083,14 @@ def test_merged_stops_have_the_probability_of_all_of_them_and_no_other_token_cha
     close(merged[..., others], p[..., others])
 
 
-def test_one_stop_token_alone_is_what_it_was_bit_for_bit():
+def test_merging_a_single_stop_token_returns_an_exact_copy_of_the_logits():
     z = logits(2, 3)
     merged = opd.merge_stops(z, {7}, 7)
     assert torch.equal(merged, z) and merged.data_ptr() != z.data_ptr()
 
 
 def others(p, q, ids):
-    """Those that the update's own tests leave out."""
+    """The sum of three losses that are not in LOSSES."""
     return opd.forward_kl(p, q) + opd.jsd(p, q, 0.3) + opd.reverse_kl_tail(p, q, 4)
 
 
@@ -1092,7 +1098,7 @@ MERGED_LOSSES = {**LOSSES, "others": others}
 
 
 @pytest.mark.parametrize("loss", MERGED_LOSSES)
-def test_a_loss_of_merged_stops_is_that_of_classes_added_by_hand_and_so_is_its_gradient(loss):
+def test_losses_and_gradients_with_merged_stops_are_those_of_classes_summed_by_hand(loss):
     z, t = logits(2, 5, seed=1).double(), logits(2, 5, seed=2).double()
     y = torch.tensor([[0, 1, 7, 2, 7], [7, 4, 5, 6, 23]])
     places = y.clone().apply_(KEPT.index)
@@ -1108,7 +1114,7 @@ def test_a_loss_of_merged_stops_is_that_of_classes_added_by_hand_and_so_is_its_g
     close(gradient(merged, z), gradient(classes, z))
 
 
-def test_the_overlap_and_the_alignment_of_merged_stops_are_those_of_classes_added_by_hand():
+def test_overlap_and_alignment_with_merged_stops_are_those_of_classes_summed_by_hand():
     z, t = logits(3, 9, seed=1), logits(3, 9, seed=2)
     p, q = opd.merge_stops(z, STOPS, 7), opd.merge_stops(t, STOPS, 7)
     close(opd.topk_overlap(p, q, 4), opd.topk_overlap(by_hand(z), by_hand(t), 4))
@@ -1118,7 +1124,7 @@ def test_the_overlap_and_the_alignment_of_merged_stops_are_those_of_classes_adde
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", MERGED_LOSSES)
-def test_no_stop_token_that_nobody_can_say_makes_a_loss_or_a_gradient_nan(loss, dtype):
+def test_merged_stops_of_probability_zero_make_no_loss_nan_and_leave_gradients_finite(loss, dtype):
     z, t = logits(1, 3, seed=1).to(dtype), logits(1, 3, seed=2).to(dtype)
     z[0, 0, sorted(STOPS)] = -torch.inf
     t[0, :2, sorted(STOPS)] = -torch.inf
@@ -1131,12 +1137,12 @@ def test_no_stop_token_that_nobody_can_say_makes_a_loss_or_a_gradient_nan(loss, 
     assert not merged(z).isnan().any() and gradient(merged, z).isfinite().all()
 
 
-def test_merged_stops_pass_gradcheck_in_float64():
+def test_merge_stops_passes_gradcheck_in_float64():
     z = logits(2, seed=1).double().requires_grad_()
     assert torch.autograd.gradcheck(opd.merge_stops, (z, STOPS, 7))
 
 
-def test_averaged_over_what_is_sampled_k1_of_merged_stops_pulls_as_reverse_kl_does():
+def test_with_merged_stops_the_sampled_loss_has_the_gradient_of_reverse_kl_in_expectation():
     z, t = logits(1, 1, seed=1), opd.merge_stops(logits(1, 1, seed=2), STOPS, 7)
 
     def expected_k1(z):
@@ -1150,8 +1156,8 @@ def test_averaged_over_what_is_sampled_k1_of_merged_stops_pulls_as_reverse_kl_do
     close(gradient(expected_k1, z), gradient(kl, z), atol=1e-6, rtol=1e-4)
 
 
-def test_apart_a_teacher_that_ends_with_another_token_unteaches_the_end_and_merged_it_does_not():
-    """Both end here with probability .5, the student with token 3 and the teacher with 7."""
+def test_a_teacher_with_another_stop_token_unteaches_stopping_unless_stops_are_merged():
+    """Both stop with probability .54, the student mostly by token 3, the teacher by token 7."""
     z, t = torch.zeros(V), torch.zeros(V)
     z[3] = t[7] = math.log(V - 1)
 
@@ -1165,8 +1171,8 @@ def test_apart_a_teacher_that_ends_with_another_token_unteaches_the_end_and_merg
     close(stop_probability(z - 0.1 * merged), stop_probability(z), atol=1e-3, rtol=0)
 
 
-def test_with_one_stop_id_generate_draws_its_class_and_records_the_merged_law():
-    """Of all first tokens that are drawn, stops have their joint share, and one name."""
+def test_with_a_stop_id_generate_samples_from_and_records_the_merged_distribution():
+    """Of 4000 first tokens, those with the one id have the summed share of all stop tokens."""
     ids, mask = prompts(4)
     settings = {**SAMPLING, "eos_ids": STOPS, "stop_id": 7, "temperature": 2.0}
     ids, mask = ids.expand(4000, -1), mask.expand(4000, -1)
@@ -1180,7 +1186,7 @@ def test_with_one_stop_id_generate_draws_its_class_and_records_the_merged_law():
     assert topk[0, 0].tolist() == law.topk(4).indices.tolist()
 
 
-def test_in_a_rollout_of_merged_stops_all_rows_end_with_the_one_id_and_overlap_is_of_classes():
+def test_with_a_stop_id_rows_end_with_it_alone_and_overlap_is_that_of_merged_logits():
     told = {"eos_ids": STOPS, "stop_id": 7, "temperature": 1.5, "max_length": 24}
     out = roll(STUDENT, TEACHER, lengths=LENGTHS * 4, **told)
     ends = out["response_ids"][
@@ -1194,23 +1200,24 @@ def test_in_a_rollout_of_merged_stops_all_rows_end_with_the_one_id_and_overlap_i
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Rollout: write, judge, choose who goes on, leave
+# 6. Rollout: write (sample), judge (score), choose which rows go on, leave (drop the others)
 
 
-def test_borders_are_the_segments_one_more_look_and_the_cap():
+def test_borders_are_the_ends_of_segments_look_at_and_max_length():
     assert opd.Plan(10, 4).borders() == [4, 8, 10]
     assert opd.Plan(8, 4, look_at=6).borders() == [4, 6, 8]
-    assert opd.Plan(8, 20, look_at=9).borders() == [8]  # a look behind the cap is none
+    assert opd.Plan(8, 20, look_at=9).borders() == [8]  # beyond max_length it is ignored
 
 
-def test_a_plan_looks_eight_times_or_every_512_tokens_unless_told_otherwise():
+def test_by_default_a_segment_is_an_eighth_of_max_length_within_1_to_512_tokens():
     assert opd.Plan(16).borders() == [2, 4, 6, 8, 10, 12, 14, 16]
     assert opd.Plan(3).borders() == [1, 2, 3]
     assert opd.Plan(7168).borders()[:2] == [512, 1024]
 
 
-def test_the_overlap_of_every_row_is_topk_overlap_on_full_logits():
-    """Also of rows that ended while others ran on: what came after their end must not show."""
+def test_the_overlap_of_every_row_of_a_rollout_is_topk_overlap_on_full_logits(monkeypatch):
+    """Also for rows that ended while others ran on: after their EOS it is 0."""
+    monkeypatch.setattr(opd, "tokens_at_once", lambda vocab_size: 5)  # judge works in parts
     out = roll(STUDENT, TEACHER, eos_ids=ENDS)
     assert 0 < out["ended"].sum() < 4
     for row, (ids, prompt) in enumerate(rows_of(out)):
@@ -1219,8 +1226,8 @@ def test_the_overlap_of_every_row_is_topk_overlap_on_full_logits():
         assert out["overlap"][row].tolist() == expected + [0] * (12 - len(expected))
 
 
-def test_the_overlap_is_of_the_tokens_that_both_models_have():
-    """Both heads have 8 rows more, which are the likeliest: cut on one side only, it would be 0."""
+def test_the_overlap_ignores_rows_of_the_heads_that_are_not_tokens():
+    """Both heads have 8 extra rows, the likeliest: if only one were cut, the overlap would be 0."""
     student, teacher = (tiny_llama(seed, vocab_size=V + 8) for seed in (1, 2))
     for model in (student, teacher):
         model.lm_head.weight.data[V:] *= 9
@@ -1231,16 +1238,15 @@ def test_the_overlap_is_of_the_tokens_that_both_models_have():
         assert out["overlap"][row].tolist() == expected.tolist()
 
 
-def test_hidden_states_of_the_teacher_are_those_of_each_row_alone(monkeypatch):
-    """Without a cache, without padding, without the rows beside it."""
-    monkeypatch.setattr(opd, "tokens_at_once", lambda vocab_size: 5)  # several rounds
+def test_the_teachers_hidden_states_are_those_of_each_row_alone():
+    """Alone: in a pass without a cache, without padding, without other rows."""
     out = roll(STUDENT, TEACHER, eos_ids=ENDS)
     for (ids, prompt), states in zip(rows_of(out), out["teacher_hidden"]):
         expected = TEACHER.model(ids).last_hidden_state[0, prompt - 1 : -1]
         close(states, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_an_eos_that_is_also_the_pad_id_stays_in_the_response():
+def test_an_eos_that_is_also_the_pad_id_stays_once_at_the_end_of_the_response():
     ids, mask = prompts(2, 7, 3, 5)
     end = plain_generate(STUDENT, ids, mask, {V}, 12)[0, 2].item()
     out = roll(STUDENT, prompt=(ids, mask), eos_ids={end}, pad_id=end)
@@ -1249,8 +1255,8 @@ def test_an_eos_that_is_also_the_pad_id_stays_in_the_response():
     assert [row[-1] == end for row in responses] == out["ended"].tolist()
 
 
-def test_log_probs_are_at_the_last_token_of_each_segment_of_rows_that_run_and_nowhere_else():
-    """Not of the padding behind rows that ended inside a segment."""
+def test_log_probs_are_recorded_at_the_last_token_of_each_full_segment_and_nowhere_else():
+    """A row that ended within a segment has none there: at its border there is padding."""
     out = roll(STUDENT, TEACHER, eos_ids=ENDS, segment_length=3)
     mask = out["response_mask"]
     at_border = torch.tensor([column % 3 == 2 for column in range(mask.shape[1])])
@@ -1264,8 +1270,8 @@ MODELS = pytest.mark.parametrize("model", [STUDENT, TEACHER], ids=["student", "t
 
 
 @MODELS
-def test_each_model_computes_every_column_once_and_never_again(model):
-    """5 of the prompt and 12 of the response; the last one predicts nothing."""
+def test_each_model_computes_every_column_but_the_last_once(model):
+    """5 columns of prompt and 12 of response; the last one predicts nothing."""
     shapes, stop = forward_shapes(model)
     roll(STUDENT, TEACHER, eos_ids={V})
     stop()
@@ -1274,8 +1280,8 @@ def test_each_model_computes_every_column_once_and_never_again(model):
 
 
 @MODELS
-def test_candidates_of_one_prompt_read_it_once(model):
-    """Two prompts of five and four tokens, three times each; the last column is read later."""
+def test_a_prompt_is_prefilled_once_for_all_its_candidates(model):
+    """Prompts of five and four tokens, three candidates each; prefill omits the last column."""
     ids, mask = prompts(5, 4)
     order = torch.tensor([0, 0, 0, 1, 1, 1])
     shapes, stop = forward_shapes(model)
@@ -1288,8 +1294,8 @@ def test_candidates_of_one_prompt_read_it_once(model):
 
 
 @MODELS
-def test_rows_that_ended_leave_the_cache_at_the_next_border(model):
-    """Of four rows one ends in the first segment, and one in the second."""
+def test_rows_that_have_ended_leave_the_cache_at_the_next_border(model):
+    """Of four rows one ends in the first segment and one in the second."""
     shapes, stop = forward_shapes(model)
     lengths = roll(STUDENT, TEACHER, eos_ids=ENDS)["response_mask"].sum(-1)
     stop()
@@ -1297,15 +1303,15 @@ def test_rows_that_ended_leave_the_cache_at_the_next_border(model):
     assert {rows for rows, _ in shapes} == running and len(running) == 3
 
 
-def test_the_tokens_do_not_depend_on_the_segment_length_nor_on_a_teacher():
+def test_greedy_tokens_depend_neither_on_the_segment_length_nor_on_the_teacher():
     expected = roll(STUDENT, eos_ids=ENDS)["response_ids"].tolist()
     for segment_length in (1, 5, 12, 100):
         out = roll(STUDENT, TEACHER, eos_ids=ENDS, segment_length=segment_length)
         assert out["response_ids"].tolist() == expected
 
 
-def test_a_rule_sees_all_rows_so_far_at_each_border_and_decides_for_good():
-    """Row 0 is stopped at 4 tokens; that the rule takes it back later does not wake it."""
+def test_at_each_border_a_rule_gets_all_rows_and_a_row_that_it_stops_stays_stopped():
+    """Row 0 is stopped at 4 tokens; that the rule returns True later does not restart it."""
     seen = []
 
     def rule(length, overlap, mask, ended):
@@ -1318,8 +1324,8 @@ def test_a_rule_sees_all_rows_so_far_at_each_border_and_decides_for_good():
     assert out["response_mask"].sum(-1).tolist() == [4, 12, 12, 12]
 
 
-def test_a_row_that_ended_is_complete_whatever_the_rule_says():
-    """The rule is told who has ended, and stops everybody."""
+def test_rows_that_have_ended_count_as_kept_whatever_the_rule_returns():
+    """The rule is given which rows have ended, and returns False for all."""
     told = []
 
     def rule(length, overlap, mask, ended):
@@ -1328,7 +1334,7 @@ def test_a_row_that_ended_is_complete_whatever_the_rule_says():
 
     out = roll(STUDENT, TEACHER, eos_ids=ENDS, goes_on=rule)
     assert told == [out["ended"].tolist()] == [out["kept"].tolist()] and out["ended"].any()
-    assert out["response_mask"].shape == (4, 4)  # nobody is left after the first border
+    assert out["response_mask"].shape == (4, 4)  # no row is left after the first border
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1337,7 +1343,7 @@ def test_a_row_that_ended_is_complete_whatever_the_rule_says():
 
 @pytest.mark.parametrize("loss", LOSSES)
 @FAMILIES
-def test_the_gradients_are_those_of_plain_autograd_on_full_logits(family, loss):
+def test_loss_and_gradients_equal_autograd_on_full_logits_and_the_teacher_has_none(family, loss):
     student, teacher = family(1), family(2)
     batch = make_batch(student, teacher)
     metrics, grads = update(student, teacher, batch, loss)
@@ -1351,8 +1357,8 @@ MASKS = {"a hole": [0, 1, 2, 6, 7, 8, 9, 10, 11], "the tail": range(2, 12), "the
 
 
 @pytest.mark.parametrize("where", MASKS)
-def test_the_update_learns_where_the_loss_mask_says_and_attends_to_the_whole_response(where):
-    """The rest is context: it is read, it costs nothing, and it does not count in the mean."""
+def test_the_update_trains_on_the_tokens_of_the_loss_mask_with_others_as_context(where):
+    """Other tokens are context only: they have no loss and do not count in the mean."""
     student = tiny_llama(1)
     batch = make_batch(student, TEACHER)
     columns = torch.isin(torch.arange(12), torch.tensor(MASKS[where]))
@@ -1365,7 +1371,7 @@ def test_the_update_learns_where_the_loss_mask_says_and_attends_to_the_whole_res
     assert_same(grads, plain, tolerance=3e-6)
 
 
-def test_a_loss_mask_that_reaches_into_the_padding_learns_nothing_there():
+def test_a_loss_mask_that_covers_padding_does_not_train_on_it():
     student = tiny_llama(1)
     batch = make_batch(student, TEACHER)
     expected = update(student, TEACHER, batch)
@@ -1374,7 +1380,7 @@ def test_a_loss_mask_that_reaches_into_the_padding_learns_nothing_there():
     assert_same(update(student, TEACHER, batch)[1], expected[1])
 
 
-def test_a_step_without_a_token_to_learn_from_changes_nothing():
+def test_a_step_without_a_token_to_train_on_changes_nothing():
     student = tiny_llama(1)
     batch = make_batch(student, TEACHER)
     batch["loss_mask"] = torch.zeros_like(batch["response_mask"])
@@ -1388,8 +1394,8 @@ def test_a_step_without_a_token_to_learn_from_changes_nothing():
     [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"chunk_tokens": 1}, {"chunk_tokens": 5}],
     ids=str,
 )
-def test_the_update_does_not_depend_on_how_the_step_is_cut_into_pieces(change):
-    """The mean is of the whole step: per micro-batch it would favour the tokens of short rows."""
+def test_the_update_does_not_depend_on_micro_batch_size_or_chunk_tokens(change):
+    """The mean is over the step: one per micro-batch would favour the tokens of short rows."""
     student = tiny_llama(1)
     batch = make_batch(student, TEACHER)
     assert len(set(batch["loss_mask"].sum(-1).tolist())) > 1
@@ -1399,7 +1405,7 @@ def test_the_update_does_not_depend_on_how_the_step_is_cut_into_pieces(change):
     assert pieces == pytest.approx(whole, rel=1e-4)
 
 
-def test_the_loss_sees_each_response_token_once_with_its_eos_and_no_prompt_or_padding():
+def test_the_loss_gets_every_response_token_once_including_eos_but_no_prompt_or_padding():
     student, seen = tiny_llama(1), []
     batch = make_batch(student, TEACHER)
 
@@ -1413,8 +1419,8 @@ def test_the_loss_sees_each_response_token_once_with_its_eos_and_no_prompt_or_pa
     assert metrics["num_tokens"] == len(seen)
 
 
-def test_what_is_measured_is_the_mean_over_tokens_whatever_chunk_they_are_in():
-    """One chunk of all but one token; the weights of the loss are none of the measures'."""
+def test_a_measure_is_the_plain_mean_over_tokens_whatever_their_chunk_and_weight():
+    """One chunk has all tokens but one; token_weight applies to the loss, not to measures."""
     student, values = tiny_llama(1), []
     batch = make_batch(student, TEACHER)
     for ids, prompt in rows_of(batch):
@@ -1425,8 +1431,8 @@ def test_what_is_measured_is_the_mean_over_tokens_whatever_chunk_they_are_in():
     assert metrics["reverse_kl"] == pytest.approx(sum(values) / len(values), rel=1e-4)
 
 
-def test_a_loss_on_the_prefix_of_a_full_rollout_is_the_loss_on_a_truncated_rollout():
-    """So what a prefix method does not train on it need not sample."""
+def test_the_gradient_on_the_prefix_of_a_full_rollout_is_that_on_a_truncated_rollout():
+    """So a prefix method need not sample what it does not train on."""
     student = tiny_llama(1)
     full = make_batch(student, TEACHER, eos_ids={V})
     prefix = make_batch(student, TEACHER, eos_ids={V}, max_length=4)
@@ -1436,8 +1442,8 @@ def test_a_loss_on_the_prefix_of_a_full_rollout_is_the_loss_on_a_truncated_rollo
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_tensor_of_all_tokens_times_the_vocabulary_ever_exists(loss, monkeypatch):
-    """Of 320 tokens 60 at once, while judging and in the update."""
+def test_the_logits_of_all_tokens_never_exist_at_once(loss, monkeypatch):
+    """Only those of 60 of the 320 tokens, both in judge and in the update."""
     wide = 2000
     monkeypatch.setattr(opd, "tokens_at_once", lambda vocab_size: 60)
     student, teacher = (tiny_qwen3(seed, vocab_size=wide) for seed in (1, 2))
@@ -1453,7 +1459,7 @@ def test_no_tensor_of_all_tokens_times_the_vocabulary_ever_exists(loss, monkeypa
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(loss):
+def test_a_student_equal_to_its_teacher_has_zero_loss_and_gradient_and_full_overlap(loss):
     student, teacher = tiny_llama(1), tiny_llama(1)
     metrics, _ = update(student, teacher, make_batch(student, teacher), loss)
     assert abs(metrics["loss"]) < 1e-5 and metrics["grad_norm"] < 1e-3
@@ -1467,7 +1473,7 @@ NOT_FINITE = {
 
 
 @pytest.mark.parametrize("what", NOT_FINITE)
-def test_what_is_not_finite_is_raised_before_any_weight_changes(what):
+def test_a_loss_or_gradient_that_is_not_finite_raises_before_any_weight_changes(what):
     student = tiny_llama(1)
     batch, before = make_batch(student, TEACHER), copy.deepcopy(student.state_dict())
     with pytest.raises(FloatingPointError):
@@ -1476,8 +1482,8 @@ def test_what_is_not_finite_is_raised_before_any_weight_changes(what):
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e9])
-def test_a_step_is_as_long_as_the_gradient_or_as_the_clip_and_goes_downhill(max_grad_norm):
-    """With SGD at a rate of 1e-4; the norm that is reported is that before clipping."""
+def test_an_sgd_step_is_the_rate_times_the_clipped_norm_long_and_lowers_the_loss(max_grad_norm):
+    """The norm that is reported is the one before clipping."""
     student = tiny_llama(1)
     batch, before = make_batch(student, TEACHER), copy.deepcopy(student)
     metrics, _ = update(student, TEACHER, batch, lr=1e-4, max_grad_norm=max_grad_norm)
@@ -1492,7 +1498,7 @@ def test_a_step_is_as_long_as_the_gradient_or_as_the_clip_and_goes_downhill(max_
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The loop: where the flags meet the methods
+# 8. The loop
 
 
 @pytest.mark.parametrize(
@@ -1512,14 +1518,14 @@ def test_a_step_is_as_long_as_the_gradient_or_as_the_clip_and_goes_downhill(max_
     ],
     ids=str,
 )
-def test_each_method_goes_as_far_as_its_flags_say_in_steps_1_to_4(changes, lengths):
-    """Under prune to the cap, here 8, which --max_new_tokens holds, too."""
+def test_in_steps_1_to_4_each_method_samples_up_to_the_length_that_its_flags_give(changes, lengths):
+    """For prune that is the cap, here 8, but at most --max_new_tokens."""
     plans = [opd.plan_rollout(flags(**changes), step, cap=8) for step in (1, 2, 3, 4)]
     assert [plan.max_length for plan in plans] == lengths
 
 
 @pytest.mark.parametrize("prefix_length, look_at", [(70, 70), (0, 128)])
-def test_prefix_guided_looks_once_more_behind_its_prefix(prefix_length, look_at):
+def test_prefix_guided_has_one_more_border_at_the_end_of_its_prefix(prefix_length, look_at):
     changes = {"prefix_length": prefix_length, "max_new_tokens": 300, "segment_length": 100}
     plan = opd.plan_rollout(flags(method="prefix-guided", **changes), 1, cap=8)
     assert plan.borders() == sorted([look_at, 100, 200, 300])
@@ -1529,50 +1535,50 @@ SCORES = [[0.9, 0.8], [0.2, 0.1], [0.6, 0.7]]
 
 
 @pytest.mark.parametrize("keep_ratio, kept", [(0.5, 3), (0.7, 4), (0.8, 5), (1.0, 6)])
-def test_prefix_guided_goes_on_with_the_share_of_rows_nearest_to_the_keep_ratio(keep_ratio, kept):
-    """Of six rows 4.2 are four and 4.8 are five: those that select_prefixes takes by overlap."""
+def test_prefix_guided_rounds_keep_ratio_to_whole_rows_and_selects_by_overlap(keep_ratio, kept):
+    """Of six rows, 4.2 becomes four and 4.8 five; select_prefixes says which."""
     keep = chosen(SCORES, keep_ratio=keep_ratio)
     assert keep.tolist() == opd.select_prefixes(torch.tensor(SCORES), kept).tolist()
 
 
-def test_prefix_guided_never_leaves_a_prompt_without_a_candidate():
+def test_prefix_guided_keeps_a_candidate_of_every_prompt_however_low_keep_ratio_is():
     assert chosen(SCORES, keep_ratio=0.1).sum(1).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("probe_window, first_is_better", [(4, True), (5, True), (12, False)])
-def test_the_mean_overlap_in_the_probe_window_is_all_that_counts(probe_window, first_is_better):
-    """Four tokens speak for the first candidate, eight behind them against it."""
+def test_prefix_guided_selects_by_mean_overlap_in_the_probe_window(probe_window, first_is_better):
+    """The first four tokens favour the first candidate, the eight after them the second."""
     flags_of_it = {"at": 12, "prefix_length": 12, "probe_window": probe_window}
     keep = chosen([[0.6, 0.5]], ended=(0, 0), keep_ratio=0.5, **flags_of_it)
     assert keep.tolist() == [[first_is_better, not first_is_better]]
 
 
-def test_prefix_guided_chooses_behind_the_prefix_and_nowhere_else():
+def test_prefix_guided_selects_at_the_end_of_the_prefix_and_at_no_other_border():
     for border, kept in ((4, 6), (6, 3), (8, 6), (12, 6)):
         assert chosen(SCORES, at=border).sum() == kept
 
 
-def test_rows_that_ended_in_the_prefix_take_no_slot_from_others():
-    """The best of all has ended; .6 of eight are five slots, and they go to five others."""
+def test_rows_that_ended_within_the_prefix_take_no_slot_from_running_rows():
+    """The best row has ended; .6 of eight rows is five slots, which go to five others."""
     score = [[0.9, 0.8, 0.7, 0.6], [0.5, 0.4, 0.3, 0.2]]
     keep = chosen(score, ended=[1, 0, 0, 0, 0, 0, 0, 0], keep_ratio=0.6)
     assert keep[0, 1:].all() and keep[1].tolist() == [True, True, False, False]
 
 
-def test_a_prompt_whose_candidates_have_all_ended_takes_a_slot_that_is_one_more():
+def test_a_prompt_whose_candidates_have_all_ended_takes_no_slot_from_the_others():
     keep = chosen(SCORES, ended=[1, 1, 0, 0, 0, 0], keep_ratio=0.5)
     assert keep[1:].tolist() == [[True, False], [True, True]]
 
 
-def test_a_random_selection_keeps_as_many_and_one_of_each_prompt_whatever_their_overlap():
+def test_random_selection_keeps_as_many_rows_and_one_per_prompt_regardless_of_overlap():
     torch.manual_seed(0)
     kept = torch.stack([chosen(SCORES, keep_ratio=0.7, select="random") for _ in range(100)])
     assert (kept.sum((1, 2)) == 4).all() and kept.any(2).all()
     share = kept.double().mean(0)
-    assert share.min() > 0.5 and share.max() < 0.85  # 2/3 each: nobody's place decides
+    assert share.min() > 0.5 and share.max() < 0.85  # 2/3 for each: overlap does not count
 
 
-def test_the_rollout_of_prefix_guided_goes_on_with_those_that_its_overlap_chooses():
+def test_a_prefix_guided_rollout_continues_the_rows_that_its_own_overlap_selects():
     plan = opd.plan_rollout(flags(method="prefix-guided", keep_ratio=0.7), 1, cap=8)
     torch.manual_seed(0)
     changes = {"eos_ids": {V}, "temperature": 1.0, "look_at": plan.look_at}
@@ -1583,7 +1589,7 @@ def test_the_rollout_of_prefix_guided_goes_on_with_those_that_its_overlap_choose
     assert out["response_mask"].sum(-1).tolist() == lengths
 
 
-DRIFT = {"method": "prune", "drift_threshold": 1.1, "w_drop": 0.25}  # every token is a bad event
+DRIFT = {"method": "prune", "drift_threshold": 1.1, "w_drop": 0.25}  # every token is bad
 
 
 @pytest.mark.parametrize(
@@ -1597,16 +1603,16 @@ DRIFT = {"method": "prune", "drift_threshold": 1.1, "w_drop": 0.25}  # every tok
     ],
     ids=str,
 )
-def test_prune_stops_rows_at_the_first_border_where_their_reliability_is_used_up(changes, length):
-    """After 4, 5 and 7 tokens; there are borders after 3, 6 and 9."""
+def test_prune_stops_rows_at_the_first_border_where_their_reliability_is_zero(changes, length):
+    """It is zero from token 4, 5 or 7 on; the borders are at 3, 6, 9 and 12."""
     rule = opd.plan_rollout(flags(**{**DRIFT, **changes}), 1, cap=12).goes_on
     out = roll(STUDENT, TEACHER, eos_ids={V}, segment_length=3, goes_on=rule)
     assert out["response_mask"].sum(-1).tolist() == [length] * 4
     assert out["kept"].tolist() == [length == 12] * 4
 
 
-def test_your_own_rule_is_a_function_of_four_lines(world, tmp_path, monkeypatch, updates):
-    """Go on while the last four tokens overlap by more than half. README.md has it, too."""
+def test_a_rule_of_your_own_needs_only_another_plan_rollout(world, tmp_path, monkeypatch, updates):
+    """Rows go on while their last four tokens overlap by more than half. README.md has one, too."""
 
     def plan(config, step, cap):
         def goes_on(length, overlap, mask, ended):
@@ -1624,7 +1630,7 @@ def test_your_own_rule_is_a_function_of_four_lines(world, tmp_path, monkeypatch,
         assert length in (4, 8, 12) and out["overlap"][row, length - 4 : length].mean() <= 0.5
 
 
-OUT = {  # of two rows, the second stopped by the method
+OUT = {  # two rows; the method stopped the second
     "overlap": torch.tensor([[1.0, 0.4, 0.6, 0], [0.4, 0.4, 0, 0]]),
     "response_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool(),
     "kept": torch.tensor([True, False]),
@@ -1647,7 +1653,7 @@ OUT = {  # of two rows, the second stopped by the method
     ],
     ids=str,
 )
-def test_what_a_rollout_teaches_by_method(changes, weight, learned):
+def test_method_and_flags_decide_what_is_trained_on_and_with_what_weights(changes, weight, learned):
     weights, loss_mask = opd.token_weights(flags(**changes), OUT)
     got = [row[valid].tolist() for row, valid in zip(weights, OUT["response_mask"])]
     assert got == [pytest.approx(row) for row in weight]
@@ -1672,19 +1678,19 @@ def test_what_a_rollout_teaches_by_method(changes, weight, learned):
     ],
     ids=range(6),
 )
-def test_the_loss_is_that_of_the_flags(changes, expected):
+def test_the_token_loss_is_the_one_that_the_flags_name(changes, expected):
     p, q, y = [logits(5, seed=1), logits(5, seed=2), torch.arange(5)]
     close(settings_of(**changes)["token_loss"](p, q, y), expected(p, q, y), rtol=0, atol=0)
 
 
-def test_temperature_divides_the_logits_of_both_models_in_the_loss_and_the_vocabulary_cuts_both():
+def test_for_the_loss_both_models_logits_are_cut_to_the_vocabulary_and_divided_by_temperature():
     settings = settings_of(temperature=2.0)
     for role, model in (("student", STUDENT), ("teacher", TEACHER)):
         hidden = torch.randn(3, model.config.hidden_size)
         close(settings[f"{role}_head"](hidden), model.lm_head(hidden)[:, :20] / 2)
 
 
-def test_the_update_measures_alignment_and_how_far_it_is_from_what_was_sampled():
+def test_the_update_measures_alignment_and_how_far_log_probs_are_from_those_at_sampling():
     p, q, y = [logits(3, seed=1), logits(3, seed=2), torch.arange(3)]
     log_p = p.log_softmax(-1)[torch.arange(3), y]
     sampled_log_probs = torch.tensor([log_p[0] - 0.25, log_p[1] + 0.5, math.nan])
@@ -1693,15 +1699,15 @@ def test_the_update_measures_alignment_and_how_far_it_is_from_what_was_sampled()
     close(measures, opd.alignment(p, q, None, 6))
 
 
-def test_the_misses_of_the_cap_are_counted_over_steps(world, tmp_path):
+def test_the_misses_of_the_cap_are_counted_across_steps(world, tmp_path):
     changes = {"method": "prune", "cap_patience": 2, "max_steps": 5, "eval_file": None}
     steps = train(world, tmp_path, **changes, drift_threshold=1.1, w_drop=1)[1]
     assert [step["max_length"] for step in steps] == [8, 8, 6, 6, 4]
     assert [step["misses"] for step in steps] == [1, 0, 1, 0, 1]
 
 
-def test_each_step_samples_from_what_the_last_one_left(world, tmp_path, monkeypatch, runs):
-    """In bfloat16 the sampler is a copy of the student, whose master weights are float32."""
+def test_each_step_samples_from_the_weights_the_last_one_left(world, tmp_path, monkeypatch, runs):
+    """With bfloat16 the sampler is a rounded copy of the student, whose own weights are float32."""
     sampled_with = []
     rollout = opd.rollout_in_groups
 
@@ -1718,13 +1724,13 @@ def test_each_step_samples_from_what_the_last_one_left(world, tmp_path, monkeypa
     monkeypatch.setattr(opd, "rollout_in_groups", watched)
     monkeypatch.setattr(opd, "extrapolate", jump)
     train(world, tmp_path, dtype="bfloat16", extrapolate=True, max_steps=4, eval_file=None)
-    # After the second step it jumps, after the third one it does not
+    # After step 2 the weights are extrapolated (by .1), after step 3 they are not
     weights = [state["model.layers.0.mlp.up_proj.weight"] for state in sampled_with]
     assert [len(weights), (weights[2] - weights[1]).mean() > 0.09] == [4, True]
     assert not torch.equal(weights[2], weights[3])
 
 
-def test_rates_warm_up_norms_are_clipped_and_weights_do_not_decay(world, tmp_path, monkeypatch):
+def test_rates_warm_up_the_clip_is_passed_on_and_weight_decay_is_zero(world, tmp_path, monkeypatch):
     seen = []
     step = opd.optimizer_step
 
@@ -1741,7 +1747,7 @@ def test_rates_warm_up_norms_are_clipped_and_weights_do_not_decay(world, tmp_pat
     assert [line["learning_rate"] for line in steps] == [0.004, 0.008, 0.008]
 
 
-def test_extrapolation_happens_at_powers_of_two_and_pays_for_its_samples(world, tmp_path):
+def test_extrapolation_runs_at_powers_of_two_and_its_samples_count_as_generated(world, tmp_path):
     _, steps, _ = train(world, tmp_path, extrapolate=True, max_steps=5, eval_file=None)
     assert [line["step"] for line in steps if "extrapolation_k" in line] == [1, 2, 4]
     first = steps[0]
@@ -1749,16 +1755,16 @@ def test_extrapolation_happens_at_powers_of_two_and_pays_for_its_samples(world, 
     assert first["validation_tokens"] > 0 and first["time_validation"] > 0
 
 
-def test_a_rejected_try_leaves_training_as_it_was(world, tmp_path, first_run, monkeypatch):
+def test_rejected_tries_do_not_change_the_losses(world, tmp_path, first_run, monkeypatch):
     monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)  # no try is ever better
     steps = train(world, tmp_path, extrapolate=True, max_steps=4)[1]
     assert [line["loss"] for line in steps] == [line["loss"] for line in first_run[2]]
     assert {line.get("extrapolation_k", 0) for line in steps} == {0}
 
 
-def test_the_next_anchor_is_what_was_accepted(world, tmp_path, monkeypatch, runs):
-    """Else each try would repeat the jumps before it. The first is the student at the start; the
-    student goes on from what was accepted."""
+def test_accepted_weights_become_the_next_anchor_and_student(world, tmp_path, monkeypatch, runs):
+    """Otherwise each try would repeat the extrapolations before it. The first anchor is the
+    initial student."""
     start = transformers.AutoModelForCausalLM.from_pretrained(world / "student")
     accepted, anchors = [opd.movable_weights(start)], []
 
@@ -1791,7 +1797,7 @@ def test_the_next_anchor_is_what_was_accepted(world, tmp_path, monkeypatch, runs
         (r"\boxed{\left\{ 1 \right)}", r"\left\{ 1 \right)"),
     ],
 )
-def test_last_boxed_is_the_last_box_that_closes(text, content):
+def test_last_boxed_is_the_content_of_the_last_box_that_closes(text, content):
     assert opd.last_boxed(text) == content
 
 
@@ -1811,12 +1817,12 @@ def test_last_boxed_is_the_last_box_that_closes(text, content):
         (r"\boxed{1<x<2}", "(1,2)", False),  # math-verify is not symmetric
     ],
 )
-def test_the_last_box_after_any_thoughts_is_the_answer_and_nothing_else(response, gold, right):
-    opd.ask_math_verify("1", "2", seconds=60)  # its first question takes longer than others
+def test_only_the_last_box_after_any_thoughts_is_graded(response, gold, right):
+    opd.ask_math_verify("1", "2", seconds=60)  # the first call takes longer than others
     assert opd.is_correct(response, gold) is right
 
 
-def test_pass_at_k_is_the_share_of_all_draws_of_k_that_hold_a_right_answer():
+def test_pass_at_k_is_the_share_of_all_draws_of_k_that_contain_a_right_answer():
     for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
         if c <= n and k <= n:
             draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
@@ -1824,22 +1830,23 @@ def test_pass_at_k_is_the_share_of_all_draws_of_k_that_hold_a_right_answer():
 
 
 @pytest.mark.parametrize("n, c, k", [(4, 0, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)])
-def test_pass_at_k_refuses_what_cannot_be_drawn(n, c, k):
+def test_pass_at_k_refuses_k_outside_1_to_n_and_c_outside_0_to_n(n, c, k):
     with pytest.raises(ValueError):
         opd.pass_at_k(n, c, k)
 
 
-def test_auroc_by_hand_counts_a_tie_half_and_needs_both_kinds():
-    """Right .9 and .4 against wrong .4 and .1: three pairs and half of the fourth."""
+def test_auroc_counts_a_tie_as_half_and_is_nan_if_one_kind_or_a_score_is_missing():
+    """Right .9 and .4, wrong .4 and .1: of four pairs three are won and one is tied."""
     assert opd.auroc([0.9, 0.4, 0.4, 0.1], [True, False, True, False]) == 3.5 / 4
     assert opd.auroc([0.1, 0.9], [True, False]) == 0
-    assert math.isnan(opd.auroc([0.1, 0.2], [True] * 2) + opd.auroc([0.1, 0.2], [False] * 2))
-    assert math.isnan(opd.auroc([0.1, math.nan], [True, False]))  # nobody judged
-    assert opd.auroc([0.1, 0.9, 0.4], [0, 1, 0]) == 1  # the right ones may be numbers
+    assert math.isnan(opd.auroc([0.1, 0.2], [True, True]))
+    assert math.isnan(opd.auroc([0.1, 0.2], [False, False]))
+    assert math.isnan(opd.auroc([0.1, math.nan], [True, False]))  # a score is missing
+    assert opd.auroc([0.1, 0.9, 0.4], [0, 1, 0]) == 1  # `correct` may be numbers
 
 
-def test_the_error_is_over_problems_and_one_right_answer_passes_a_problem():
-    """Of four problems with two answers each, 2, 1, 0 and 0 are right: .375 of all, half pass."""
+def test_the_standard_error_is_over_problems_and_one_right_answer_passes_a_problem():
+    """Four problems, two answers each, 2, 1, 0 and 0 of them right: .375 of all, and half pass."""
     answers = []
     for index, correct in enumerate([1, 1, 0, 1, 0, 0, 0, 0]):
         facts = {"length": index, "truncated": index < 2, "no_box": index < 4}
@@ -1856,8 +1863,8 @@ def test_the_error_is_over_problems_and_one_right_answer_passes_a_problem():
 TWO = {"prompt_ids": [2, 7, 3], "answer": "1"}, {"prompt_ids": [2, 7, 8, 3], "answer": "2"}
 
 
-def test_an_evaluation_has_random_numbers_of_its_own_and_samples_from_all_unless_told_otherwise():
-    """Neither top_p nor temperature is given."""
+def test_an_evaluation_depends_on_its_own_seed_and_samples_at_temperature_and_top_p_1_by_default():
+    """Not on the global RNG before it. The answers come in order, in batches of up to four rows."""
 
     def sampled(before, **changes):
         torch.manual_seed(before)
@@ -1869,9 +1876,10 @@ def test_an_evaluation_has_random_numbers_of_its_own_and_samples_from_all_unless
 
     shapes, stop = forward_shapes(STUDENT)
     assert sampled(before=0, seed=5) == sampled(before=1, seed=5) != sampled(before=0, seed=6)
+    assert sampled(before=0, seed=5) == sampled(before=0, seed=5, top_p=1.0, temperature=1.0)
     stop()
-    # Four and then two of the six answers, each time
-    assert [rows for rows, columns in shapes if columns > 1] == [2, 1] * 3  # different prompts
+    # The prefills of five evaluations, each of four and then two of the six answers
+    assert [rows for rows, columns in shapes if columns > 1] == [2, 1] * 5  # different prompts
 
 
 def test_the_reward_of_an_answer_is_the_mean_of_log_q_minus_log_p_over_its_tokens(monkeypatch):
@@ -1889,15 +1897,15 @@ def test_the_reward_of_an_answer_is_the_mean_of_log_q_minus_log_p_over_its_token
         assert answer["reward"] == pytest.approx(reward, rel=1e-3, abs=1e-4)
 
 
-def test_a_box_inside_the_thoughts_is_no_box(monkeypatch):
+def test_an_evaluation_counts_a_box_inside_the_thoughts_as_no_box(monkeypatch):
     text = r"\boxed{1} </think> or not"
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "decode", lambda *_, **__: text)
     metrics, _ = evaluate(TWO[0])
     assert metrics["no_box_fraction"] == 1 and metrics["avg_at_n"] == 0
 
 
-def test_an_answer_that_was_begun_goes_on_from_there_and_both_parts_are_graded():
-    """The box, <4> 5 <5>, is in what was begun."""
+def test_a_begun_answer_is_continued_and_both_parts_are_graded_together():
+    """The begun ids 4, 11, 5 are a box around the right answer, 5."""
     problem = {"prompt_ids": [2, 7, 3], "answer": "5", "begun": [4, 11, 5]}
     _, (answer,) = evaluate(problem, max_length=6, temperature=0, num_samples=1)
     prompt = torch.tensor([[2, 7, 3, 4, 11, 5]])
@@ -1906,11 +1914,11 @@ def test_an_answer_that_was_begun_goes_on_from_there_and_both_parts_are_graded()
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Each method from end to end, and resumed
+# All of part I: every method from end to end, and resumed
 
 
-def test_each_update_of_a_method_is_the_loss_by_the_book_where_the_method_learns(whole_run, world):
-    """Of five steps; the weights and the mask are those of token_weights."""
+def test_each_update_of_a_run_has_loss_and_gradients_of_autograd_on_full_logits(whole_run, world):
+    """In all five steps, with the weights and the mask of token_weights."""
     changes, out, seen = whole_run
     teacher = transformers.AutoModelForCausalLM.from_pretrained(world / "teacher")
     steps = [line for line in read(out / "metrics.jsonl") if "loss" in line]
@@ -1923,8 +1931,8 @@ def test_each_update_of_a_method_is_the_loss_by_the_book_where_the_method_learns
         assert learned.any() and line["grad_norm"] > 0.1
 
 
-def test_a_run_has_all_its_steps_evaluations_and_answers(whole_run):
-    """And samples what it scores; only prune moves its cap; a horizon grows from the first step."""
+def test_a_run_logs_all_its_steps_evaluations_and_answers(whole_run):
+    """Log-probs are as sampled; only prune moves its cap; progressive grows by 4 a step to 12."""
     changes, out, _ = whole_run
     lines = read(out / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
@@ -1939,8 +1947,8 @@ def test_a_run_has_all_its_steps_evaluations_and_answers(whole_run):
     assert len(read(out / "samples.jsonl")) == 4 * 3
 
 
-def test_a_run_draws_every_problem_before_any_comes_again(whole_run):
-    """Two of nine a step, twice each."""
+def test_a_run_draws_no_problem_again_while_others_are_left(whole_run):
+    """Two of nine problems per step, with two candidates each: eight in four steps."""
     drawn = []
     for _, batch, _ in whole_run[2][:4]:
         prompts = without_padding(batch["prompt_ids"], batch["prompt_mask"])
@@ -1949,8 +1957,8 @@ def test_a_run_draws_every_problem_before_any_comes_again(whole_run):
     assert len(set(drawn)) == 8
 
 
-def test_a_resumed_run_is_bit_for_bit_the_whole_one(whole_run, world, tmp_path, monkeypatch):
-    """Its last checkpoint is that of step 3, in a folder whose metrics go on to step 5."""
+def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(whole_run, world, tmp_path, monkeypatch):
+    """It starts from the checkpoint of step 3, in a folder whose metrics go on to step 5."""
     changes, out, _ = whole_run
     monkeypatch.setattr(opd, "is_correct", says_a)
     shutil.copytree(out, tmp_path / "killed")
@@ -1960,7 +1968,7 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_one(whole_run, world, tmp_path, 
 
 
 def test_distillation_moves_the_student_towards_the_teacher(world, tmp_path):
-    """Means of five steps at both ends: of the 8 rows of one step, chance would decide."""
+    """Means over the first and the last five steps: one step has only 8 rows, too noisy."""
     changes = {"max_steps": 25, "batch_size": 4, "learning_rate": 6e-3, "loss": "reverse_kl"}
     steps = train(world, tmp_path, eval_file=None, **changes)[1]
 
