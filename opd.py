@@ -1269,11 +1269,13 @@ def join_processes(device):
     """Join the process group, if torchrun started more than one process."""
     if NUM_RANKS == 1 or dist.is_initialized():
         return
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
+    backend = "gloo"
+    if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Lists stay on gloo, which notices when another process has died; NCCL would wait for it
+        backend = "cpu:gloo,cuda:nccl"
     timeout = datetime.timedelta(hours=2)  # one rank may sample much longer than the others
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    dist.init_process_group(backend, timeout=timeout)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # only rank 0 prints
         warnings.simplefilter("ignore")

@@ -913,7 +913,7 @@ def test_no_two_ranks_and_no_two_seeds_draw_the_same_numbers(monkeypatch):
     assert len(numbers) == 6
 
 
-@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "nccl")])
+@pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
 def test_ranks_meet_over_what_their_device_needs(device, backend, monkeypatch):
     """Each on the GPU that torchrun gave it, and with patience: one may sample for long."""
     met, gpus = [], []
