@@ -1,41 +1,41 @@
-# Needs Python 3.11 or newer: .venv is made when missing or out of date. Times are of two CPU cores.
+# Needs Python 3.11 or newer; .venv is made if missing or out of date. Times are on two CPU cores.
 PYTHON ?= python3
 .PHONY: demo test lint bench premises compare conditions real clean
 
-# A tiny teacher and student are made, and one learns from the other: two to three minutes.
+# Makes a tiny teacher and a tiny student and distils one into the other: two to three minutes.
 demo: .venv/ready
 	.venv/bin/python opd.py --output_dir out/demo
 
-# Every claim, offline, on tiny models: two minutes. Three workers: some tests wait.
+# All tests, offline, on tiny models: two minutes. Three workers for two cores: some tests sleep.
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 3 --dist worksteal test_opd.py .ci/test_*.py
 
-# The layout of all Python files, and the usual mistakes: one second. Silent where all is well.
+# Checks the format of all Python files, and for common mistakes: one second. Silent if all is well.
 lint: .venv/ready
 	@.venv/bin/ruff format --quiet --check *.py .ci/*.py
 	@.venv/bin/ruff check --quiet *.py .ci/*.py
 
-# Seconds and bytes of opd.py, beside the plainest way to do the same: eight minutes.
+# Time and memory of opd.py, compared with the plainest way to do the same: eight minutes.
 bench: .venv/ready
 	.venv/bin/python .ci/bench.py
 
-# Does what the papers build on hold in the tiny world? Five minutes.
+# Do the papers' premises hold in the tiny world? Five minutes.
 premises: .venv/ready
 	.venv/bin/python .ci/premises.py out/premises && cp out/premises/premises.txt assets/
 
-# Every method with five seeds, a table and a picture: 25 minutes. Broken off, it goes on.
+# Every method with five seeds, a table and a picture: 25 minutes. If interrupted, run it again.
 compare: .venv/ready
 	.ci/compare.sh
 
-# When does OPD work at all? The same student with five teachers: six minutes.
+# When does OPD work at all? Three teachers, a cold start, student and teacher swapped: six minutes.
 conditions: .venv/ready
 	.ci/conditions.sh
 
-# A real language model of 135M parameters teaches itself: 90 minutes. SMOL=folder without a hub.
+# A real model of 135M parameters distils itself: 90 minutes a seed, two seeds. SMOL=folder: no hub.
 real: .venv/ready
 	.ci/real.sh
 
-# Everything that was made, but for .venv: one second.
+# Removes out/ and all caches, but not .venv: one second.
 clean:
 	rm -rf out __pycache__ .ci/__pycache__ .pytest_cache .ruff_cache
 

@@ -1,10 +1,10 @@
 """
-What opd.py takes, in seconds and bytes, beside the plainest way to do the same: one model.generate
-for all rows, or the logits of all tokens of both models at once and autograd through them.
+Time and memory of opd.py, compared with the plainest way to do the same: one model.generate for all
+rows, or the logits of all tokens of both models at once and autograd through them.
 
     .venv/bin/python .ci/bench.py
 
-Random models, nothing downloaded; under five minutes on two cores.
+The models are random; nothing is downloaded.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import opd
 
 PAD = 0
-CANDIDATES = 4  # of every prompt
-REPEATS = {"cpu": 5, "cuda": 2}  # of everything; on a GPU times scatter less
+CANDIDATES = 4  # per prompt
+REPEATS = {"cpu": 5, "cuda": 2}  # of every job; times vary less on a GPU
 TOP_K = 16
 
 # --------------------------------------------------------------------------------------------------
-# What is measured
+# What is measured: sizes, models, prompts
 
 
 @dataclass
@@ -41,13 +41,13 @@ class Sizes:
     device: str
     dtype: torch.dtype
     vocabulary: int
-    prompts: int  # with 4 candidates each
+    prompts: int  # with CANDIDATES rows each
     prompt_length: int  # at most
     tokens: int  # of the longest response
-    scale_rows: int  # in the smallest step of those that grow
+    scale_rows: int  # of the smallest step in growth_lines
     student: dict
     teacher: dict
-    update_width: int  # hidden size of the models of the update
+    update_width: int  # hidden size of both models in the update
     update_vocabularies: tuple = (32_000, 151_936)
     chunk_rows: tuple = ((102, 24), (151_936, 1))  # vocabulary, rows of 256 tokens
 
@@ -56,9 +56,9 @@ class Sizes:
         return CANDIDATES * self.prompts
 
 
-# 512 rows of wide, shallow models: half of the rows do not halve what a step takes for none (a line
-# of the table shows it). Prompts much shorter than the responses, as in a real run: nobody saves
-# what they take
+# 512 rows of wide, shallow models. Even so, half of the rows take more than half the time (a line
+# of the table shows it). Prompts are much shorter than responses, as in a real run: no method saves
+# their cost
 CPU = Sizes(
     device="cpu",
     dtype=torch.float32,
@@ -132,9 +132,9 @@ def random_model(seed, vocabulary, dtype=torch.float32, **size):
 @torch.no_grad()
 def countdown(seed, vocabulary, drifts=False, device="cpu", **size):
     """
-    A random model that goes on from the token n with n - 1, n - 2, ... down to 0: the last token of
-    a prompt sets how long its response gets, whoever samples it and whatever else is in the batch.
-    drifts: not in the upper half of the vocabulary, where a model without it goes down to the half.
+    A random model that continues the token n with n - 1, n - 2, ... down to 0: the last token of a
+    prompt sets the length of its response, whoever samples it and whatever else is in the batch.
+    drifts: not in the upper half of the vocabulary, where a model without it counts down to V / 2.
     """
     with torch.device(device):
         model = random_model(seed, vocabulary, **size)
@@ -147,7 +147,7 @@ def countdown(seed, vocabulary, drifts=False, device="cpu", **size):
 
 
 def bench_prompts(lengths, vocabulary, longest, drifts=False):
-    """Prompts whose responses get these lengths; drifts: every other row is in the upper half."""
+    """Prompts whose responses get these lengths; drifts: every other one ends in the upper half."""
     rng = random.Random(0)
     prompts = []
     for row, length in enumerate(lengths):
@@ -159,18 +159,18 @@ def bench_prompts(lengths, vocabulary, longest, drifts=False):
 
 
 def skewed(rows, longest):
-    """Response lengths as in reasoning: most are short, their mean a quarter of the longest."""
+    """Response lengths as in reasoning: most are short; the mean is a quarter of the longest."""
     share = torch.arange(1, rows + 1) / rows
     return (longest * share**3).round().clamp(min=1).long()
 
 
 @dataclass
 class Subject:
-    """Two models that count down, the sizes, and what the machine can do."""
+    """Two countdown models, the sizes, and the speed of the machine."""
 
     sizes: Sizes
-    bandwidth: float  # bytes copied in a second
-    operations: float  # of a matrix product in a second
+    bandwidth: float  # bytes per second, of a copy
+    operations: float  # per second, of a matrix product
 
     def __post_init__(self):
         sizes = self.sizes
@@ -181,7 +181,7 @@ class Subject:
         self.law = {"vocab_size": sizes.vocabulary, "eos_ids": self.eos_ids, "pad_id": PAD}
 
     def plan(self, segments=4, **who_goes_on):
-        """Four segments, as 512 of 2,048: of fewer tokens, the calls of generate would be seen."""
+        """Four segments, as 512 of 2,048: in shorter ones the overhead of generate would show."""
         tokens = self.sizes.tokens
         return opd.Plan(tokens, tokens // segments, **who_goes_on)
 
@@ -189,7 +189,7 @@ class Subject:
         return bench_prompts(lengths, self.sizes.vocabulary, self.sizes.prompt_length, drifts=True)
 
     def guided(self):
-        """Half of the rows go on after a quarter."""
+        """Half of the rows go on after a quarter of the tokens."""
         quarter = self.sizes.tokens // 4
         rule = functools.partial(
             opd.best_prefixes,
@@ -201,7 +201,7 @@ class Subject:
         return self.plan(look_at=quarter, goes_on=rule)
 
     def prune(self):
-        """The half that drifts is unreliable after an eighth, and stops at the next border."""
+        """The half that drifts is unreliable after an eighth of the tokens, and stops at 1/4."""
 
         def still_reliable(length, overlap, mask, ended):
             w_drop = 8 / self.sizes.tokens
@@ -211,20 +211,20 @@ class Subject:
 
     def sampling_floor(self, prompt, lengths):
         """
-        Seconds that no program can beat for sampling rows with a prompt and response of so many
-        tokens: every step reads all weights, and the keys and values of the rows that still run.
+        The least seconds in which any program can sample rows with prompts and responses of these
+        lengths: every step reads all weights, and the keys and values of the rows that still run.
         """
         config, embedding = self.student.config, self.student.get_input_embeddings().weight
         of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        weights = self.student.num_parameters() - embedding.numel()  # which is looked up
+        weights = self.student.num_parameters() - embedding.numel()  # those are looked up
         numbers = weights * int(lengths.max())
         numbers += of_a_token * int((prompt * lengths + lengths**2 / 2).sum())
         read = numbers * embedding.element_size() / self.bandwidth
         return max(read, self.forward_floor(self.student, prompt + lengths))
 
     def forward_floor(self, model, lengths):
-        """Seconds that no program can beat for a forward over rows of so many tokens."""
-        embedding = model.get_input_embeddings().weight  # which is looked up, not multiplied
+        """The least seconds in which any program can run a forward over rows of these lengths."""
+        embedding = model.get_input_embeddings().weight  # looked up, not multiplied
         operations = opd.forward_flops(model, lengths) - 2 * embedding.numel() * int(lengths.sum())
         return operations / self.operations
 
@@ -239,8 +239,8 @@ def median(numbers):
 
 def in_turns(jobs, device="cpu", repeats=None):
     """
-    Run the jobs in turns, so that what else the machine does falls on all alike; the first turn is
-    to warm up -> {job: {"seconds", and what the job itself returns: (repeats,)}}
+    Run the jobs in turns, so that other load on the machine hits all of them alike; the first turn
+    is a warm-up -> {job: {"seconds": (repeats,), and the same for all that the job returns}}
     """
     repeats = repeats or REPEATS[device]
     told = {name: [] for name in jobs}
@@ -260,14 +260,14 @@ def in_turns(jobs, device="cpu", repeats=None):
 
 
 def resident(name):
-    """A line of what Linux says of the memory of this process, in bytes."""
+    """A line of /proc/self/status, such as VmRSS, in bytes."""
     with open("/proc/self/status") as file:
         lines = [line.split() for line in file if line.startswith(name)]
     return int(lines[0][1]) * 1024
 
 
 def peak_bytes(job, device="cpu"):
-    """What a job holds at its peak above what was held before; NaN where nothing tells."""
+    """The peak memory of a job above what was held before; NaN if that cannot be measured."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -275,10 +275,10 @@ def peak_bytes(job, device="cpu"):
         return torch.cuda.max_memory_allocated() - before
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is freed goes back at once
+        libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: freed memory goes back to Linux at once
         libc.malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak starts anew from here
+            file.write("5")  # resets the peak
         before = resident("VmRSS")
         job()
         return resident("VmHWM") - before
@@ -288,7 +288,7 @@ def peak_bytes(job, device="cpu"):
 
 @contextlib.contextmanager
 def tokens_computed(model):
-    """A list that fills with the number of tokens of every forward of a model."""
+    """A list that gets the number of tokens of every forward of a model."""
     counted = []
 
     def count(module, args, kwargs):
@@ -303,7 +303,7 @@ def tokens_computed(model):
 
 @contextlib.contextmanager
 def seconds_of(teacher):
-    """A list that fills with the seconds of every forward and head of a teacher in a rollout."""
+    """A list that gets the seconds of every forward and head of a teacher in a rollout."""
     spent = []
 
     def timed(function):
@@ -332,8 +332,8 @@ def exponent(sizes, seconds):
 
 def line(name, ours, baseline, unit=" s", floor=math.nan, value=None, most=None, least=None):
     """
-    One line of the table. Medians over turns (n,); the ratio's, too, which is taken turn by turn.
-    The target is on the ratio, or on a value of its own, which may also be a text.
+    One line of the table: medians over the turns (n,), also of the ratio, taken turn by turn. The
+    target limits the ratio, or value if there is one; value may also be a text, without a limit.
     """
     ratio = median(ours / baseline)
     judged = ratio
@@ -364,15 +364,15 @@ def line(name, ours, baseline, unit=" s", floor=math.nan, value=None, most=None,
 
 
 NOTES = """
-Behind a semicolon: the baseline. Floor: times what it would take to read the bytes at the speed of
-a copy, or to compute at that of a matrix product. Before a target of its own: times faster
-(skewed), time saved / tokens saved (half, guided, prune), the exponent (8 times). Medians of 5
-turns.
+After the semicolon: the baseline. Floor: the time as a multiple of what reading the bytes at the
+speed of a copy, or computing at that of a matrix product, would take. A number before a target:
+times faster (skewed), time saved / tokens saved (half, guided, prune), the exponent (8 times).
+Medians of 5 turns, on a GPU of 2; memory is measured once.
 """
 
 
 def bench_table(rows):
-    """Dicts of texts -> lines in columns, under their names."""
+    """Dicts of texts -> the lines of a table, the first of which has the names."""
     rows = [{name: name for name in rows[0]}, *rows]
     widths = {}
     for name in rows[0]:
@@ -398,7 +398,7 @@ def machine_name(device):
 
 
 def machine_rates(device):
-    """Bytes copied, and operations of a matrix product, in a second."""
+    """-> bytes per second of a copy, operations per second of a matrix product"""
     dtype, side = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 2048)
     a = torch.ones(side, side, device=device, dtype=dtype)
     product = torch.empty_like(a)
@@ -444,7 +444,7 @@ def generate_job(subject, prompts):
 
 
 def rollout_job(subject, prompts, plan, teacher=None):
-    """teacher_pass: the seconds of its forward and head alone."""
+    """A job. teacher_pass: the seconds of the teacher's forward and head alone."""
     top_k = TOP_K if teacher else 0
 
     def job():
@@ -462,12 +462,12 @@ def rollout_job(subject, prompts, plan, teacher=None):
 
 
 def rollout_lines(subject):
-    """Sampling alone, and with the rules of prefix-guided OPD and Prune-OPD."""
+    """Sampling alone, then with the rules of prefix-guided OPD and of Prune-OPD."""
     tokens, rows = subject.sizes.tokens, subject.sizes.rows
     lengths = {"equal": torch.full((rows,), tokens), "skewed": skewed(rows, tokens)}
     equal = subject.prompts(lengths["equal"])
     uneven = subject.prompts(lengths["skewed"])
-    jobs = {  # what is compared runs close together
+    jobs = {  # jobs that are compared run close together
         "prune": rollout_job(subject, equal, subject.prune(), subject.teacher),
         "generate equal": generate_job(subject, equal),
         "equal": rollout_job(subject, equal, subject.plan()),
@@ -482,7 +482,7 @@ def rollout_lines(subject):
     table = []
     for name, prompts in (("equal", equal), ("skewed", uneven)):
         ours, plain = seen[name], seen[f"generate {name}"]
-        # Both sides sampled what they were asked for
+        # Both sides sampled the lengths that the prompts set
         total = int(lengths[name].sum())
         assert {*ours["tokens"].tolist(), *plain["tokens"].tolist()} == {total}
         target = {"most": 1.05}
@@ -496,12 +496,12 @@ def rollout_lines(subject):
 
 
 def selection_lines(seen, total_tokens):
-    """What is saved where half of the rows stop after a quarter, and what finding them takes."""
+    """What is saved if half of the rows stop after a quarter, and what choosing them costs."""
     assert {*seen["unprobed"]["tokens"].tolist()} == {total_tokens * 5 // 8}
     assert {*seen["prune"]["tokens"].tolist()} == {total_tokens * 5 // 8}
     whole, plain = seen["generate equal"]["seconds"], seen["unprobed"]["seconds"]
-    # The probe has a line of its own: guided rollouts run without it, and what it took there is
-    # taken from prune, which cannot run without it, and scores as many tokens
+    # The probe has a line of its own. Guided rollouts can run without it; prune cannot, so the
+    # probe's seconds there are subtracted: both score as many tokens
     probe = seen["guided"]["seconds"] - seen["guided"]["teacher_pass"] - plain
     pruned = seen["prune"]["seconds"] - seen["prune"]["teacher_pass"]
     compared = (
@@ -520,7 +520,7 @@ def selection_lines(seen, total_tokens):
 
 
 def prompt_lines(subject):
-    """A rollout of prompts as long as the responses, read once, and once for every candidate."""
+    """Rollouts of prompts as long as the responses, prefilled once, or once per candidate."""
     length, count = subject.sizes.tokens, max(1, subject.sizes.prompts // 4)
     rng = random.Random(0)
     shared, own = [], []
@@ -528,7 +528,7 @@ def prompt_lines(subject):
         ids = [rng.randrange(2, subject.sizes.vocabulary) for _ in range(length - 2)]
         for candidate in range(CANDIDATES):
             shared.append([prompt, *ids, length])
-            # Another first token makes it another prompt
+            # Another first token makes every candidate a prompt of its own
             own.append([prompt * CANDIDATES + candidate, *ids, length])
     jobs = {}
     for name, prompts in (("once", shared), ("each", own)):
@@ -537,7 +537,7 @@ def prompt_lines(subject):
 
     once, each = seen["once"], seen["each"]
     assert once["tokens"].tolist() == each["tokens"].tolist()
-    # The last column of a prompt is read with the response
+    # The last column of a prompt is computed with the response
     copies = (CANDIDATES - 1) * count * (length - 1)
     assert {*(each["computed"] - once["computed"]).tolist()} == {copies}
     name = f"rollout, prompts of {length}, once; for each"
@@ -562,7 +562,7 @@ def full_logits_step(
     measure,
     **_,
 ):
-    """What train_step computes, by the book: all logits at once, one loss, one backward."""
+    """What train_step computes, the plain way: all logits at once, one loss, one backward."""
     learned, T = batch["loss_mask"], batch["loss_mask"].shape[1]
     ids = torch.cat([batch["prompt_ids"], batch["response_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["response_mask"]], dim=1)
@@ -588,7 +588,7 @@ def full_logits_step(
 
 
 def update_settings(student, teacher, vocabulary, loss, rows, autocast=None):
-    """The settings of a real run with these flags."""
+    """The settings that a run with these flags passes to the update."""
     config = opd.Config(loss=loss, overlap_k=TOP_K, micro_batch_size=rows)
     run = opd.Run({}, [], student=student, teacher=teacher, vocab_size=vocabulary)
     run.autocast, run.sampling = autocast, {"vocab_size": vocabulary}
@@ -597,7 +597,7 @@ def update_settings(student, teacher, vocabulary, loss, rows, autocast=None):
 
 
 def made_up_update(vocabulary, width, device="cpu", rows=8, tokens=256, loss="reverse_kl"):
-    """Small random models and a batch -> (student, optimizer, batch, learning rate), settings"""
+    """Random models and a random batch -> (student, optimizer, batch, learning rate), settings"""
     size = dict(
         hidden_size=width,
         intermediate_size=48,
@@ -635,7 +635,7 @@ def made_up_update(vocabulary, width, device="cpu", rows=8, tokens=256, loss="re
 
 
 def update_jobs(vocabulary, width, device, rows):
-    """One step on the same batch, with the loss in chunks and on full logits."""
+    """One update on the same batch: with the loss in chunks, and on full logits."""
     made, settings = made_up_update(vocabulary, width, device, rows)
     return {
         "ours": functools.partial(opd.train_step, *made, **settings),
@@ -649,7 +649,7 @@ def same_results(seen, other):
 
 
 def update_lines(sizes):
-    """The seconds of an update, beside full logits."""
+    """The seconds of an update, compared with full logits."""
     table = []
     for V in sizes.update_vocabularies:
         jobs = update_jobs(V, sizes.update_width, sizes.device, rows=1)
@@ -662,7 +662,7 @@ def update_lines(sizes):
 
 
 def chunk_lines(sizes):
-    """The seconds of an update with chunks of so many elements, and of 192 tokens."""
+    """The seconds of an update in chunks of tokens_at_once, compared with chunks of 192 tokens."""
     table = []
     for V, rows in sizes.chunk_rows:
         made, settings = made_up_update(V, sizes.update_width, sizes.device, rows)
@@ -678,7 +678,7 @@ def chunk_lines(sizes):
 
 
 def memory_lines(sizes):
-    """The bytes of an update, beside full logits."""
+    """The peak memory of an update, compared with full logits."""
     table = []
     for V in sizes.update_vocabularies:
         peak = {}
@@ -695,7 +695,7 @@ def memory_lines(sizes):
 
 
 def step_job(subject, student, prompts):
-    """A rollout and an update, as a run does them -> seconds by phase, tokens computed"""
+    """A rollout and an update, as in a run -> a job that returns seconds by phase and tokens"""
     on_gpu = subject.sizes.device == "cuda"
     bf16 = torch.autocast(subject.sizes.device, torch.bfloat16, enabled=on_gpu)
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, weight_decay=0.0)
@@ -727,7 +727,7 @@ def step_job(subject, student, prompts):
 
 
 def step_lines(subject, student):
-    """A step of skewed lengths: its seconds by phase, and what is computed for nothing."""
+    """A step of skewed lengths: its seconds by phase, and what is computed in vain."""
     lengths = skewed(subject.sizes.rows, subject.sizes.tokens)
     prompts = subject.prompts(lengths)
     prompt = torch.tensor([len(prompt) for prompt in prompts])
@@ -756,7 +756,7 @@ def step_lines(subject, student):
 
 
 def growth_lines(subject, student):
-    """How a step grows with the response length and with the batch."""
+    """How the seconds of a step grow with the response length and with the batch."""
     eighth, rows = subject.sizes.tokens // 8, subject.sizes.scale_rows
     times = (1, 2, 4, 8)
     drawn = {
@@ -778,7 +778,7 @@ def growth_lines(subject, student):
 
 
 def plan_line(subject):
-    """The memory that the steps will take, and the seconds of all lines, from one short rollout."""
+    """A line: the memory that the steps will need; the seconds of it all, from a short rollout."""
     sizes, student, teacher = subject.sizes, subject.student, subject.teacher
     cache = sum(opd.check_model(model, False) for model in (student, teacher))
     context = contextlib.nullcontext()
@@ -790,12 +790,12 @@ def plan_line(subject):
         columns=sizes.prompt_length + sizes.tokens,
         vocab=sizes.vocabulary,
         cache=cache,
-        # Of four rows in the update, beside the caches of all
+        # The update keeps four rows; the caches are of all rows
         kept=4 * opd.kept_for_backward(student, context, False) // sizes.rows,
     )
     columns = 16
     prompts = subject.prompts(torch.full((sizes.rows,), columns))
-    for _ in range(2):  # the first one is to warm up
+    for _ in range(2):  # the first one is a warm-up
         began = opd.clock(student.device)
         opd.rollout(student, None, prompts, opd.Plan(columns, columns), **subject.law)
         column = (opd.clock(student.device) - began) / columns
@@ -818,7 +818,7 @@ def bench(sizes, rates):
         *chunk_lines(sizes),
         *step_lines(subject, student),
         *growth_lines(subject, student),
-        *memory_lines(sizes),  # last: what it asks of malloc takes time
+        *memory_lines(sizes),  # last: its malloc settings slow down what follows
     ]
 
 

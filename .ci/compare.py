@@ -1,9 +1,9 @@
 """
 The runs of compare.sh as a table and a picture: compare.py FOLDER PICTURE
 
-A method is set beside plain OPD of the same seed: at the end, and where plain OPD's curve had
-sampled as many tokens and trained for as many seconds; beyond its end that is its end. Differences
-are means over the seeds, with 95% intervals of Student's t.
+A method is compared with plain OPD of the same seed: at the end, and on plain OPD's curve at as
+many sampled tokens and as many seconds of training; past the curve its end counts. Differences are
+means over the seeds, with 95% intervals of Student's t.
 """
 
 import glob
@@ -26,7 +26,7 @@ TITLES = [
 
 
 def interval(values, sign=""):
-    """Of fractions, one a seed: mean±half the interval, in %"""
+    """Fractions, one per seed -> "mean±half of the 95% interval", in %"""
     if len(values) < 2:
         return f"{100 * np.mean(values):{sign}.1f}"
     half = QUANTILE[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
@@ -34,8 +34,8 @@ def interval(values, sign=""):
 
 
 def minus_opd(run, plain, place):
-    """How far a run ends above plain OPD where that was as far, 0 in tokens, 1 in seconds, and
-    whether that was measured: not before the first evaluation after a step, nor beyond the last
+    """A run's final accuracy minus plain OPD's at as many tokens (place 0) or seconds (1); and
+    whether that point lies between plain OPD's first evaluation after a step and its last
     """
     spent = run["curve"][-1][place]
     curve = list(zip(*plain["curve"]))
@@ -48,7 +48,7 @@ def mean(runs, when, key):
 
 
 def row(name, runs, plain):
-    """A method's runs and plain OPD's, {seed: run} of the same seeds -> a line of the table"""
+    """runs of a method and plain OPD's, both {seed: run} with the same seeds -> a table line"""
     # Differences, seed by seed
     pairs = [(runs[seed], plain[seed]) for seed in runs]
     minus = ["", "", ""]
@@ -58,7 +58,7 @@ def row(name, runs, plain):
             ends, measured = zip(*[minus_opd(*pair, place) for pair in pairs])
             minus.append(interval(ends, "+") + "*" * (not all(measured)))
 
-    # What it cost: plain OPD in thousands of tokens and in seconds, the others in its cost
+    # Costs: plain OPD's in thousands of tokens and in seconds, the others' as multiples of them
     cost = []
     for key, unit in (("generated_tokens", 1000), ("seconds", 1)):
         spent = mean(runs, "last", key)
@@ -71,7 +71,7 @@ def row(name, runs, plain):
 
 
 def draw(methods, plain):
-    """Plain OPD's curve and where each method ends, against tokens and seconds -> figure"""
+    """Plain OPD's curve and the end of each method, over tokens and over seconds -> figure"""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -100,7 +100,7 @@ def main(folder, picture):
     for path in glob.glob(f"{folder}/*/seed-*/done"):
         name, seed, _ = os.path.relpath(path, folder).split(os.sep)
         methods.setdefault(name, {})[seed] = opd.read_run(folder, f"{name}/{seed}")
-    # The seeds that all have, and plain OPD in front
+    # Only seeds that all methods have finished; plain OPD first
     seeds = sorted(set.intersection(*map(set, methods.values())))
     methods = {name: {seed: methods[name][seed] for seed in seeds} for name in sorted(methods)}
     plain = methods.pop("opd")

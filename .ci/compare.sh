@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every method from the same tiny student, with five seeds: of what both models learned from, the
-# data, the sampling. Two runs at a time; one that is done is not done again.
+# Every method with five seeds. A seed sets what both models were trained on, the problems and the
+# sampling: its methods share one student. Two runs at a time; those that are done are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEEDS="0 1 2 3 4"
@@ -19,8 +19,8 @@ for seed in $SEEDS; do
     mv $one.partial $one
 done
 
-# A method a line: its name, world and flags. The prefixes are the papers' shares of the cap, 256.
-# guided-random and one-prompt are controls. Plain OPD has a curve, and is graded as the others are
+# One method per line: name, world, flags. The prefixes are the papers' shares of the cap, 256.
+# guided-random and one-prompt are controls. Plain OPD is also evaluated on the way, for its curve
 end="--eval_first none --eval_every 0"
 for seed in $SEEDS; do
     while read -r method world flags; do

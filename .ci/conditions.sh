@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# What has to hold for OPD to work at all [Rethinking-OPD]: a teacher that writes as the student
-# does, and knows more. Two runs at a time; one that is done is not done again.
+# What has to hold for OPD to work at all [Rethinking-OPD]: the teacher writes as the student does,
+# and knows more. Two runs at a time; a run that is done with the same flags is skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The student is the same in all three. The teachers: the demo's; one of other favourite synonyms;
-# one that writes "a 4 +3" for "a +3 4", taught for longer, which yet solves fewer
+# The student is the same in all three. The teachers: the demo's; one with other favourite synonyms;
+# one that writes "a 4 +3" for "a +3 4", trained for longer, and still solving fewer problems
 xargs -P 2 -L 1 .ci/world.sh << 'END'
 seed-0       seed=0
 other-words  seed=0 teacher_habit=6
 other-order  seed=0 teacher_order=-1 teacher_steps=250
 END
 
-# In the fourth, student and teacher are exchanged
+# In the fourth world, student and teacher are swapped
 if [ ! -e out/world/reverse ]; then
     rm -rf out/world/reverse.partial
     cp -r out/world/seed-0 out/world/reverse.partial
@@ -22,7 +22,7 @@ if [ ! -e out/world/reverse ]; then
     mv out/world/reverse.partial out/world/reverse
 fi
 
-# The paper: 1 learns, 2 and 3 learn little, 4 learns, 5 falls back
+# In the paper the student of 1 and 4 improves, that of 2 and 3 hardly, that of 5 gets worse
 xargs -P 2 -L 1 .ci/one_run.sh << 'END'
 conditions/1-compatible   seed-0
 conditions/2-other-words  other-words

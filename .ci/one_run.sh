@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# one_run.sh NAME WORLD [FLAG ...]: a run of opd.py in out/NAME, on a copy of out/world/WORLD,
-# unless it is done with the same flags. FLAGS="--max_steps 2" make compare: more flags for all.
+# one_run.sh NAME WORLD [FLAG ...]: runs opd.py in out/NAME, on a copy of out/world/WORLD, unless
+# that run is done with the same flags. FLAGS="--max_steps 2" make compare: more flags for all runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=out/$1 world=out/world/$2
@@ -15,6 +15,6 @@ cp -r "$world" "$run/world"
 if ! .venv/bin/python opd.py --output_dir "$run" "$@" ${FLAGS:-} > "$run/log" 2>&1; then
     echo "failed; the end of $run/log:"
     tail -n 3 "$run/log"
-    exit 255  # xargs starts no other
+    exit 255  # makes xargs start no more runs
 fi
 echo "$told" > "$run/done"

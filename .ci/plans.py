@@ -1,6 +1,6 @@
 """
-What opd.py would plan for five pairs of models on GPUs, with the default flags: which fit, how many
-rows at once, and the bytes. No GPU, no weights: the shapes are those of the published models.
+What opd.py would plan for pairs of models on GPUs, with the default flags: which fit, how many rows
+at once, and the bytes. It needs neither a GPU nor weights, only the shapes of published models.
 
     .venv/bin/python .ci/plans.py > assets/plans.txt
 """
@@ -20,7 +20,7 @@ import opd
 # d_model, d_ff, layers, query heads, key-value heads, head width, tied head, family
 SHAPES = {
     "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 64, True, "Qwen2"),
-    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 128, False, "Qwen2"),  # untied, as R1-Distill has it
+    "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 128, False, "Qwen2"),  # untied, as in R1-Distill
     "Qwen3-0.6B": (1024, 3072, 28, 16, 8, 128, True, "Qwen3"),
     "Qwen3-1.7B": (2048, 6144, 28, 16, 8, 128, True, "Qwen3"),
     "Qwen3-4B": (2560, 9728, 36, 32, 8, 128, True, "Qwen3"),
@@ -54,7 +54,7 @@ def shape_config(name, vocabulary=VOCABULARY, layers=None):
 
 
 def stand_in(name):
-    """What the plan asks of a model, without its weights."""
+    """What the plan needs to know of a model, without its weights."""
     config = shape_config(name)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -64,11 +64,11 @@ def stand_in(name):
 
 def cache_bytes(name):
     _, _, layers, _, keys, width, _, _ = SHAPES[name]
-    return 2 * 2 * layers * keys * width  # keys and values, of 2 bytes
+    return 2 * 2 * layers * keys * width  # keys and values, 2 bytes each
 
 
 def kept_bytes(name):
-    """Measured on two layers and one: what a layer keeps, and what it recomputes from."""
+    """Bytes per token kept for backward: the input of each layer, and all of one, as measured."""
     layers = SHAPES[name][2]
     autocast = torch.autocast("cpu", torch.bfloat16)
     kept = []
@@ -81,11 +81,11 @@ def kept_bytes(name):
 
 
 def plan(student, teacher, gigabytes):
-    """-> cells of one row"""
+    """-> the cells of one row of the table"""
     config = opd.Config(student=student, teacher=teacher, train_file=["x"], eval_file=["x"])
     run = opd.Run({}, [], device=torch.device("cuda"), vocab_size=VOCABULARY)
     run.student, run.teacher = stand_in(student), stand_in(teacher)
-    run.sampler = None  # a copy
+    run.sampler = None  # not the student itself: a bfloat16 copy
     run.cache_bytes = [cache_bytes(student), cache_bytes(teacher)]
     run.kept_bytes = kept_bytes(student)
     run.pools, run.evals = [[PROMPT]], {"eval": [PROMPT] * 30}

@@ -1,9 +1,9 @@
 """
-Can the papers be right in the tiny world? What they build on, measured before any method is
-compared in it, in a world of a seed that the comparison does not use: premises.py FOLDER
+Can the papers be right in the tiny world? Their premises, measured before any method is compared
+in it, in a world whose seed the comparison does not use: premises.py FOLDER
 
-A row has drifted where its author mumbles. A token is before the drift if what the model had read
-was still sound: the first mumbled word, which sound words led to, belongs to it.
+A row drifts at its first mumbled word. That word still counts as before the drift, since the model
+chose it in a sound context; all tokens after it are after the drift.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ import opd
 SEED = 100  # of the world
 PARTS = 8  # of the longest response
 DEPTHS = [10, 25, 50, 75, 90]  # percent of an answer
-STEPS, BUDGET, REPEATS = 6, 1000, 3  # of what is learned: updates, tokens of each, how often
+STEPS, BUDGET, REPEATS = 6, 1000, 3  # of part 3: updates, tokens per update, seeds
 
 
 def open_world(folder, world, **changes):
-    """A run of the tiny world that has not begun -> its flags and itself"""
+    """A run of the tiny world, ready for its first step -> (config, run)"""
     files = {"train_file": [f"{world}/train.jsonl"], "eval_file": [f"{world}/eval.jsonl"]}
     models = {"student": f"{world}/student", "teacher": f"{world}/teacher"}
     config = dataclasses.replace(opd.TINY, **files, **models, output_dir=folder, **changes)
@@ -30,7 +30,7 @@ def open_world(folder, world, **changes):
 
 
 def sample(config, run, step):
-    """The candidates of a step of plain OPD -> rollout's dict, which tokens come after a drift"""
+    """The rollout of a step of plain OPD -> (its dict, (B, T) bool: tokens after a drift)"""
     prompts = [problem["prompt_ids"] for problem in opd.draw_prompts(config, run, step)]
     settings = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
     plan = opd.plan_rollout(config, step, run.cap)
@@ -47,7 +47,7 @@ def mean_of(values, mask):
 
 
 def overlaps(out, after):
-    """Overlap by position, of rows that drift and of the others -> lines"""
+    """Overlap by position, for rows that drift and for the others -> lines of the table"""
     overlap, mask = out["overlap"], out["response_mask"]
     drifted = (after & mask).any(-1)[:, None]
     lines = []
@@ -61,12 +61,12 @@ def overlaps(out, after):
 
 
 def learn(folder, world, side, seed):
-    """Learn from so many tokens a step that the first student says, of rows that drift, before or
-    after they do, or of the others -> accuracy
+    """Train on BUDGET tokens per step, sampled by the initial student, of one side: "before" or
+    "after" the drift in rows that drift, or "elsewhere", in the other rows -> accuracy
     """
     config, run = open_world(f"{folder}/{side}-{seed}", world, seed=seed, batch_size=32)
-    # All of it from the student as it was: one that has learned drifts no more. draw_prompts seeds
-    # torch: all sides of a seed see the same rows
+    # All rows are from the initial student: a trained one no longer drifts. draw_prompts seeds
+    # torch, so with one seed all sides see the same rows
     for out, after in [sample(config, run, step) for step in range(1, STEPS + 1)]:
         mask = out["response_mask"]
         drifted = (after & mask).any(-1)[:, None]

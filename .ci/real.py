@@ -1,8 +1,8 @@
 """
 The runs of real.sh as a table: real.py FOLDER
 
-Who is graded, before and after: right, boxed and stopped answers; overlap in the first step and in
-the last, in four parts of the responses; what it took.
+The models before training, then the student after each run: right, boxed and stopped answers, the
+overlap in four parts of the responses (first step, last step), tokens and seconds.
 """
 
 import glob
@@ -17,7 +17,7 @@ TITLES = ROW.format("in %", "right", "boxed", "stopped", "overlap by position", 
 
 
 def graded(name, record, overlap, tokens="", seconds=""):
-    """A line of the table. record: an evaluation of metrics.jsonl"""
+    """A line of the table. record: that of an evaluation in metrics.jsonl"""
     (told,) = record["eval"].values()
     right = f"{100 * told['avg_at_n']:.1f}±{100 * told['se']:.1f}"
     shares = [f"{100 * told[key]:.1f}" for key in ("answered_fraction", "stopped_fraction")]
@@ -25,13 +25,13 @@ def graded(name, record, overlap, tokens="", seconds=""):
 
 
 def by_position(record):
-    """The overlap of a step in four parts of its responses -> str"""
+    """The mean overlap of a step in four parts of its responses -> str"""
     parts = np.array_split(record["overlap_by_position"], 4)
     return " ".join(f"{np.mean(part):.2f}" for part in parts)
 
 
 def of_run(name, records):
-    """metrics.jsonl of a run -> lines: those graded before the first step, and the run's own"""
+    """metrics.jsonl of a run -> lines: models evaluated before step 1, then the run's result"""
     steps = [record for record in records if "loss" in record]
     *before, after = [record for record in records if "eval" in record]
     lines = []
@@ -49,7 +49,7 @@ def main(folder):
     with open(f"{folder}/prompts.txt", encoding="utf-8") as file:
         print(file.read())
     print(TITLES)
-    # The first is opd/seed-0, before which the others are graded
+    # The first run, opd/seed-0, is the one that also evaluated the untrained models
     for done in sorted(glob.glob("*/seed-*/done", root_dir=folder)):
         path = os.path.dirname(done)
         with open(f"{folder}/{path}/metrics.jsonl", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A real language model teaches itself on a CPU: asked as anybody would, it learns from what it says
-# with the solution in its prompt [OPSD]. One that is done is not done again.
+# A real language model distils itself on a CPU: the student samples after the plain prompt; the
+# same model with the solution in its prompt is the teacher [OPSD]. Runs that are done are skipped.
 #     SMOL=folder SEEDS="0 1" STEPS=24 SAMPLES=4 .ci/real.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ mkdir -p $out
 head -n 400 assets/word_problems.jsonl > $out/train.jsonl
 tail -n 100 assets/word_problems.jsonl > $out/eval.jsonl
 
-# Which prompt makes a teacher of it? The last row is the one taken here
+# Which prompt makes it a useful teacher? The one of the last row is used here
 if [ ! -e $out/prompts.txt ]; then
     .venv/bin/python .ci/teacher_prompts.py "$SMOL" $out/train.jsonl 24 > $out/prompts.part
     mv $out/prompts.part $out/prompts.txt
@@ -29,7 +29,7 @@ Answer:'
 learn() {  # method and seed, flags
     if [ -e "$out/$1/done" ]; then return; fi
     echo "running $out/$1"
-    # shellcheck disable=SC2086  # the flags are words
+    # shellcheck disable=SC2086  # the flags are to be split into words
     .venv/bin/python opd.py --student "$SMOL" --teacher_prompt_template "$told" \
         --prompt_template "$asked" --train_file $out/train.jsonl --eval_file $out/eval.jsonl \
         --batch_size 3 --num_generations 4 --max_new_tokens 48 --segment_length 16 \
@@ -42,7 +42,7 @@ learn() {  # method and seed, flags
     touch "$out/$1/done"
 }
 
-# What the models were before any step is asked once
+# Only the first run evaluates the untrained models: they are the same in all runs
 first=both
 for seed in ${SEEDS:-0 1}; do
     while read -r name flags; do

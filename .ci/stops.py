@@ -1,9 +1,9 @@
 """
 What a second stop token does, and what merge_stops does about it: stops.py FOLDER WORLD
 
-The tiny world's student, but for one thing: what it has learned of <end> it knows of <pad>. So both
-end answers equally well, with different tokens, as a base model and a chat teacher do. It learns
-with --no_merge_stops and without, and a table shows what became of its answers.
+In the tiny world's student the weights of <end> and <pad> are swapped. It ends its answers as often
+as before, but with another token than the teacher, as a base student with a chat teacher does. It
+is trained without --no_merge_stops and with it; a table shows its answers before and after.
 """
 
 import json
@@ -27,7 +27,7 @@ def stop_with_pad(world):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     with torch.no_grad():
-        rows = model.get_input_embeddings().weight  # the head's, too: they are tied
+        rows = model.get_input_embeddings().weight  # also those of the head: they are tied
         rows[[pad, end]] = rows[[end, pad]]
     tokenizer.eos_token = tokenizer.pad_token
     model.generation_config.eos_token_id = pad

@@ -1,8 +1,8 @@
 """
-What a teacher should read so that it is worth listening to: teacher_prompts.py MODEL FILE [COUNT]
+Which prompt makes a model a useful teacher of itself? teacher_prompts.py MODEL FILE [COUNT]
 
-The same model answers COUNT problems of FILE, each once at temperature .7, asked as the student is
-and then with the solution in its prompt, in several ways. The last is what real.sh takes.
+The model answers the first COUNT problems of FILE, once each at temperature .7: with the student's
+prompt, then with the solution in the prompt, in several ways. real.sh uses the last one.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""What bench.py measures is what it says."""
+"""That bench.py measures what it says."""
 
 import torch
 
@@ -41,7 +41,7 @@ def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_every_line_of_the_table_has_a_name_and_a_ratio(monkeypatch):
+def test_all_21_lines_of_the_table_have_different_names_and_finite_ratios(monkeypatch):
     take_turns = bench.in_turns
     monkeypatch.setattr(bench, "in_turns", lambda jobs, device: take_turns(jobs, device, 1))
     rows = bench.bench(replace(SIZES, tokens=16), (1e9, 1e9))
@@ -49,8 +49,8 @@ def test_every_line_of_the_table_has_a_name_and_a_ratio(monkeypatch):
     assert [row["line"] for row in rows if not math.isfinite(float(row["ratio"]))] == []
 
 
-def test_both_sides_sample_exactly_the_lengths_that_were_asked_for():
-    """Among them a row of 1 token, rows of the upper half, and rows that leave on the way."""
+def test_the_rollout_and_generate_sample_exactly_the_lengths_that_the_prompts_set():
+    """Among them rows of 1 token, rows of the upper half, and rows that leave at a border."""
     lengths = bench.skewed(8, 32)
     prompts = SUBJECT.prompts(lengths)
     ours = opd.rollout(SUBJECT.student, None, prompts, SUBJECT.plan(), **SUBJECT.law)
@@ -62,7 +62,7 @@ def test_both_sides_sample_exactly_the_lengths_that_were_asked_for():
 
 
 @pytest.mark.parametrize("plan", [SUBJECT.prune(), SUBJECT.guided()], ids=["prune", "guided"])
-def test_the_rows_of_the_upper_half_drift_and_no_others(plan):
+def test_the_rules_stop_the_rows_of_the_upper_half_and_no_others(plan):
     prompts = SUBJECT.prompts([32] * 8)
     out = opd.rollout(SUBJECT.student, SUBJECT.teacher, prompts, plan, overlap_k=1, **SUBJECT.law)
     assert out["kept"].tolist() == [True, False] * 4
@@ -76,7 +76,7 @@ def test_the_skewed_lengths_have_a_mean_of_a_quarter_of_the_longest():
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "topk", "sampled"])
 def test_the_baseline_on_full_logits_has_the_gradient_of_train_step(loss):
-    """With weights that differ, and a hole in what is learned."""
+    """With different token weights, and a gap in the loss mask."""
     made, settings = bench.made_up_update(102, 16, rows=3, tokens=8, loss=loss)
     student, _, batch, _ = made
     batch["token_weight"] = torch.rand(3, 8)
@@ -89,10 +89,10 @@ def test_the_baseline_on_full_logits_has_the_gradient_of_train_step(loss):
     torch.testing.assert_close(gradients(student), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_the_fitted_exponent_of_made_up_times_is_theirs():
+def test_the_exponent_fitted_to_made_up_times_is_the_one_that_made_them():
     times = (1, 2, 4, 8)
     assert bench.exponent(times, [3 * n**1.5 for n in times]) == pytest.approx(1.5)
-    assert bench.exponent((1, 2, 4), (1, 3, 4)) == pytest.approx(1)  # not of the middle alone
+    assert bench.exponent((1, 2, 4), (1, 3, 4)) == pytest.approx(1)  # the middle has no weight
 
 
 def test_jobs_take_turns_and_the_first_turn_does_not_count():
@@ -123,7 +123,7 @@ def test_the_ratio_is_the_median_of_the_ratios_of_the_turns():
         ({"value": math.nan, "least": 2}, "nan >= 2: not measured"),
     ],
 )
-def test_a_target_is_a_limit_on_the_ratio_or_on_a_value(target, verdict):
+def test_a_target_limits_the_ratio_or_a_value_of_its_own(target, verdict):
     assert bench.line("x", torch.tensor(2.0), torch.tensor(1.0), **target)["target"] == verdict
 
 
@@ -138,8 +138,8 @@ def test_the_peak_memory_of_a_job_is_what_it_held_at_once():
     assert bench.peak_bytes(job) == pytest.approx(2**26, rel=0.2)
 
 
-def test_the_floor_of_sampling_reads_the_weights_at_every_step_and_what_is_cached():
-    """Prompts of 3 tokens, responses of 2 and 4; keys and values of 16 numbers, in one layer."""
+def test_the_floor_of_sampling_is_the_time_to_read_all_weights_and_the_cache_at_every_step():
+    """Prompts of 3 tokens, responses of 2 and 4; one layer with keys and values of 16 numbers."""
     subject = replace(SUBJECT, bandwidth=10.0, operations=1e30)
     weights = 4 * (subject.student.num_parameters() - 1024 * 64)
     cached = 4 * 2 * 16 * ((3 + 1) * 2 + (3 + 2) * 4)

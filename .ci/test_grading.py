@@ -1,6 +1,6 @@
 """
-What guards the grading of answers: is_correct, last_boxed and ask_math_verify of opd.py. Tables of
-spellings, of which every row is one that a model or a data set writes, and its verdict by hand.
+Tests of the grading of answers: is_correct, last_boxed and ask_math_verify of opd.py. The tables
+have spellings that models or data sets write, with verdicts by hand.
 """
 
 import torch
@@ -21,16 +21,16 @@ from test_opd import TWO, evaluate
 
 @pytest.fixture(scope="module", autouse=True)
 def warm():
-    opd.ask_math_verify("1", "2", seconds=60)  # its first question takes longer than others
+    opd.ask_math_verify("1", "2", seconds=60)  # its first question takes longer than later ones
 
 
 def boxed(answer):
     return f"Thus \\boxed{{{answer}}}."
 
 
-# By kind: gold, what is taken for it, and what is not
+# By kind: (gold, answers that are right, answers that are wrong)
 SPELLINGS = [
-    # What only lays out
+    # Layout only
     ("14", [r"14\,", r"14~", r"14\ ", r"14\qquad", r"\;14\!"], [r"1\,5"]),
     ("(1,-2)", [r"\left(1,\,-2\right)", r"\Bigl(1,-2\Bigr)"], ["(-2,1)"]),
     (
@@ -47,28 +47,28 @@ SPELLINGS = [
     ("1250", [r"1\,250", r"1\,\,250", "1 250", r"1,\!250", "1,250"], ["1 25", "1, 250, 0"]),
     ("1,250", [r"1\,250", "1 250"], ["250"]),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", [r"\begin{pmatrix}1\\[4pt]2\end{pmatrix}"], []),
-    # Powers of ten, also as json writes floats; decimals, to twelve places
+    # Powers of ten, also as JSON writes floats; decimals, to twelve places
     ("2.75e11", [r"2.75 \times 10^{11}", "275000000000", "2.75E+11"], ["2.75e12", "2.75"]),
     ("1e-05", ["0.00001", r"10^{-5}"], ["0.0001"]),
     ("0.0000672", ["6.72e-5"], ["0.000067"]),
     (r"\frac{1}{3}", [r"\dfrac13"], ["0.333333", "0.33333333"]),
-    # A last letter is no unit
+    # A single last letter is not a unit
     ("3c", [r"c \cdot 3"], ["3", "3d"]),
     (r"\omega t", [r"t\omega"], [r"\omega"]),
     ("1 + t", ["t + 1"], ["1"]),
-    # Names in front, units of a capital or of several words, what an integer may be
+    # Names before the answer, units with capitals or of several words, the range of an integer
     ("18", [r"\text{Total} = \$18", r"\text{Total cost} = 18", "f(x, y) = 18"], ["18 = 19"]),
     ("5", [r"5 \text{ N}", r"5 \mathrm{~km} / \mathrm{s}", r"5 \text{cm}^{-1}"], ["5N^2"]),
     ("64", [r"64^\circ\text{F}", "64°F", "64¢"], [r"65^\circ\text{F}"]),
     (r"(2k+1)\pi", [r"(2k+1)\pi, k \in \mathbb{Z}"], [r"2k\pi, k \in \mathbb{Z}"]),
     (r"10 \text{ mm}", ["10", "10 mm", r"10 \text{ millimeters}"], [r"10 \text{ m}", "10 cm"]),
-    # Two in one
+    # Two answers in one
     (
         r"\frac{1+\sqrt5}{2}, \frac{1-\sqrt5}{2}",
         [r"\frac{1\pm\sqrt5}{2}", r"x = \frac{1 \pm \sqrt{5}}{2}"],
         [r"\frac{1\pm\sqrt3}{2}"],
     ),
-    # Signs of Unicode
+    # Unicode signs
     ("-7", ["–7", "−7", "—7"], ["7"]),
     ("x^3+y^2", ["x³+y²"], ["x²+y³"]),
     (r"-\infty", ["−∞"], ["∞"]),
@@ -105,7 +105,7 @@ SPELLINGS = [
     (r"2y \bmod 9", [r"2 y \bmod 9"], ["9", r"4y \bmod 9", "2y"]),
     (r"A \to 7", [r"A\to 7"], ["7"]),
     (r"p \nmid 7", [r"p\nmid 7"], ["7"]),
-    # Choices, words and strings of capitals
+    # Choices, words, strings of capitals, lists
     (
         "D",
         [r"\textbf{(D) }\frac{1}{2}", "D.", "D) 8", r"\text{D. } 8", r"\text{Option D}"],
@@ -132,7 +132,7 @@ SPELLINGS = [
     ("2^{-98}", [r"\frac{1}{2^{98}}"], ["2^{-99}"]),
     (r"1.1\sqrt{2}", [r"\frac{11\sqrt{2}}{10}"], [r"1.2\sqrt{2}"]),
     ("3+2i", [r"3 + 2\mathrm{i}"], [r"3 - 2\mathrm{i}"]),
-    # Intervals: only where the gold cannot be a point
+    # Intervals: inequalities count only if the gold cannot be a point
     ("(2,5]", [r"2 < x \leq 5", r"x \in (2,5]"], [r"2 < x < 5", r"2 \le x \le 5"]),
     (r"[3,\infty)", [r"t \ge 3", r"3 \le x"], ["t > 3", r"t \le 3"]),
     ("(2,5)", ["(2, 5)"], ["2<x<5"]),
@@ -156,7 +156,7 @@ def test_what_only_looks_like_the_gold_is_wrong(gold, answer):
 
 
 @pytest.mark.parametrize("gold", sorted({gold for gold, _, _ in SPELLINGS if "####" not in gold}))
-def test_every_gold_is_right_as_it_is(gold):
+def test_every_gold_in_a_box_is_right(gold):
     assert opd.is_correct(boxed(gold), gold)
 
 
@@ -181,7 +181,7 @@ def test_every_gold_is_right_as_it_is(gold):
         ("", None),
     ],
 )
-def test_a_box_needs_no_braces_and_a_row_of_a_matrix_may_begin_with_one(text, content):
+def test_last_boxed_returns_the_content_of_the_last_whole_box_with_or_without_braces(text, content):
     assert opd.last_boxed(text) == content
 
 
@@ -205,7 +205,7 @@ def test_a_box_needs_no_braces_and_a_row_of_a_matrix_may_begin_with_one(text, co
         (r"\boxed{\frac{\sqrt{2}}{2}}, \boxed{-1}", r"\frac{\sqrt{2}}{2}, -1", True),
     ],
 )
-def test_several_boxes_are_a_list_only_if_the_gold_is_one_of_as_many(response, gold, right):
+def test_several_boxes_are_a_list_only_if_the_gold_is_a_list_of_as_many(response, gold, right):
     assert opd.is_correct(response, gold) is right
 
 
@@ -225,7 +225,7 @@ def test_several_boxes_are_a_list_only_if_the_gold_is_one_of_as_many(response, g
         (r"\boxed{9}", True),
     ],
 )
-def test_thoughts_that_never_end_hold_no_answer(response, right):
+def test_a_box_inside_thoughts_closed_or_not_does_not_count(response, right):
     assert opd.is_correct(response, "9") is right
 
 
@@ -240,7 +240,7 @@ def test_thoughts_that_never_end_hold_no_answer(response, right):
     ],
 )
 def test_a_prompt_can_open_the_thoughts(prompt, text, no_box, monkeypatch):
-    """And what has no box counts as such in the same sense."""
+    """no_box_fraction follows the same rule."""
 
     def decode(_, ids, **__):
         return prompt if ids == TWO[0]["prompt_ids"] else text
@@ -303,15 +303,15 @@ def test_no_text_raises_or_takes_long_and_the_next_answer_is_graded(response, go
     ],
     ids="text thin wide base power wrapped".split(),
 )
-def test_no_spelling_takes_long_where_nothing_comes_of_a_long_run(answer):
-    """What tries every way to share out a run takes minutes, in the process that trains."""
+def test_spell_takes_under_two_seconds_on_a_long_run_that_matches_nothing(answer):
+    """A pattern that tries all ways to split a run takes minutes, and the training waits."""
     begin = time.perf_counter()
     opd.spell(answer)
     assert time.perf_counter() - begin < 2
 
 
-def test_a_unit_is_not_sought_in_every_way_in_a_long_text(monkeypatch):
-    """Its letters, in their order, from the first: gal is gallons, and gallons is not galon..."""
+def test_a_unit_may_be_abbreviated_and_a_long_text_is_searched_for_one_in_two_seconds(monkeypatch):
+    """An abbreviation has letters of the unit, in order, from the first: gal stands for gallons."""
     monkeypatch.setattr(opd, "ask_math_verify", lambda *_: False)
     begin = time.perf_counter()
     assert not opd.is_correct(r"\boxed{5 \text{" + "galon" * 120 + "}}", r"5 \text{ gallonz}")
@@ -330,5 +330,5 @@ def test_a_lone_surrogate_leaves_the_process_of_math_verify_alive():
 
 
 @pytest.mark.parametrize("gold", ['{"a": 1}', "NaN", "\ud800", "}{", '""', "", "None", "\\", "0/0"])
-def test_an_odd_gold_does_not_raise_and_is_never_five(gold):
+def test_an_odd_gold_does_not_raise_and_does_not_equal_5(gold):
     assert opd.is_correct(r"\boxed{5}", gold) is False

@@ -1,6 +1,6 @@
 """
-The recipes: what .ci/compare.py and .ci/real.py make of runs, and that .ci/premises.py measures
-what it says.
+The recipes: the tables that .ci/compare.py and .ci/real.py make of runs, and that .ci/premises.py
+measures what it says.
 """
 
 import torch
@@ -26,7 +26,7 @@ made = test_runs.made
 
 
 def run_of(curve, overlap=(0.5, 0.75)):
-    """What opd.read_run gives of a run. curve: (tokens, seconds, accuracy) of each evaluation"""
+    """What opd.read_run returns for a run. curve: (tokens, seconds, accuracy) per evaluation"""
     tokens, seconds, after = curve[-1]
     first, last = ({"overlap_ratio": value} for value in overlap)
     last |= {"generated_tokens": tokens, "seconds": seconds}
@@ -40,14 +40,14 @@ PLAIN = [
 
 
 def test_the_interval_of_the_mean_is_students_t():
-    """Of .1 and .3: .2, and 12.71 standard errors of .1."""
+    """Of .1 and .3: the mean is .2, half the interval 12.71 standard errors of .1."""
     assert compare.interval([0.1, 0.3]) == "20.0±127.1"
     assert compare.interval([0.1, 0.2, 0.3, 0.4, 0.5], "+") == "+30.0±19.7"
     assert compare.interval([0.25]) == "25.0"
 
 
-def test_a_method_is_beside_plain_opd_where_that_had_spent_as_much():
-    """After 2,000 tokens plain OPD was half way from .4 to .8, after 15 seconds a quarter."""
+def test_a_method_is_compared_with_plain_opd_at_as_many_tokens_and_at_as_many_seconds():
+    """From .4 to .8 plain OPD was half way after 2,000 tokens, a quarter after 15 seconds."""
     own = run_of([(2000, 15, 0.7)])
     for place, beside in ((0, 0.6), (1, 0.5)):
         minus, measured = compare.minus_opd(own, PLAIN[0]["seed-0"], place)
@@ -55,8 +55,8 @@ def test_a_method_is_beside_plain_opd_where_that_had_spent_as_much():
 
 
 @pytest.mark.parametrize("spent, expected", [((9000, 90), -0.1), ((500, 5), 0.4)])
-def test_what_lies_outside_the_curve_is_told(spent, expected):
-    """Beyond the end of plain OPD it is beside that; until the first evaluation on a line there."""
+def test_comparisons_outside_of_plain_opds_curve_are_marked(spent, expected):
+    """After plain OPD's end that end counts; before its first evaluation a line from its start."""
     own = run_of([(*spent, 0.7)])
     for place in (0, 1):
         minus, measured = compare.minus_opd(own, PLAIN[0]["seed-0"], place)
@@ -66,7 +66,7 @@ def test_what_lies_outside_the_curve_is_told(spent, expected):
 
 
 def test_differences_are_taken_seed_by_seed():
-    """Both methods end .1 above plain OPD of their seed: nothing is left to the interval."""
+    """Both seeds end .1 above plain OPD of the same seed: the interval is 0."""
     plain = {**PLAIN[0], **PLAIN[1]}
     runs = {"seed-0": run_of([(3000, 15, 0.9)]), "seed-1": run_of([(3000, 15, 1.0)])}
     cells = compare.row("mine", runs, plain).split()
@@ -77,8 +77,8 @@ def test_differences_are_taken_seed_by_seed():
     assert all(len(line) <= 100 for line in compare.TITLES)
 
 
-def test_the_table_has_what_all_finished_runs_of_a_folder_say(tmp_path, monkeypatch, capsys):
-    """Plain OPD first, with its costs. Here seed-1 of one method is not done."""
+def test_the_table_has_only_the_seeds_that_all_methods_have_finished(tmp_path, monkeypatch, capsys):
+    """Plain OPD first, with its costs. Here seed-1 of the other method is not done."""
     runs = {"a": PLAIN[0] | PLAIN[1], "opd": PLAIN[0] | PLAIN[1]}
     for name in ("a/seed-0", "opd/seed-0", "opd/seed-1"):
         (tmp_path / name).mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_the_table_has_what_all_finished_runs_of_a_folder_say(tmp_path, monkeypa
     assert all(len(line) <= 100 for line in table)
 
 
-def test_the_picture_has_a_curve_and_a_point_per_method():
+def test_the_picture_has_plain_opds_curve_and_a_point_per_other_method():
     plain = {**PLAIN[0], **PLAIN[1]}
     ends = {seed: run_of(run["curve"][-1:]) for seed, run in plain.items()}
     figure = compare.draw({"opd": plain, "mine": ends}, plain)
@@ -111,7 +111,7 @@ def test_the_picture_has_a_curve_and_a_point_per_method():
 # real.sh, real.py
 
 
-def test_the_real_model_is_asked_and_told_as_the_table_of_prompts_says():
+def test_real_sh_has_the_students_prompt_and_the_last_teacher_prompt_of_teacher_prompts_py():
     with open(os.path.join(os.path.dirname(real.__file__), "real.sh"), encoding="utf-8") as file:
         script = file.read()
     assert f"asked='{teacher_prompts.BOXED}'\n" in script
@@ -119,7 +119,7 @@ def test_the_real_model_is_asked_and_told_as_the_table_of_prompts_says():
 
 
 def test_the_table_of_a_real_model_by_hand():
-    """A student of 1% learns in two steps of 2 + 1 + 3 seconds; its overlap rises in each half."""
+    """A student at 1% is trained for two steps of 2 + 1 + 3 seconds; overlap rises everywhere."""
     shares = {"se": 0.01, "answered_fraction": 0.5, "stopped_fraction": 0.25}
     step = {"loss": 1.0, "time_rollout": 2, "time_teacher": 1, "time_update": 3}
     records = [
@@ -145,8 +145,8 @@ def first_step(made, tmp_path_factory):
     return run, *premises.sample(config, run, 1)
 
 
-def test_what_comes_after_a_drift_had_a_mumble_in_its_context(first_step):
-    """The first mumbled word, which sound words led to, does not."""
+def test_tokens_after_a_drift_are_those_with_a_mumbled_word_before_them(first_step):
+    """The first mumbled word itself does not count as after the drift."""
     run, out, after = first_step
     mumbles = set(premises.opd.LEXICON["mumble"])
     words = [run.tokenizer.convert_ids_to_tokens(ids) for ids in out["response_ids"].tolist()]
@@ -154,8 +154,8 @@ def test_what_comes_after_a_drift_had_a_mumble_in_its_context(first_step):
     assert after.tolist() == expected and after.any() and not after.all()
 
 
-def test_overlap_is_shown_apart_for_rows_that_drift(first_step):
-    """Here it is 1 until a row drifts, and 0 from there on."""
+def test_overlap_is_printed_separately_for_rows_that_drift_and_for_others(first_step):
+    """Here the overlap is 1 until a row drifts, and 0 from there on."""
     _, out, after = first_step
     overlap = 1 - after.float()
     mask = out["response_mask"]
@@ -168,7 +168,7 @@ def test_overlap_is_shown_apart_for_rows_that_drift(first_step):
 
 
 @pytest.mark.parametrize("side", ["before", "after", "elsewhere"])
-def test_a_side_learns_so_many_of_its_own_tokens(side, made, tmp_path, monkeypatch):
+def test_each_update_trains_on_budget_tokens_all_of_its_side(side, made, tmp_path, monkeypatch):
     learned = []
 
     def backward(student, out, **settings):

@@ -1,7 +1,7 @@
 """
-What guards the plumbing, part II of opd.py: odd files, the command line, kills, signals, several
-ranks, checkpoints, accounts, reports. One claim a test, in the order of opd.py; the lessons of its
-part I are in test_opd.py. Names first: python -m pytest --collect-only -q .ci/test_runs.py
+Tests of the plumbing, part II of opd.py: odd files, the command line, kills, signals, several
+ranks, checkpoints, cost accounting, reports, in the order of opd.py. The tests of its part I are in
+test_opd.py. All names: python -m pytest --collect-only -q .ci/test_runs.py
 """
 
 import torch
@@ -90,7 +90,7 @@ TOKENIZER = opd.tiny_tokenizer(WORDS)
 
 @pytest.fixture(scope="session")
 def world(small_world):
-    """The small world of test_opd.py, and what can be wrong with its models and files."""
+    """The small world of test_opd.py, with models and files in which something is wrong."""
     save_model(small_world / "other", tiny("Qwen3", 3), WORDS[:6] + WORDS[6:][::-1])
     # A scale that head_logits does not know, and a layer that keeps no keys
     falcon = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
@@ -100,7 +100,7 @@ def world(small_world):
     save_model(small_world / "window", tiny("Mistral", 0, sliding_window=8))
     shutil.copytree(small_world / "teacher", small_world / "broken")
     write(small_world / "broken" / "model.safetensors", text="cut off")
-    # An adapter, code of its own, a template that raises, one that asks for a token without a row
+    # An adapter, custom code, a template that raises, one with a token that the models lack
     write(small_world / "adapter" / "adapter_config.json", {"peft_type": "LORA", "r": 4})
     opd.tiny_tokenizer(WORDS).save_pretrained(small_world / "adapter")
     shutil.copytree(small_world / "student", small_world / "custom")
@@ -133,7 +133,7 @@ def flags_read_once():
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """main changes what signals do, and a test must not."""
+    """main changes the signal handlers; they are restored after every test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -193,7 +193,7 @@ def changed_copy(world, name, folder, change):
 
 
 def stopped(argv, capfd):
-    """-> (exit status, the one line) of a run that ends before its time."""
+    """-> (exit status, the one line) of a run that ends early."""
     with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:  # the latter would end the tests
         opd.main(argv)
     err = capfd.readouterr().err
@@ -204,7 +204,7 @@ def stopped(argv, capfd):
 
 
 def problems_of(batch, num_generations=1):
-    """The problems of a batch as texts, in its order, one of each candidates."""
+    """The problems of a batch as texts, in its order, one for the candidates of a prompt."""
     texts = []
     for ids in without_padding(batch["prompt_ids"], batch["prompt_mask"])[::num_generations]:
         texts.append(" ".join(WORDS[token] for token in ids if token > 3))
@@ -212,7 +212,7 @@ def problems_of(batch, num_generations=1):
 
 
 def unanswered(world, path, every):
-    """The training problems, each every-th of which has lost its answer -> the file's path"""
+    """The training problems, every `every`-th without its answer -> the path of the file"""
     problems = test_opd.read(world / "train.jsonl")
     for problem in problems[::every]:
         problem["answer"] = None
@@ -229,14 +229,14 @@ def thinks(_, tokenizer):
 
 
 def tiny_llama4():
-    """Its base_model is not what is below its head."""
+    """Its base_model is not the module below its head."""
     sizes = {**test_opd.SIZES, "intermediate_size_mlp": 48, "num_local_experts": 2}
     config = transformers.Llama4TextConfig(**sizes, attention_chunk_size=16)
     return transformers.Llama4ForCausalLM(config).eval()
 
 
 def of_lengths(name, border=30):
-    """A model whose rotary factors change beyond that length."""
+    """A model whose rotary factors change beyond `border` positions."""
     rope = {"rope_type": name, "rope_theta": 1e4, "factor": 4.0}
     if name == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
@@ -246,7 +246,7 @@ def of_lengths(name, border=30):
 
 
 def ending_in(*tokens, first="$A"):
-    """A tokenizer without a chat template that adds tokens to what it reads."""
+    """A tokenizer without a chat template that adds special tokens to its input."""
     tokenizer = opd.tiny_tokenizer(WORDS)
     tokenizer.chat_template = None
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -266,7 +266,7 @@ def noted(path, **options):
     return [note.removeprefix(f"{path}: ") for note in notes]
 
 
-# Moments: where something befalls a run of LONG
+# Moments of a run of LONG at which a test interferes
 
 LONG = {
     "method": "prune",
@@ -312,13 +312,13 @@ def of_samples(path, *records):
 
 
 def to(ending):
-    """Of calls with two paths: whether the second ends like this, or is a checkpoint."""
+    """For calls with two paths: whether the second ends like this, or is a checkpoint."""
     if ending == "checkpoint":
         return lambda _, name: is_checkpoint(name)
     return lambda _, name: str(name).endswith(ending)
 
 
-# The owner and name of a function, which of its calls (of those that ...), before it or after it
+# Owner and name of a function; which of its calls, counting those that fulfil a condition; when
 MOMENTS = {
     "the preflight": (opd, "rollout", 1, with_a_teacher, "after"),
     "a rollout": (opd, "rollout", 5, with_a_teacher, "after"),  # of step 4
@@ -329,7 +329,7 @@ MOMENTS = {
     "an evaluation": (opd, "evaluate", 3, of_two_problems, "before"),
     "the teacher's evaluation": (opd, "evaluate", 1, any_call, "before"),
     "what the teacher makes of answers": (opd, "evaluate", 4, any_call, "before"),  # of two files
-    # Those graded after step 4, and not yet their means: two evaluations were before the first step
+    # The answers after step 4, before their means are written: two evaluations preceded step 1
     "the writing of answers": (opd, "append_json", 3, of_samples, "after"),
     "the writing of a model": (
         transformers.PreTrainedModel,
@@ -350,7 +350,7 @@ MOMENTS = {
 
 
 def at(moment, act, patch=setattr):
-    """Have act, called with what the function at that moment is called with, happen then."""
+    """Have act called at that moment, with the arguments of the function there."""
     owner, name, number, such_that, when = MOMENTS[moment]
     real = getattr(owner, name)
     calls = itertools.count(1)
@@ -398,13 +398,13 @@ def long_run(world, out, **changes):
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    """The folder of the run that nothing befell."""
+    """The folder of an undisturbed run of LONG."""
     return long_run(world, tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="module")
 def every_step(world, tmp_path_factory):
-    """The same with a checkpoint of every step."""
+    """The same with a checkpoint for every step."""
     return long_run(world, tmp_path_factory.mktemp("every"), save_every=1, keep_checkpoints=9)
 
 
@@ -424,9 +424,9 @@ def assert_whole(folder):
 
 
 def resume(world, out, **changes):
-    """Goes on with a run of LONG."""
+    """Resume a run of LONG."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no checkpoint
+        warnings.simplefilter("ignore")  # a note that there is no checkpoint
         train(world, out, **{**LONG, **changes}, resume=True)
 
 
@@ -450,7 +450,7 @@ def in_child(job, log, result, environ, *args):
 
 
 def start(job, folder, *args, **environ):
-    """A job in a process of its own; what it says and returns goes into the folder."""
+    """A job in a process of its own; its output and its result go into the folder."""
     name = f"rank-{environ.get('RANK', 0)}"
     files = folder / f"{name}.log", folder / f"{name}.pt"
     process = SERVER.Process(target=in_child, args=(job, *files, environ, *args))
@@ -461,7 +461,7 @@ def start(job, folder, *args, **environ):
 
 
 def in_two(job, folder, *args):
-    """The job in two ranks -> exit codes, what they said, and what they returned if both are 0"""
+    """The job in two ranks -> exit codes, logs, and the results if both codes are 0"""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -499,7 +499,7 @@ def killed_run(argv, moment, out):
 
 
 def kill_at(moment, world, folder, out, **changes):
-    """A run of LONG that is killed then."""
+    """A run of LONG that is killed at that moment."""
     argv = command(world, out, **{**LONG, **changes})
     process = start(killed_run, folder, argv, moment, out)
     process.join(PATIENCE)
@@ -552,7 +552,7 @@ def work_of_a_rank():
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What each of two ranks returns of its work."""
+    """The results of work_of_a_rank in both ranks."""
     codes, logs, results = in_two(work_of_a_rank, tmp_path_factory.mktemp("two"))
     assert codes == [0, 0], logs
     return results
@@ -560,8 +560,8 @@ def two_ranks(tmp_path_factory):
 
 def run_of_two(argv):
     """
-    opd.main -> (the weights at its end, what this rank wrote). Writing a checkpoint takes the first
-    rank a while.
+    opd.main -> (the final weights, what this rank wrote). Saving a checkpoint is made to take the
+    first rank a while.
     """
     written, students = [], []
     out = argv[argv.index("--output_dir") + 1]
@@ -592,7 +592,7 @@ def run_of_two(argv):
 
 
 def run_that_nobody_hears(argv):
-    """Standard output is a pipe that is closed at its other end, as behind | head -1."""
+    """Standard output is a pipe that is closed at its other end, as with | head -1."""
     read, pipe = os.pipe()
     os.close(read)
     os.dup2(pipe, 1)
@@ -605,7 +605,7 @@ def run_that_loses_a_rank(argv):
     opd.main(argv)
 
 
-# Reports of made-up runs, whose right answers are worked out by hand
+# Reports of made-up runs, whose expected tables are worked out by hand
 
 
 def graded(step, model, accuracy, se=0.02, **more):
@@ -617,8 +617,8 @@ def graded(step, model, accuracy, se=0.02, **more):
 
 def made_run(path, after=0.6, teacher=0.9, before=0.1, scale=1, steps=2, text=""):
     """
-    metrics.jsonl of a run; scale: of all that it cost. A step samples 1000 tokens in 2 + 1 + 1
-    seconds; text comes behind.
+    metrics.jsonl of a run; scale: a factor on all costs. A step samples 1000 tokens in 2 + 1 + 1
+    seconds; text is appended.
     """
     records = []
     if before is not None:
@@ -884,10 +884,10 @@ MISTAKES = {
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Several processes
+# 11. Several processes
 
 
-def test_every_item_of_a_list_is_in_one_ranks_share(monkeypatch):
+def test_every_item_of_a_list_is_in_exactly_one_ranks_share(monkeypatch):
     monkeypatch.setattr(opd, "NUM_RANKS", 3)
     shares = []
     for rank in range(3):
@@ -914,8 +914,8 @@ def test_no_two_ranks_and_no_two_seeds_draw_the_same_numbers(monkeypatch):
 
 
 @pytest.mark.parametrize("device, backend", [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
-def test_ranks_meet_over_what_their_device_needs(device, backend, monkeypatch):
-    """Each on the GPU that torchrun gave it, and with patience: one may sample for long."""
+def test_ranks_communicate_over_gloo_on_cpus_and_over_nccl_on_gpus(device, backend, monkeypatch):
+    """On the GPU that torchrun assigned, and with a long timeout: a rank may sample for long."""
     met, gpus = [], []
     monkeypatch.setattr(opd, "NUM_RANKS", 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -928,7 +928,7 @@ def test_ranks_meet_over_what_their_device_needs(device, backend, monkeypatch):
     assert gpus == ([1] if device == "cuda" else [])
 
 
-def test_one_process_meets_nobody(monkeypatch):
+def test_a_single_process_joins_no_process_group(monkeypatch):
     monkeypatch.setattr(opd.dist, "init_process_group", throw(AssertionError))
     opd.join_processes("cpu")
 
@@ -965,8 +965,8 @@ def test_two_ranks_share_out_the_answers_of_an_evaluation_and_both_get_all_in_or
     assert places == list(itertools.product(range(3), range(3)))
 
 
-def test_two_ranks_grade_as_one_does(two_ranks):
-    """Where nothing is drawn: each rank has a stream of its own."""
+def test_two_ranks_grade_greedy_answers_as_one_process_does(two_ranks):
+    """If greedy. Otherwise they differ: each rank has a random stream of its own."""
     assert str(two_ranks[0]["greedy"]) == str(share_of_an_evaluation(3, 1, 0.0))
     assert str(two_ranks[0]["one greedy"]) == str(share_of_an_evaluation(1, 1, 0.0))
     one, other = two_ranks[0]["two of one"][1]
@@ -1030,7 +1030,7 @@ def test_a_run_of_two_ranks_ends_with_one_set_of_weights_and_only_the_first_rank
     assert outcome(tmp_path / "b") == outcome(tmp_path / "a")
 
 
-def test_a_rank_that_dies_ends_the_other_at_once_and_the_last_step_is_kept(world, tmp_path):
+def test_a_rank_that_dies_ends_the_other_and_the_last_step_is_kept(world, tmp_path):
     out = tmp_path / "out"
     argv = command(world, out, **{**LONG, "max_steps": 100_000})
     codes, logs, _ = in_two(run_that_loses_a_rank, tmp_path, argv)
@@ -1081,11 +1081,11 @@ def test_torchrun_starts_ranks_and_ends_them_when_one_dies(world, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Data
+# 12. Data
 
 
 @pytest.mark.parametrize("record, answer", RECORDS)
-def test_load_problems_reads_the_shape_of_the_usual_data_sets(tmp_path, record, answer):
+def test_load_problems_reads_the_formats_of_the_usual_data_sets(tmp_path, record, answer):
     lines = write(tmp_path / "a.jsonl", record)
     for path in (lines, write(tmp_path / "a.json", text=json.dumps([record], indent=2))):
         (problem,) = opd.load_problems(path)
@@ -1094,7 +1094,7 @@ def test_load_problems_reads_the_shape_of_the_usual_data_sets(tmp_path, record, 
 
 @pytest.mark.parametrize("value", NO_ANSWERS, ids=repr)
 @pytest.mark.parametrize("solution, answer", [("so \\boxed{5}", "5"), ("5 steps.\n#### 5", "5")])
-def test_beside_a_field_without_an_answer_the_solutions_box_counts(
+def test_if_the_answer_field_has_no_answer_that_of_the_solution_counts(
     value, solution, answer, tmp_path
 ):
     record = {"problem": "2+3?", "answer": value, "solution": solution}
@@ -1102,13 +1102,13 @@ def test_beside_a_field_without_an_answer_the_solutions_box_counts(
 
 
 @pytest.mark.parametrize("value", NO_ANSWERS, ids=repr)
-def test_what_is_neither_text_nor_number_is_no_answer(value, tmp_path):
+def test_a_value_that_is_no_answer_is_read_as_none(value, tmp_path):
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": value})
     assert opd.load_problems(path)[0]["answer"] is None
 
 
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
-def test_what_data_sets_add_about_the_form_of_answers_is_left_out_without_a_word(
+def test_known_instructions_about_the_form_of_answers_are_removed_without_a_note(
     instruction, tmp_path
 ):
     path = write(tmp_path / "a.jsonl", {"problem": f"2+3?\n\n{instruction}"})
@@ -1117,7 +1117,7 @@ def test_what_data_sets_add_about_the_form_of_answers_is_left_out_without_a_word
 
 
 @pytest.mark.parametrize("instruction", FORMATS)
-def test_another_form_that_problems_ask_for_is_quoted(instruction, tmp_path):
+def test_a_note_quotes_other_instructions_about_the_form_of_answers(instruction, tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"problem": f"{n}+3? {instruction}"} for n in range(2)])
     (note,) = noted(path)
     assert note.startswith("2 problems ask for a form") and repr(f"0+3? {instruction}") in note
@@ -1130,8 +1130,8 @@ def test_system_and_earlier_turns_that_are_dropped_are_quoted(tmp_path):
     assert noted(write(tmp_path / "a.jsonl", {"prompt": [*CHAT[1:], TWO]})) == []
 
 
-def test_a_chat_beside_a_problem_is_not_asked_and_one_beside_a_text_is(tmp_path):
-    """Nothing is told of turns that nobody asks; of a chat beside a text the answer counts."""
+def test_a_chat_beside_a_problem_gives_no_note_and_beside_a_text_prompt_the_answer(tmp_path):
+    """Turns of a chat that is not the prompt are not reported as lost."""
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": "5", "messages": CHAT})
     assert noted(path) == []
     asked = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": r"\boxed{5}"}]
@@ -1139,7 +1139,7 @@ def test_a_chat_beside_a_problem_is_not_asked_and_one_beside_a_text_is(tmp_path)
     assert opd.load_problems(path)[0]["answer"] == "5"
 
 
-def test_where_no_answer_is_known_the_fields_of_the_records_are_listed(tmp_path):
+def test_a_note_about_missing_answers_lists_the_fields_of_one_such_record(tmp_path):
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "value": 5}, {"problem": "1", "x": 5})
     fields = "{'problem': '2+3?', 'value': 5}"
     assert noted(path) == [f'2 records have no answer, such as "{fields}"']
@@ -1167,14 +1167,14 @@ def test_duplicate_problems_are_left_out_and_counted(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*duplicates")
 @pytest.mark.parametrize("answers", [("5", None), (None, "5"), ("5", "6")])
-def test_of_duplicates_the_first_answer_stays_wherever_it_stands(answers, tmp_path):
+def test_of_duplicates_the_first_answer_found_is_kept(answers, tmp_path):
     records = [{"problem": "2+3?", "answer": answer} for answer in answers]
     path = write(tmp_path / "a.jsonl", *records)
     (problem,) = opd.load_problems(path)
     assert (problem["problem"], problem["answer"]) == ("2+3?", "5")
 
 
-def test_a_file_without_duplicates_is_read_without_a_word(tmp_path):
+def test_a_file_without_duplicates_is_read_without_a_note(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opd.load_problems(write(tmp_path / "a.jsonl", {"problem": "1"}, {"problem": "2"}))
@@ -1209,8 +1209,8 @@ def test_a_file_that_is_not_utf8_is_refused_with_its_line(tmp_path):
         opd.load_problems(str(tmp_path / "latin.jsonl"))
 
 
-def test_a_parquet_file_is_read_row_by_row(tmp_path, monkeypatch):
-    """Here with a stand-in for pyarrow, which nothing else needs."""
+def test_a_parquet_file_is_read_with_pyarrow(tmp_path, monkeypatch):
+    """Here with a stand-in for pyarrow, which no other test needs."""
 
     def read_table(file):
         return types.SimpleNamespace(to_pylist=lambda: json.loads(file.read()))
@@ -1236,7 +1236,7 @@ def test_a_chat_prompt_has_the_templates_special_tokens_once():
     assert TOKENIZER.convert_ids_to_tokens(ids) == ["<user>", "1", "2", "<solve>"]
 
 
-def test_the_template_is_asked_for_the_beginning_of_an_answer():
+def test_the_chat_template_is_called_with_add_generation_prompt():
     tokenizer = opd.tiny_tokenizer(WORDS)
     tokenizer.chat_template = "{{ '1' if add_generation_prompt else '0' }}"
     assert tokenizer.decode(opd.encode_prompt(tokenizer, "2", "{problem}")) == "1"
@@ -1244,7 +1244,7 @@ def test_the_template_is_asked_for_the_beginning_of_an_answer():
 
 @pytest.mark.parametrize("chat_template", [True, False])
 def test_a_tokenizer_with_a_bos_gives_every_prompt_one(chat_template):
-    """A chat template writes its own; without one the tokenizer adds it."""
+    """The chat template writes it, or without a template the tokenizer adds it."""
     tokenizer = opd.tiny_tokenizer(WORDS)
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<user> $A", special_tokens=[("<user>", 2)]
@@ -1254,7 +1254,7 @@ def test_a_tokenizer_with_a_bos_gives_every_prompt_one(chat_template):
     assert tokenizer.convert_ids_to_tokens(ids) == expected
 
 
-def test_a_tokenizer_without_a_chat_template_reads_the_message_and_a_new_line():
+def test_without_a_chat_template_the_prompt_is_the_message_and_a_newline():
     tokenizer = opd.tiny_tokenizer(WORDS)
     tokenizer.chat_template = None
     tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "removed")
@@ -1264,7 +1264,7 @@ def test_a_tokenizer_without_a_chat_template_reads_the_message_and_a_new_line():
 
 
 @pytest.mark.parametrize("added", [["<end>"], ["<solve>", "<end>"]])
-def test_what_a_tokenizer_adds_behind_a_prompt_is_dropped_and_told(added):
+def test_tokens_that_a_tokenizer_adds_after_a_prompt_are_dropped_with_a_note(added):
     for first, expected in (("$A", ["1", "2"]), ("<user> $A", ["<user>", "1", "2"])):
         tokenizer = ending_in(*added, first=first)
         with pytest.warns(UserWarning, match="'<end>' after prompts is left out"):
@@ -1272,7 +1272,7 @@ def test_what_a_tokenizer_adds_behind_a_prompt_is_dropped_and_told(added):
         assert tokenizer.convert_ids_to_tokens(ids) == expected
 
 
-def test_of_a_tokenizer_that_adds_nothing_behind_a_prompt_nothing_is_told():
+def test_a_tokenizer_that_adds_nothing_after_a_prompt_gives_no_note():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert opd.encode_prompt(ending_in(first="<user> $A"), "1 x", "{problem}")
@@ -1287,8 +1287,8 @@ def test_braces_in_a_template_or_a_problem_are_text():
     assert asked == [r"{x} {problem} in \boxed{}, {0}"]
 
 
-def test_thinking_is_off_unless_asked_for():
-    """Qwen3's template thinks unless it is told enable_thinking=False: silence switches it on."""
+def test_thinking_is_off_unless_enable_thinking_is_given():
+    """Qwen3's template switches thinking on unless it is given enable_thinking=False."""
     tokenizer = opd.tiny_tokenizer(WORDS)
     tokenizer.chat_template = (
         "{% if enable_thinking is defined and enable_thinking is false %}0{% else %}1{% endif %}"
@@ -1382,7 +1382,7 @@ def test_without_shares_the_files_are_one_pool():
 
 
 @pytest.mark.parametrize("response, gold, right", GRADES)
-def test_grading(response, gold, right):
+def test_an_answer_is_the_last_whole_box_after_any_thoughts(response, gold, right):
     """The last balanced box after any </think>, and nothing else, is the answer."""
     assert opd.is_correct(response, gold) is right
 
@@ -1398,7 +1398,7 @@ def test_grading_works_off_the_main_thread():
 
 
 def test_grading_leaves_the_callers_alarm_alone():
-    """math-verify's own time limits are alarms, and would cancel it."""
+    """math-verify's own time limits use the alarm, and would cancel it."""
     rang = []
     before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
     signal.setitimer(signal.ITIMER_REAL, 600)
@@ -1410,14 +1410,14 @@ def test_grading_leaves_the_callers_alarm_alone():
     signal.signal(signal.SIGALRM, before)
 
 
-def test_an_answer_that_takes_for_ever_is_wrong_after_some_seconds_and_the_next_one_is_graded():
+def test_an_answer_that_takes_for_ever_is_wrong_within_a_minute_and_the_next_is_graded():
     begin = time.perf_counter()
     assert not opd.is_correct(r"\boxed{2003^{2002^{2001}}}", "5")
     assert time.perf_counter() - begin < 60
     assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
 
 
-def test_grading_goes_on_when_its_process_has_died():
+def test_grading_continues_after_its_process_has_died():
     assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
     (worker,) = [value for value in opd.ask_math_verify.__defaults__ if isinstance(value, dict)]
     worker["process"].kill()
@@ -1425,8 +1425,8 @@ def test_grading_goes_on_when_its_process_has_died():
     assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
 
 
-def test_a_question_that_control_c_breaks_off_leaves_no_reply_to_the_next_one(monkeypatch):
-    """Both are right, and "True" is the reply to the first."""
+def test_a_question_interrupted_by_control_c_leaves_no_reply_for_the_next_one(monkeypatch):
+    """The late "True" to the first must not answer the second, which is wrong."""
     with monkeypatch.context() as patch:
         patch.setattr(opd.select, "select", throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -1435,8 +1435,8 @@ def test_a_question_that_control_c_breaks_off_leaves_no_reply_to_the_next_one(mo
     assert opd.ask_math_verify("1", "1")
 
 
-def test_a_process_that_control_c_breaks_off_while_it_starts_is_asked_nothing(monkeypatch):
-    """Its "ready", still to be read, would be the first reply."""
+def test_a_grading_process_interrupted_while_it_starts_is_not_used(monkeypatch):
+    """Its "ready", not yet read, would be taken for the first reply."""
     starting = types.SimpleNamespace(readline=throw(KeyboardInterrupt()))
     process = types.SimpleNamespace(stdout=starting, poll=lambda: None)
     monkeypatch.setattr(opd.subprocess, "Popen", lambda *_, **__: process)
@@ -1446,7 +1446,7 @@ def test_a_process_that_control_c_breaks_off_while_it_starts_is_asked_nothing(mo
     assert worker["process"] is None
 
 
-def test_control_c_in_a_terminal_is_not_for_the_process_that_grades():
+def test_the_grading_process_has_its_own_process_group_so_control_c_does_not_reach_it():
     opd.ask_math_verify("1", None)
     (worker,) = [value for value in opd.ask_math_verify.__defaults__ if isinstance(value, dict)]
     assert os.getpgid(worker["process"].pid) != os.getpgid(os.getpid())
@@ -1456,12 +1456,12 @@ def test_control_c_in_a_terminal_is_not_for_the_process_that_grades():
     "gold, readable",
     [("1/2", True), ("x^2+1", True), ("", False), ("}{", False), ("\\frac{}", False)],
 )
-def test_without_an_answer_math_verify_is_asked_whether_it_can_read_the_gold(gold, readable):
+def test_without_an_answer_ask_math_verify_says_whether_the_gold_can_be_read(gold, readable):
     assert opd.ask_math_verify(gold, None) is readable
 
 
 def test_without_math_verify_a_line_says_what_to_install(world, tmp_path, monkeypatch, capfd):
-    """Before anything is written: better than after the first evaluation."""
+    """At the start, before anything is written, and not in the first evaluation."""
     ask = opd.ask_math_verify
     monkeypatch.setattr(opd, "MATH_VERIFY", "raise ImportError")
     monkeypatch.setattr(
@@ -1492,7 +1492,7 @@ def test_every_gold_answer_of_the_data_sets_is_right_in_a_box_and_wrong_without(
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. The tiny world
+# 13. The tiny world
 
 
 def without_mumbles(words):
@@ -1514,7 +1514,7 @@ def test_the_author_who_never_slips_ends_in_the_answer():
 
 
 def test_the_answer_of_the_tiny_world_is_that_of_the_problem():
-    """3 a +4 b *7 ... II: (3 + 4) * 7 and so on, twice, of which the last digit counts."""
+    """3 a +4 b *7 ... II: the last digit of (3 + 4) * 7 and so on, twice."""
     rng = random.Random(0)
     for rounds in range(1, 7):
         problem, _ = opd.tiny_example(rng, rounds, 0, 0.5)
@@ -1528,7 +1528,7 @@ def test_the_answer_of_the_tiny_world_is_that_of_the_problem():
 
 
 @pytest.mark.parametrize("slip_rate", [0, 1])
-def test_a_step_goes_on_from_the_last_result_and_is_right_unless_it_slips(slip_rate):
+def test_a_step_continues_from_the_last_result_and_is_right_unless_it_slips(slip_rate):
     """And a slip is carried to the box."""
     rng = random.Random(0)
     missed = 0
@@ -1561,7 +1561,7 @@ def test_an_author_mumbles_between_steps_and_one_time_in_four_for_good():
     assert lost / mumbles == pytest.approx(0.25, abs=0.04)
 
 
-def test_an_author_who_does_not_mumble_says_no_word_of_it():
+def test_with_a_mumble_rate_of_0_there_is_no_mumbled_word():
     rng = random.Random(0)
     for _ in range(50):
         _, words = opd.tiny_example(rng, 6, 0, 0.5)
@@ -1577,7 +1577,7 @@ def test_an_author_of_the_other_order_writes_the_operation_last():
 
 @pytest.mark.parametrize("habit", [0, 5])
 def test_an_author_likes_the_synonym_of_the_habit_best_and_each_next_one_less(habit):
-    """In proportion to 1, .6, .36, ...: about .4 of all openers are the favourite."""
+    """With weights 1, .6, .36, ...: about .4 of all openers are the favourite."""
     rng = random.Random(0)
     openers = collections.Counter()
     for _ in range(120):
@@ -1589,8 +1589,8 @@ def test_an_author_likes_the_synonym_of_the_habit_best_and_each_next_one_less(ha
     assert counts[1] / counts[0] == pytest.approx(0.6, abs=0.1)
 
 
-def test_imitation_learns_where_it_is_told_to_and_no_padding():
-    """labels are -100 elsewhere, which transformers leaves out of the loss."""
+def test_imitation_trains_on_the_marked_tokens_and_not_on_padding():
+    """Elsewhere the label is -100, which transformers leaves out of the loss."""
     seen = []
 
     class Model(torch.nn.Linear):
@@ -1605,7 +1605,7 @@ def test_imitation_learns_where_it_is_told_to_and_no_padding():
     assert labels[:2].tolist() == [[-100, 6, -100], [8, -100, -100]]
 
 
-def test_imitation_makes_an_author_likelier():
+def test_imitation_makes_the_imitated_tokens_likelier():
     model = opd.tiny_model(TOKENIZER)
     ids = torch.tensor([[2, 7, 3, 8, 9, 1]])
     before = model(input_ids=ids, labels=ids).loss.item()
@@ -1615,7 +1615,7 @@ def test_imitation_makes_an_author_likelier():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tiny world of seed 3 whose models learn nothing -> (folder, what they should learn)"""
+    """A tiny world of seed 3 with untrained models -> (folder, what they would be trained on)"""
     lessons = []
 
     def imitate(model, draw, steps, title):
@@ -1644,7 +1644,7 @@ def test_the_tiny_world_has_two_models_of_one_tokenizer_and_problems_with_answer
     }
 
 
-def test_teacher_and_student_of_the_tiny_world_go_on_from_one_base_model(made):
+def test_teacher_and_student_of_the_tiny_world_are_trained_from_one_base_model(made):
     folder, lessons = made
     titles = [title for title, _, _ in lessons]
     assert titles[2:] == ["teacher", "student"] and len(titles) == 4
@@ -1653,7 +1653,7 @@ def test_teacher_and_student_of_the_tiny_world_go_on_from_one_base_model(made):
         close(load_student(folder / name).lm_head.weight, base + added)
 
 
-def test_only_the_student_of_the_tiny_world_slips_and_it_mumbles_most_and_no_prompt_is_learned(
+def test_only_the_tiny_student_slips_and_it_mumbles_most_and_no_prompt_is_trained_on(
     made,
 ):
     _, lessons = made
@@ -1680,7 +1680,7 @@ def test_a_tiny_world_of_another_seed_has_other_problems(made, tmp_path, monkeyp
 
 
 def test_the_tiny_worlds_of_all_seeds_start_from_one_initialisation(tmp_path, monkeypatch):
-    """And one that is broken off leaves nothing that looks like a world."""
+    """And an interrupted one leaves nothing that looks like a world."""
     starts = []
 
     def stop(parameters, **settings):
@@ -1694,7 +1694,7 @@ def test_the_tiny_worlds_of_all_seeds_start_from_one_initialisation(tmp_path, mo
     assert all(map(torch.equal, *starts)) and os.listdir(tmp_path) == []
 
 
-def test_a_tiny_world_broken_off_while_it_is_written_is_made_anew(made, tmp_path, monkeypatch):
+def test_a_tiny_world_interrupted_while_it_is_written_is_made_again(made, tmp_path, monkeypatch):
     monkeypatch.setattr(opd, "imitate", lambda *_: None)
     with monkeypatch.context() as patch:
         patch.setattr(opd, "append_json", throw(InterruptedError()))
@@ -1708,7 +1708,7 @@ def test_a_tiny_world_broken_off_while_it_is_written_is_made_anew(made, tmp_path
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. Flags
+# 14. Flags
 
 
 def test_defaults_are_the_papers_for_real_models_and_small_for_the_tiny_world():
@@ -1743,7 +1743,7 @@ def test_a_flag_that_is_given_wins_over_the_tiny_worlds_value():
     "method, given, prefix",
     [("prefix", 0, 1024), ("prefix-guided", 0, 128), ("prefix", 7, 7), ("prefix-guided", 7, 7)],
 )
-def test_the_prefix_is_1024_or_guided_128_unless_told(method, given, prefix):
+def test_the_prefix_is_1024_or_if_guided_128_unless_its_flag_is_given(method, given, prefix):
     assert opd.Config(method=method, prefix_length=given).prefix == prefix
 
 
@@ -1780,7 +1780,7 @@ def test_a_config_is_checked_like_a_command_line(world, tmp_path, capfd):
     assert status == 2 and "--batch_size 0" in line and os.listdir(tmp_path) == []
 
 
-def test_a_choice_that_is_none_is_refused_in_a_config_too():
+def test_an_unknown_choice_is_refused_in_a_config_too():
     with pytest.raises(ValueError, match="--select best: one of overlap, random"):
         opd.check_config(dataclasses.replace(opd.TINY, select="best"))
 
@@ -1808,8 +1808,8 @@ MAY_BE_ZERO = (
 
 
 @pytest.mark.parametrize("flag, value", [("probe_window", 7), ("keep_ratio", 0.49)])
-def test_prefix_guided_refuses_what_it_could_not_do_as_told(flag, value):
-    """A window over its prefix of 6, or less than one of two candidates. Others ask for neither."""
+def test_prefix_guided_refuses_a_window_over_its_prefix_and_under_one_row_per_prompt(flag, value):
+    """A window beyond its prefix of 6, or less than one of two candidates. opd uses neither."""
     opd.check_config(test_opd.flags(method="opd", **{flag: value}))
     with pytest.raises(ValueError, match=f"--{flag}"):
         opd.check_config(test_opd.flags(method="prefix-guided", **{flag: value}))
@@ -1826,7 +1826,7 @@ def test_only_flags_that_say_what_zero_means_may_be_zero(name):
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
-def test_no_number_is_negative_or_infinite(value):
+def test_negative_infinite_and_nan_values_of_flags_are_refused(value):
     for name in ("drift_threshold", "learning_rate", "eval_temperature"):
         with pytest.raises(ValueError, match=f"^--{name} {value} must be "):
             opd.check_config(dataclasses.replace(opd.TINY, **{name: value}))
@@ -1835,9 +1835,9 @@ def test_no_number_is_negative_or_infinite(value):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--method prefix-guided --num_generations 3 --keep_ratio 0.333",  # nobody writes out 1/3
+        "--method prefix-guided --num_generations 3 --keep_ratio 0.333",  # 1/3, rounded
         "--method prefix-guided --keep_ratio 1 --prefix_length 20 --probe_window 20",
-        "--method opd --keep_ratio 0.1 --probe_window 99",  # of other methods they say nothing
+        "--method opd --keep_ratio 0.1 --probe_window 99",  # other methods ignore them
         "--method prefix --prefix_length 500",
         "--eval_top_p 1 --probe_depths 0 99",
         "--cap_init 24 --cap_min 24 --cap_max 24",
@@ -1847,12 +1847,12 @@ def test_no_number_is_negative_or_infinite(value):
         "--device mps",
     ],
 )
-def test_what_is_just_possible_is_not_refused(flags):
+def test_flags_at_the_limit_of_what_is_possible_are_accepted(flags):
     opd.check_config(opd.parse_args(flags.split()))
 
 
-# For every flag a case in which another value changes what it says. First a run in which each of
-# these flags has a value of its own, and what the functions of opd are called with in it
+# For every flag a test in which another value changes the outcome. First a run in which each of
+# these flags has an unusual value, and the arguments with which it calls functions of opd
 
 UNUSUAL = {
     "seed": 7,
@@ -1926,7 +1926,7 @@ ARRIVES = {
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_a_flag_arrives_where_it_says(name, unusual):
+def test_a_flag_reaches_the_function_that_uses_it(name, unusual):
     assert ARRIVES[name](unusual) == UNUSUAL[name]
 
 
@@ -1935,7 +1935,7 @@ def test_the_seed_orders_the_problems_too(unusual):
 
 
 def test_the_validation_samples_as_training_does(unusual):
-    """And as many rows at once as an evaluation."""
+    """With as many rows at once as an evaluation."""
     for call in unusual["validation"]:
         assert call["temperature"] == 1.25 and call.get("top_p", 1) == 1
         assert call["max_length"] == 11 and call["rows_per_batch"] == 13
@@ -1962,7 +1962,7 @@ def test_without_prefix_length_the_prefix_of_a_plan_is_that_of_the_method():
     assert plan.look_at == plan.goes_on.keywords["at"] == 128
 
 
-def test_the_horizon_flags_are_its_start_growth_and_steps_between():
+def test_the_horizon_flags_are_its_start_its_growth_and_the_steps_between():
     flags = {"horizon_start": 3, "horizon_growth": 5, "horizon_every": 2}
     lengths = [planned("progressive", step, **flags).max_length for step in (1, 2, 3, 5)]
     assert lengths == [3, 3, 8, 13]
@@ -1985,11 +1985,11 @@ def test_keep_ratio_is_the_share_of_candidates_that_go_on():
     assert chosen(keep_ratio=0.75) == [0, 2, 3] and chosen(keep_ratio=1.0) == [0, 1, 2, 3]
 
 
-def test_the_probe_window_is_what_is_looked_at_in_the_prefix():
+def test_the_probe_window_is_the_part_of_the_prefix_whose_overlap_counts():
     assert chosen(probe_window=1) == [1, 3] and chosen(probe_window=3) == [0, 2]
 
 
-def test_select_random_does_not_look_at_the_overlap():
+def test_select_random_ignores_the_overlap():
     torch.manual_seed(0)
     picks = {tuple(chosen(select="random")) for _ in range(40)}
     assert picks == {(0, 2), (0, 3), (1, 2), (1, 3)}
@@ -2006,14 +2006,14 @@ def weighed(method="prune", **flags):
     return opd.token_weights(opd.Config(method=method, **flags), out)
 
 
-def test_the_drift_flags_are_threshold_loss_of_reliability_and_what_stays():
+def test_the_drift_flags_are_the_threshold_the_drop_per_bad_event_and_the_base_weight():
     weight, _ = weighed(drift_threshold=0.6, w_drop=0.25, w_base=0.125)
     close(weight[0], torch.tensor([1.125, 0.875, 0.875]))
     weight, _ = weighed(drift_threshold=0.4, w_drop=0.25, w_base=0.125)
     close(weight[0], torch.tensor([1.125, 1.125, 1.125]))
 
 
-def test_train_pruned_prefix_learns_from_those_that_lost():
+def test_train_pruned_prefix_trains_on_the_rows_that_lost():
     _, without = weighed("prefix-guided")
     _, with_them = weighed("prefix-guided", train_pruned_prefix=True)
     assert without.any(1).tolist() == [True, False] and with_them.all()
@@ -2044,14 +2044,14 @@ CAP = {"cap_min": 20, "cap_max": 100, "cap_step": 7, "cap_margin": 5, "cap_hit_r
         ([0, 0], {"cap_patience": 1, "cap_min": 48}, (48, 0)),
     ],
 )
-def test_each_flag_of_the_cap_does_what_it_says(reliable, change, expected):
-    """From a cap of 50 without a miss."""
+def test_each_cap_flag_changes_the_next_cap_and_the_misses_as_by_hand(reliable, change, expected):
+    """From a cap of 50 without misses."""
     config = opd.Config(method="prune", **{**CAP, **change})
     run = types.SimpleNamespace(cap=50, misses=0)
     assert opd.next_cap(config, run, torch.tensor(reliable)) == expected
 
 
-def test_a_least_cap_above_max_new_tokens_gives_way_to_it():
+def test_a_cap_min_above_max_new_tokens_is_lowered_to_it():
     config = opd.Config(method="prune", **{**CAP, "cap_patience": 1}, max_new_tokens=10)
     run = types.SimpleNamespace(cap=10, misses=0)
     assert opd.next_cap(config, run, torch.tensor([0, 0])) == (10, 0)
@@ -2090,7 +2090,7 @@ def test_the_other_divergences_pass_gradcheck_are_zero_at_the_teacher_and_never_
 
 
 @pytest.mark.parametrize("beta", [0, 1, -0.5, 2, math.nan])
-def test_the_ends_of_jsd_are_refused_with_the_names_of_the_kls(beta):
+def test_a_beta_outside_of_0_to_1_is_refused_and_jsd_names_the_kls(beta):
     with pytest.raises(ValueError, match="forward_kl.*reverse_kl"):
         opd.jsd(torch.zeros(1, 3), torch.zeros(1, 3), beta)
     with pytest.raises(ValueError, match="^--beta "):
@@ -2143,7 +2143,7 @@ def test_overlap_k_is_that_of_the_logged_overlap():
         close(found, opd.topk_overlap(p, q, k))
 
 
-def test_gradient_checkpointing_recomputes_the_layers_of_the_student(world, tmp_path):
+def test_gradient_checkpointing_is_switched_on_for_the_student_only(world, tmp_path):
     for flag in (None, True):
         _, run = opened(world, tmp_path, gradient_checkpointing=flag)
         assert run.student.is_gradient_checkpointing is bool(flag)
@@ -2152,7 +2152,7 @@ def test_gradient_checkpointing_recomputes_the_layers_of_the_student(world, tmp_
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 def test_recomputing_layers_changes_no_gradient_even_in_a_model_with_dropout():
-    """Layers are recomputed in training mode only, and training mode brings dropout back."""
+    """Layers are recomputed in training mode only, which also switches dropout on."""
     student, computed = tiny_llama(4, attention_dropout=0.5), []
     batch = make_batch(student, TEACHER)
     expected = plain_gradients(student, TEACHER, batch)[1]
@@ -2179,7 +2179,7 @@ def test_the_student_and_the_teacher_are_those_of_their_flags(world, tmp_path):
     assert run.student.config.model_type == "mistral" and run.teacher.config.hidden_size == 48
 
 
-def test_no_chat_template_gives_the_message_as_it_is(world, tmp_path):
+def test_no_chat_template_gives_the_message_without_the_templates_tokens(world, tmp_path):
     for flag, first in ((None, "<user>"), (True, "1")):
         _, run = opened(
             world, tmp_path, train_file="{world}/unanswered.jsonl", no_chat_template=flag
@@ -2188,7 +2188,7 @@ def test_no_chat_template_gives_the_message_as_it_is(world, tmp_path):
 
 
 @pytest.mark.parametrize("flag, says", [(None, "(try --no_chat"), (True, "the tokenizer fai")])
-def test_no_chat_template_is_named_where_it_is_not_given_yet(
+def test_an_error_of_the_tokenizer_suggests_no_chat_template_unless_it_is_given(
     flag, says, world, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(opd, "encode_prompt", throw(TypeError("no text")))
@@ -2196,7 +2196,7 @@ def test_no_chat_template_is_named_where_it_is_not_given_yet(
         opened(world, tmp_path, no_chat_template=flag)
 
 
-def test_the_prompt_template_is_what_the_models_read_around_a_problem(world, tmp_path):
+def test_the_prompt_template_is_put_around_each_problem(world, tmp_path):
     template = "a {problem} b"
     _, run = opened(
         world, tmp_path, train_file="{world}/unanswered.jsonl", prompt_template=template
@@ -2205,7 +2205,7 @@ def test_the_prompt_template_is_what_the_models_read_around_a_problem(world, tmp
     assert prompt == ["<user>", "a", "1", "2", "3", "b", "<solve>"]
 
 
-def test_the_teachers_template_is_what_the_teacher_reads_around_a_problem(world, tmp_path):
+def test_the_teachers_template_is_put_around_each_problem_for_the_teacher_only(world, tmp_path):
     flags = {"train_file": "{world}/unanswered.jsonl", "teacher_prompt_template": "a {problem} b"}
     _, run = opened(world, tmp_path, **flags)
     (problem,) = run.pools[0]
@@ -2239,7 +2239,7 @@ def test_evaluations_leave_no_long_prompt_out(world, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# 14. Set-up and preflight
+# 15. Set-up and preflight
 
 
 def test_the_same_tokens_under_the_same_ids_are_one_vocabulary():
@@ -2262,7 +2262,7 @@ def test_different_vocabularies_are_refused_with_the_tokens_that_differ(teacher,
 
 
 @pytest.mark.parametrize("teacher", [{"a": 0}, {"a": 0, "c": 1}, {"a": 0, "c": 1, "d": 2}])
-def test_tokens_that_only_one_model_has_behind_all_others_are_cut_off_with_a_note(teacher):
+def test_tokens_after_all_others_that_only_one_model_has_are_cut_off_with_a_note(teacher):
     with pytest.warns(UserWarning, match="such as 'b'; 1 stay"):
         assert opd.compare_vocabularies({"a": 0, "b": 1}, teacher) == 1
 
@@ -2326,8 +2326,8 @@ def test_a_tokenizer_without_an_eos_adds_none():
         ("Granite", {"logits_scaling": 4.0}),
     ],
 )
-def test_models_with_a_softcap_or_a_scale_behind_their_head_are_refused_by_name(family, setting):
-    """In both precisions; where they are only sampled from nobody asks for logits of ours."""
+def test_models_with_a_softcap_or_a_scale_after_their_head_are_refused_by_name(family, setting):
+    """In both precisions. If they are only sampled from, head_logits is not needed: accepted."""
     plain = {key: None if "softcap" in key else 1.0 for key in setting}
     for dtype in (torch.float32, torch.bfloat16):
         otherwise = tiny(family, 0, **setting).to(dtype)
@@ -2337,7 +2337,7 @@ def test_models_with_a_softcap_or_a_scale_behind_their_head_are_refused_by_name(
             opd.check_model(otherwise, False)
 
 
-def test_a_model_of_few_tokens_is_as_good_as_others():
+def test_a_model_with_a_vocabulary_of_3_is_accepted():
     assert opd.check_model(tiny("Qwen3", 0, vocab_size=3), False) > 0
 
 
@@ -2366,7 +2366,7 @@ def test_a_model_that_is_only_graded_needs_a_cache_of_keys_and_values_too(world,
         opened(world, tmp_path, student=world / "conv", **flags)
 
 
-def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(
+def test_code_that_comes_with_a_model_is_not_run_and_the_user_is_not_asked(
     world, tmp_path, capfd, monkeypatch
 ):
     asked = []
@@ -2378,19 +2378,19 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(
 
 
 def test_an_adapter_that_from_pretrained_merges_by_itself_is_refused_too(monkeypatch):
-    """Of a hub name, with peft."""
+    """As with peft and a hub name."""
     merged = types.SimpleNamespace(_hf_peft_config_loaded=True)
     auto = types.SimpleNamespace(from_pretrained=lambda *_, **__: merged)
     with pytest.raises(ValueError, match=r"^a/b is an adapter \(LoRA\)"):
         opd.load(auto, "a/b")
 
 
-def test_a_sliding_window_is_a_cache_like_any_other(world, tmp_path):
+def test_a_model_with_a_sliding_window_can_be_trained(world, tmp_path):
     _, steps, _ = train(world, tmp_path, student=world / "window", max_steps=1, eval_file=None)
     assert steps[0]["generated_tokens"] > 0 and steps[0]["sampling_mismatch"] < 1e-5
 
 
-def test_a_model_that_keeps_no_cache_unless_asked_is_one_like_any_other(world, tmp_path):
+def test_a_model_saved_with_use_cache_false_can_be_trained(world, tmp_path):
     """Many that were trained with gradient checkpointing are saved with use_cache false."""
     shutil.copytree(world / "student", tmp_path / "student")
     path = tmp_path / "student" / "config.json"
@@ -2433,7 +2433,7 @@ def test_the_vocabulary_ends_with_the_largest_id_and_not_with_the_number_of_toke
     assert opened(world, tmp_path / "out", **flags)[1].vocab_size == V
 
 
-def test_a_pad_token_beyond_the_models_rows_is_not_used(world, tmp_path):
+def test_a_pad_token_beyond_the_models_rows_does_not_stop_a_run(world, tmp_path):
     padded = changed_copy(world, "student", tmp_path / "padded", add_a_pad)
     _, steps, _ = train(
         world, tmp_path / "out", student=padded, teacher=padded, max_steps=1, eval_file=None
@@ -2442,7 +2442,7 @@ def test_a_pad_token_beyond_the_models_rows_is_not_used(world, tmp_path):
 
 
 def test_generate_needs_no_cache_and_takes_a_pad_id_beyond_the_vocabulary():
-    """Rows that ended go on with it, whatever it is; here one of them has."""
+    """It fills the rows that have ended; here at least one has."""
     ids, mask = prompts(*LENGTHS)
     settings = {"max_new_tokens": 8, "eos_ids": ENDS, "temperature": 0}
     wide = tiny_llama(1, vocab_size=V + 8)
@@ -2452,8 +2452,8 @@ def test_generate_needs_no_cache_and_takes_a_pad_id_beyond_the_vocabulary():
     assert not through_eos.all() and log_probs.isfinite().all()
 
 
-def test_generate_leaves_no_scores_behind_for_the_garbage_collector():
-    """(B, V) of a real vocabulary, at every segment: a reference circle would keep them long."""
+def test_generate_leaves_no_scores_for_the_garbage_collector():
+    """(B, V) of a real vocabulary, at every segment: a reference cycle would keep them for long."""
     wide = tiny_llama(1, vocab_size=977)
     gc.collect()
     gc.disable()
@@ -2466,7 +2466,7 @@ def test_generate_leaves_no_scores_behind_for_the_garbage_collector():
     assert (len(LENGTHS), 977) not in shapes
 
 
-def test_on_a_gpu_auto_is_bfloat16_and_elsewhere_float32(world, tmp_path, monkeypatch):
+def test_dtype_auto_is_bfloat16_on_a_gpu_and_float32_elsewhere(world, tmp_path, monkeypatch):
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         seen = []
 
@@ -2481,7 +2481,7 @@ def test_on_a_gpu_auto_is_bfloat16_and_elsewhere_float32(world, tmp_path, monkey
         assert seen == [dtype]
 
 
-def test_in_bfloat16_both_models_sample_and_judge_in_it_and_float32_weights_learn(world, tmp_path):
+def test_in_bfloat16_sampler_and_teacher_are_bfloat16_and_trained_weights_float32(world, tmp_path):
     _, run = opened(world, tmp_path, dtype="bfloat16")
     assert run.sampler.dtype == run.teacher.dtype == torch.bfloat16
     assert run.student.dtype == torch.float32
@@ -2489,13 +2489,13 @@ def test_in_bfloat16_both_models_sample_and_judge_in_it_and_float32_weights_lear
     assert learning == {id(weight) for weight in run.student.parameters()}
 
 
-def test_in_float32_the_student_samples_itself(world, tmp_path):
+def test_in_float32_the_sampler_is_the_student_itself(world, tmp_path):
     _, run = opened(world, tmp_path)
     assert run.sampler is run.student
 
 
 def test_the_bfloat16_sampler_keeps_rotary_frequencies_in_float32(world, tmp_path):
-    """Rounded to 8 bits they turn positions around 1,000 by over .1 rad: another model."""
+    """Rounded to 8 bits they turn positions near 1,000 by over .1 rad too much: another model."""
     _, run = opened(world, tmp_path, dtype="bfloat16")
     sampler, student = run.sampler.model.rotary_emb, run.student.model.rotary_emb
     close(sampler.inv_freq, student.inv_freq, rtol=0, atol=0)
@@ -2503,7 +2503,7 @@ def test_the_bfloat16_sampler_keeps_rotary_frequencies_in_float32(world, tmp_pat
     assert ((frequencies.bfloat16().float() - frequencies) * 1000).abs().max() > 0.1
 
 
-def test_the_update_in_bfloat16_runs_under_autocast_and_in_float32_not(world, tmp_path):
+def test_autocast_is_bfloat16_in_a_bfloat16_run_and_off_in_a_float32_run(world, tmp_path):
     for dtype, expected in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         _, run = opened(world, tmp_path, dtype=dtype)
         with run.autocast:
@@ -2511,14 +2511,14 @@ def test_the_update_in_bfloat16_runs_under_autocast_and_in_float32_not(world, tm
         assert product.dtype == expected
 
 
-def test_the_update_is_told_its_sizes_and_its_precision():
+def test_the_update_gets_its_sizes_and_its_precision():
     told = test_opd.settings_of()  # as many tokens at once as the vocabulary of 20 allows
     assert told["chunk_tokens"] == 25_000_000 // 20
     assert (told["micro_batch_size"], told["autocast"]) == (3, "low")
 
 
 def test_the_bfloat16_copy_is_updated_after_every_step(world, tmp_path, monkeypatch):
-    """Else it would sample from the student of the start."""
+    """Else the samples would stay those of the initial student."""
     copies = []
     rollout = opd.rollout
 
@@ -2537,7 +2537,7 @@ def test_the_bfloat16_copy_is_updated_after_every_step(world, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("dtype, low, high", [("float32", 0, 1e-5), ("bfloat16", 1e-4, 0.1)])
-def test_what_was_sampled_is_scored_alike_but_for_bfloat16(dtype, low, high, world, tmp_path):
+def test_sampled_and_scored_log_probs_agree_up_to_bfloat16(dtype, low, high, world, tmp_path):
     """
     sampling_mismatch: |log p scored - log p sampled|. A bfloat16 copy of the weights is another
     model, and its samples are off-policy by that much.
@@ -2548,13 +2548,13 @@ def test_what_was_sampled_is_scored_alike_but_for_bfloat16(dtype, low, high, wor
 
 
 def test_no_weight_decays(world, tmp_path):
-    """AdamW's own default would shrink the student towards 0 by a hundredth of every step."""
+    """AdamW's default would shrink all weights by .01 times the learning rate in every step."""
     _, run = opened(world, tmp_path)
     assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.0]
 
 
 @pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2)])
-def test_the_caches_keep_of_a_token_the_keys_and_values_of_all_layers_of_both_models(
+def test_cache_bytes_count_the_keys_and_values_of_a_token_in_all_layers_of_each_model(
     dtype, size, world, tmp_path
 ):
     """The student samples in bfloat16, whatever its master weights are."""
@@ -2568,7 +2568,7 @@ def test_the_caches_keep_of_a_token_the_keys_and_values_of_all_layers_of_both_mo
 
 
 def test_a_step_that_transformers_takes_back_shifts_nothing(monkeypatch):
-    """On some devices it decodes one token more, and drops it from the ids and from the cache."""
+    """On some devices it samples one token more and drops it from the ids and from the cache."""
     model = copy.deepcopy(STUDENT)
     ids = torch.randint(4, V, (3, 5), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -2590,8 +2590,8 @@ def test_a_step_that_transformers_takes_back_shifts_nothing(monkeypatch):
         close(ours, theirs)
 
 
-def test_many_tokens_are_judged_in_several_passes_with_the_same_result():
-    """Of 8,192 rows four columns are a pass; the last one of nine is shorter."""
+def test_many_tokens_are_computed_in_several_passes_with_the_same_result():
+    """With 8,192 rows a pass has four columns; of nine columns the last pass has one."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, V, (2**13, 10), generator=generator)
     mask = torch.ones_like(ids).bool()
@@ -2608,12 +2608,12 @@ def test_many_tokens_are_judged_in_several_passes_with_the_same_result():
     close(found[:50], expected)
 
 
-# 10 parameters learn, 100 judge; rows of 5 columns, in a vocabulary of 3
+# A student of 10 parameters and a teacher of 100; rows of 5 columns, a vocabulary of 3
 PLAN = {"student": 10, "teacher": 100, "columns": 5, "vocab": 3}
 
 
 def test_the_memory_plan_by_hand():
-    """Two rows: 4 tokens are judged at once, 10 are learned from."""
+    """Two rows: 4 tokens are scored at once, 10 are trained on."""
     sizes = {**PLAN, "rows": 2, "cache": 7, "segment": 2, "judged": 11, "kept": 13, "states": 1000}
     plan = opd.memory_plan(**sizes, bf16=True)
     assert plan == {
@@ -2653,13 +2653,13 @@ def fitting(monkeypatch, gigabytes, flag="rollout_batch_size", before=0, **flags
 
 @pytest.mark.parametrize("gigabytes, rows", [(100, 20), (28, 16), (18, 8)])
 def test_on_a_gpu_rows_fill_four_fifths_of_what_adam_leaves(gigabytes, rows, monkeypatch):
-    """The moments take 8 GB; all rows are 20."""
+    """Adam's moments take 8 GB; there are 20 rows in all."""
     assert fitting(monkeypatch, gigabytes) == rows
 
 
-def test_a_resumed_run_has_its_rows_again_unless_the_gpu_is_smaller(monkeypatch):
+def test_a_resumed_run_computes_as_many_rows_at_once_as_before_if_they_fit(monkeypatch):
     assert fitting(monkeypatch, 100, before=3) == 3
-    assert fitting(monkeypatch, 28, before=20) == 20  # what is spared is there
+    assert fitting(monkeypatch, 28, before=20) == 20  # they fit into the fifth that is kept free
     with pytest.warns(UserWarning, match="--rollout_batch_size was 20 and is 14$"):
         assert fitting(monkeypatch, 26, before=20) == 14
 
@@ -2668,7 +2668,7 @@ def test_a_resumed_run_has_its_rows_again_unless_the_gpu_is_smaller(monkeypatch)
 @pytest.mark.parametrize(
     "gigabytes, before, asked", [(26, 0, 0), (100, 3, 0), (100, 20, 0), (26, 20, 7)]
 )
-def test_rows_are_told_of_only_where_fewer_fit_than_before(gigabytes, before, asked, monkeypatch):
+def test_no_note_about_rows_unless_fewer_fit_than_before(gigabytes, before, asked, monkeypatch):
     assert fitting(monkeypatch, gigabytes, before=before, rollout_batch_size=asked)
 
 
@@ -2696,7 +2696,7 @@ def test_what_cannot_fit_is_refused_with_the_flag_to_change(flags, instead, monk
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
 def test_the_table_of_plans_has_a_row_for_a_pair_of_models_and_a_gpu(family, monkeypatch):
-    """assets/plans.txt has such rows: both, GB, seven sizes in GB, four numbers of rows at once."""
+    """As in assets/plans.txt: both models, GB, seven sizes in GB, four numbers of rows at once."""
     monkeypatch.setitem(plans.SHAPES, "small", (64, 128, 2, 4, 2, 16, True, family))
     row = plans.plan("small", "small", 24)
     assert row[:3] == ["small", "small", 24]
@@ -2705,8 +2705,8 @@ def test_the_table_of_plans_has_a_row_for_a_pair_of_models_and_a_gpu(family, mon
     assert "does not fit" in plans.plan("small", "small", 1)[3]
 
 
-def test_what_a_forward_keeps_for_backward_is_counted_by_token_and_by_layer():
-    """Recomputed, a layer keeps its input, 4 bytes a number, and one layer all of it."""
+def test_bytes_kept_for_backward_by_layer_and_with_recomputed_layers_by_hand():
+    """If recomputed: the input of every layer, 4 bytes a number, and all of one layer."""
     kept = []
     for layers in (1, 2, 3):
         model = tiny("Qwen3", 0, num_hidden_layers=layers)
@@ -2717,10 +2717,10 @@ def test_what_a_forward_keeps_for_backward_is_counted_by_token_and_by_layer():
 
 
 @pytest.mark.parametrize("micro_batch_size, rows", [(3, 3), (99, 4)])
-def test_the_update_that_is_tried_first_changes_nothing(
+def test_the_trial_update_before_a_run_changes_nothing(
     micro_batch_size, rows, world, tmp_path, monkeypatch
 ):
-    """It is as long as the longest, of as many rows as at once, of the four that a step has."""
+    """Its rows are the longest possible, as many as at once, at most the four of a step."""
     config, run = opened(world, tmp_path, micro_batch_size=micro_batch_size)
     before = copy.deepcopy(run.student.state_dict())
     tried = watch(monkeypatch, "train_step")["train_step"]
@@ -2728,16 +2728,16 @@ def test_the_update_that_is_tried_first_changes_nothing(
     assert_same(run.student.state_dict(), before, tolerance=0)
     assert not run.optimizer.state
     assert all(parameter.grad is None for parameter in run.student.parameters())
-    _, call = tried  # the second one beside Adam's moments
+    _, call = tried  # the second update, when Adam's moments exist
     longest = max(len(problem["prompt_ids"]) for problem in run.pools[0])
-    # Padded, as the rows of a step are: then there is an attention mask, too
+    # Padded, as the rows of a step are, so that there is an attention mask
     assert call["batch"]["prompt_mask"].sum(1).tolist() == [longest] + (rows - 1) * [longest - 1]
     assert call["batch"]["prompt_ids"].shape == (rows, longest)
     assert call["batch"]["loss_mask"].shape == (rows, 12) and call["batch"]["loss_mask"].all()
     assert call["learning_rate"] == 0.0
 
 
-def test_the_gradient_and_the_teachers_states_make_room_for_the_caches(
+def test_gradients_and_the_teachers_states_are_freed_before_the_next_rollout(
     world, tmp_path, runs, monkeypatch
 ):
     held, states = [], []
@@ -2757,9 +2757,9 @@ def test_the_gradient_and_the_teachers_states_make_room_for_the_caches(
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_short_rows_share_a_micro_batch_up_to_the_tokens_of_the_longest_ones(micro_batch_size):
-    """A long prompt with a short response is as long as the other way round: padding differs."""
+    """Prompt and response count together: a long prompt may have a short response."""
     student, lengths = tiny_llama(1), (30, 1, 2, 14, 7, 1, 3, 2)
-    cuts = (2, 12, 12, 9, 12, 0, 1, 3)  # tokens to learn from
+    cuts = (2, 12, 12, 9, 12, 0, 1, 3)  # tokens to train on
     batch = make_batch(student, TEACHER, lengths, eos_ids={V})
     batch["loss_mask"] = torch.arange(12) < torch.tensor(cuts)[:, None]
     shapes, stop = forward_shapes(student)
@@ -2774,7 +2774,7 @@ def test_short_rows_share_a_micro_batch_up_to_the_tokens_of_the_longest_ones(mic
     assert_same(grads, plain_gradients(student, TEACHER, batch)[1], tolerance=3e-6)
 
 
-def test_the_teachers_states_are_not_copied_to_be_learned_from():
+def test_the_teachers_states_are_not_copied_for_the_update():
     batch = make_batch(STUDENT, TEACHER)
     places = {states.data_ptr() for states in batch["teacher_hidden"]}
     for _, _, columns in opd.learned_rows(batch):
@@ -2791,11 +2791,11 @@ def test_the_teachers_states_are_not_copied_to_be_learned_from():
         ("auto", 21, ["teacher", "student"]),
     ],
 )
-def test_before_the_first_step_those_are_evaluated_who_cost_little(
+def test_eval_first_chooses_the_models_to_evaluate_before_the_first_step(
     choice, steps, whom, world, tmp_path
 ):
-    """auto: both, where both take under a tenth of all steps, else the student. A step has a group
-    of 12 columns, an evaluation 12 columns of both."""
+    """auto: both, if they take under a tenth of all steps, else the student. A step has one group
+    of 12 columns; an evaluation has 12 columns for each model."""
     flags = {"eval_first": choice, "max_steps": steps}
     config, run = opened(world, tmp_path, **flags)
     assert opd.columns_at_most(run) == {"step": 12, "student": 12, "teacher": 12}
@@ -2803,19 +2803,19 @@ def test_before_the_first_step_those_are_evaluated_who_cost_little(
 
 
 def test_a_prompts_candidates_are_counted_as_sampled_together(world, tmp_path):
-    """Of three rows at once, two: four prompts of two candidates are four groups of 12 columns."""
+    """Three rows at once have room for one prompt: four prompts are four groups of 12 columns."""
     _, run = opened(world, tmp_path, batch_size=4, rollout_batch_size=3)
     assert opd.columns_at_most(run)["step"] == 4 * 12
 
 
-def test_the_plan_of_an_evaluation_has_the_tries_of_effopd_in_it(world, tmp_path):
-    """They are asked training prompts, with the cap of a rollout."""
+def test_the_plan_of_evaluations_includes_the_tries_of_effopd(world, tmp_path):
+    """They sample from training prompts, with the cap of a rollout."""
     config, run = opened(world, tmp_path, eval_file=None, extrapolate=True, validation_size=3)
     columns = opd.plan_phases(config, run)["eval_batch_size"][2]["columns"]
     assert columns == max(len(problem["prompt_ids"]) for problem in run.pools[0]) + 12
 
 
-def test_without_a_file_to_evaluate_on_nobody_is_evaluated_and_nothing_says_so(
+def test_without_an_evaluation_file_nothing_is_evaluated_and_the_preflight_says_so(
     world, tmp_path, capsys
 ):
     train(world, tmp_path, eval_file=None, cold_start_steps=1, max_steps=1)
@@ -2823,14 +2823,14 @@ def test_without_a_file_to_evaluate_on_nobody_is_evaluated_and_nothing_says_so(
     assert "evaluated before step 1: nobody" in capsys.readouterr().out
 
 
-def test_a_run_that_was_not_evaluated_before_has_no_accuracy_before(world, tmp_path):
+def test_a_run_without_an_initial_evaluation_has_no_accuracy_before(world, tmp_path):
     train(world, tmp_path, eval_first="none", max_steps=2)
     run = opd.read_run(tmp_path, "")
     assert math.isnan(run["before"]) and run["after"] == run["curve"][0][2]
 
 
 def test_seconds_at_most_by_hand(world, tmp_path):
-    """A teacher of the student's size: columns at 1 s, tokens judged at .5 s, learned at 2 s."""
+    """A teacher of the student's size: 1 s a column; .5 s to score a token, 2 s to train on it."""
     flags = {"teacher": world / "student", "max_steps": 3, "eval_every": 2}
     config, run = opened(world, tmp_path, **flags)
     out = {"response_ids": torch.zeros(4, 3), "seconds": 9.0, "teacher_seconds": 6.0}
@@ -2842,8 +2842,8 @@ def test_seconds_at_most_by_hand(world, tmp_path):
     expected = {**told, for_student: 12, for_teacher: 12}
     assert opd.seconds_at_most(config, run, out) == expected
 
-    # Three answers beside an out of one row, two of them at once by the teacher: on a CPU a column
-    # costs as many rows, on a GPU one
+    # Three answers, timed with a single row; the teacher has two at once. On a CPU the seconds of a
+    # column grow with its rows, on a GPU they do not
     run.most["answers"], run.rows_at_once["teacher_eval_batch_size"] = 3, 2
     one = {"response_ids": torch.zeros(1, 3), "seconds": 9.0, "teacher_seconds": 6.0}
     told = opd.seconds_at_most(config, run, one)
@@ -2864,18 +2864,18 @@ def test_the_rows_sampled_at_once_are_those_of_the_flag_in_the_cold_start_too(
     calls = watch(monkeypatch, "rollout")["rollout"]
     flags = {"rollout_batch_size": rows, "batch_size": 4, "cold_start_steps": 1, "max_steps": 1}
     _, (step,), _ = train(world, tmp_path, **flags, eval_file=None)
-    seen = [len(call["prompts"]) for call in calls[1:]]  # behind the preflight
+    seen = [len(call["prompts"]) for call in calls[1:]]  # after that of the preflight
     assert seen == cold + warm and step["rollout_batch_size"] == (rows or 8)
 
 
-def test_all_ranks_sample_as_many_rows_at_once_as_the_smallest_can(world, tmp_path, monkeypatch):
-    """Else they would go through groups of different sizes."""
+def test_all_ranks_sample_as_many_rows_at_once_as_the_smallest_rank(world, tmp_path, monkeypatch):
+    """Else their groups would have different sizes."""
     monkeypatch.setattr(opd, "gather", lambda items: [*items, 3])
     assert set(opened(world, tmp_path)[1].rows_at_once.values()) == {3}
 
 
 def warnings_of(world, folder, change=None):
-    """What the preflight warns of where the teacher is the student with a change."""
+    """The warnings of the preflight if the teacher is a changed copy of the student."""
     teacher = changed_copy(world, "student", folder, change or (lambda *_: None))
     config, run = opened(world, folder / "out", teacher=teacher, no_merge_stops=True)
     return [line for line in opd.preflight(config, run) if line.startswith("warning: ")]
@@ -2901,12 +2901,12 @@ def no_template(_, tokenizer):
         (no_template, "the chat templates differ"),
     ],
 )
-def test_what_ruins_runs_in_silence_is_warned_of(change, says, world, tmp_path):
+def test_the_preflight_warns_of_what_silently_ruins_runs(change, says, world, tmp_path):
     (warning,) = warnings_of(world, tmp_path, change)
     assert says in warning
 
 
-def test_of_a_teacher_that_is_the_student_there_is_nothing_to_warn_of(world, tmp_path):
+def test_there_is_no_warning_if_the_teacher_equals_the_student(world, tmp_path):
     assert warnings_of(world, tmp_path) == []
 
 
@@ -2933,7 +2933,7 @@ def few_positions(number):
 def test_the_longest_prompt_and_its_response_are_compared_with_the_positions_of_both_models(
     changes, length, world, tmp_path
 ):
-    """The longest prompt, of training and of evaluation, has 7 tokens; exactly as many are fine."""
+    """The longest prompt, in training and evaluation, has 7 tokens; just enough positions do."""
     flag = "eval_max_new_tokens" if "eval_max_new_tokens" in changes else "max_new_tokens"
     changes = {"eval_file": "{world}/train.jsonl", "eval_max_new_tokens": 4, **changes}
     for who in ("student", "teacher"):
@@ -2947,33 +2947,33 @@ def test_the_longest_prompt_and_its_response_are_compared_with_the_positions_of_
             assert opd.check_lengths(run) == expected
 
 
-def test_positions_that_do_not_suffice_are_warned_of_before_training(world, tmp_path):
+def test_the_preflight_warns_of_too_few_positions(world, tmp_path):
     (warning,) = warnings_of(world, tmp_path, few_positions(18))
     assert "response of 12 tokens (--max_new_tokens) are more than the 18 positions" in warning
 
 
-def test_before_grading_alone_they_are_noted(world, tmp_path):
+def test_eval_only_notes_too_few_positions(world, tmp_path):
     student = changed_copy(world, "student", tmp_path / "short", few_positions(9))
     flags = {"eval_only": True, "teacher": None, "train_file": None, "student": student}
     with pytest.warns(UserWarning, match="more than the 9 positions of the student"):
         opened(world, tmp_path / "out", **flags)
 
 
-def test_a_run_to_the_last_position_of_a_table_goes_well(world, tmp_path):
+def test_a_run_can_use_the_last_position_of_a_table(world, tmp_path):
     table = {"student": world / "table", "teacher": world / "table"}
     flags = {"max_new_tokens": 57, "eval_file": "{world}/train.jsonl", "eval_max_new_tokens": 57}
     _, steps, _ = train(world, tmp_path, **table, **flags, max_steps=1, num_generations=9)
     assert steps[0]["sampling_mismatch"] < 1e-4
 
 
-def test_the_tiny_world_has_positions_enough():
+def test_the_tiny_model_has_enough_positions_for_the_default_flags():
     longest = opd.TINY.max_prompt_length + max(opd.TINY.max_new_tokens, opd.TINY.cap_max)
     tokenizer = opd.tiny_tokenizer(WORDS)
     assert opd.position_limit(opd.tiny_model(tokenizer)) == (512, "") and longest <= 512
 
 
 @pytest.mark.parametrize("name", ["longrope", "dynamic"])
-def test_rotary_factors_that_change_with_the_length_are_refused_where_a_run_gets_there(
+def test_rotary_factors_that_change_with_length_are_refused_if_a_run_gets_that_long(
     name, world, tmp_path
 ):
     path = save_model(tmp_path / name, of_lengths(name))
@@ -2983,7 +2983,7 @@ def test_rotary_factors_that_change_with_the_length_are_refused_where_a_run_gets
             opened(world, tmp_path / "out", **{who: path}, max_new_tokens=24)
 
 
-def test_rotary_factors_of_a_type_of_layers_count_too():
+def test_rotary_factors_given_by_type_of_layer_count_too():
     rope = {"full": {"rope_type": "longrope", "original_max_position_embeddings": 8}}
     text = types.SimpleNamespace(rope_parameters=rope, max_position_embeddings=99)
     model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: text))
@@ -3001,7 +3001,7 @@ def test_rotary_factors_of_a_type_of_layers_count_too():
         ({}, math.inf),  # Bloom
     ],
 )
-def test_positions_that_are_not_rotary_are_a_table_of_the_length_that_the_config_has(names, limit):
+def test_positions_that_are_not_rotary_count_as_a_table_of_the_configs_length(names, limit):
     text = types.SimpleNamespace(**names)
     model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: text))
     assert opd.position_limit(model) == (limit, "they are a fixed table")
@@ -3017,8 +3017,8 @@ def test_a_student_without_a_stop_token_is_warned_of(world, tmp_path):
     assert any("student has no stop token" in line for line in opd.preflight(config, run))
 
 
-def test_the_preflight_tells_what_a_run_is_about(world, tmp_path, monkeypatch):
-    """Method, loss, data with a prompt and readable golds, agreement of both models, the models."""
+def test_the_preflight_prints_what_a_run_is_about(world, tmp_path, monkeypatch):
+    """Method, loss, data with a prompt and readable golds, the models, how far they agree."""
     monkeypatch.setattr(opd, "ask_math_verify", lambda gold, answer: gold == "x")
     path = tmp_path / "train.jsonl"
     golds = ["12", "x", "y", "z"]
@@ -3058,10 +3058,10 @@ def test_the_preflights_numbers_are_those_of_a_plain_forward(world, tmp_path, mo
 
 
 # --------------------------------------------------------------------------------------------------
-# 15. Files, checkpoints, endings
+# 16. Files, checkpoints, endings
 
 
-def test_nan_becomes_null_and_infinity_too_wherever_it_stands(tmp_path):
+def test_nan_and_infinity_are_written_as_null_also_inside_lists(tmp_path):
     opd.append_json(tmp_path / "a.jsonl", {"a": math.nan, "b": [1.5, -math.inf], "c": "é"})
     opd.append_json(tmp_path / "a.jsonl", {"d": 1})
     text = (tmp_path / "a.jsonl").read_text(encoding="utf-8")
@@ -3072,8 +3072,8 @@ def test_nan_becomes_null_and_infinity_too_wherever_it_stands(tmp_path):
     ]
 
 
-def test_metrics_are_json_even_where_a_mean_is_undefined(world, tmp_path):
-    """One problem has no standard error. JSON has no NaN, so other readers would stop at it."""
+def test_metrics_are_json_even_if_a_standard_error_is_undefined(world, tmp_path):
+    """One problem has no standard error. JSON has no NaN, so other readers would fail on it."""
     write(tmp_path / "one.jsonl", {"problem": "2 3", "answer": "5"})
     train(world, tmp_path, eval_file=tmp_path / "one.jsonl", max_steps=1)
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -3094,8 +3094,8 @@ def test_the_step_of_a_checkpoint_is_read_from_its_name(path, step):
     assert opd.step_of(path) == step
 
 
-def test_checkpoints_9_10_and_100_are_in_the_order_of_their_steps(tmp_path):
-    folder = tmp_path / "a [1]"  # which is no pattern
+def test_checkpoints_are_listed_in_the_order_of_their_steps_without_other_folders(tmp_path):
+    folder = tmp_path / "a [1]"  # not to be read as a pattern
     others = ("checkpoint-9.old", "checkpoint-best-77", "checkpoint-study")
     for name in ("checkpoint-100", "checkpoint-9", "checkpoint-10", *others):
         (folder / name).mkdir(parents=True)
@@ -3114,7 +3114,7 @@ def test_only_the_last_checkpoints_are_kept_by_number(world, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".partial", ".old"))]
 
 
-def test_nothing_of_a_half_checkpoint_gets_into_a_whole_one(world, tmp_path):
+def test_no_file_of_a_partial_checkpoint_gets_into_a_whole_one(world, tmp_path):
     config, run = opened(world, tmp_path)
     run.step = 3
     write(tmp_path / "checkpoint.partial" / "model-2-of-2.safetensors", text="half")
@@ -3123,8 +3123,8 @@ def test_nothing_of_a_half_checkpoint_gets_into_a_whole_one(world, tmp_path):
     assert not (tmp_path / "checkpoint.partial").exists()
 
 
-def test_what_is_left_of_a_removal_goes_though_the_checkpoint_is_there(world, tmp_path):
-    """A signal ended the removal of the one before the last."""
+def test_the_rest_of_an_interrupted_removal_goes_even_if_the_checkpoint_exists(world, tmp_path):
+    """A signal interrupted the removal of an older one."""
     config, run = opened(world, tmp_path)
     opd.save_checkpoint(config, run)
     write(tmp_path / "checkpoint.partial" / "config.json", text="half")
@@ -3141,14 +3141,14 @@ def test_a_checkpoint_is_a_model_folder_like_any_other(world, first_run):
     assert checkpoints(first_run[0]) == ["checkpoint-4"]
 
 
-def test_checkpoints_come_every_so_many_steps_and_at_the_end(world, tmp_path):
+def test_checkpoints_come_every_save_every_steps_and_at_the_end(world, tmp_path):
     flags = {"max_steps": 5, "save_every": 2, "keep_checkpoints": 9, "eval_file": None}
     train(world, tmp_path, **flags)
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
 
 
 @pytest.mark.parametrize("every, steps", [(0, [5]), (2, [2, 4, 5]), (5, [5]), (9, [5])])
-def test_evaluations_come_every_so_many_steps_and_at_the_end(every, steps, monkeypatch):
+def test_evaluations_come_every_eval_every_steps_and_at_the_end(every, steps, monkeypatch):
     done = []
 
     def evaluate_files(config, run, who):
@@ -3161,7 +3161,7 @@ def test_evaluations_come_every_so_many_steps_and_at_the_end(every, steps, monke
     config, run = opd.Config(max_steps=5, eval_every=every), opd.Run({}, [])
     for run.step in range(6):
         opd.evaluate_and_save(config, run)
-        opd.evaluate_and_save(config, run)  # what is done is not done again
+        opd.evaluate_and_save(config, run)  # nothing is done twice
     assert done == steps
 
 
@@ -3207,7 +3207,7 @@ def spoil_the_moments(student, optimizer, *_):
 def test_weights_that_a_damaged_optimizer_made_nan_are_not_saved_and_the_student_is_named(
     world, tmp_path, monkeypatch, capfd
 ):
-    """Damaged before the third update, of finite gradients; the fourth step would be saved."""
+    """Damaged before the third update, whose gradients are finite; step 4 would be saved."""
     monkeypatch.setitem(MOMENTS, "step 3", (opd, "optimizer_step", 3, any_call, "before"))
     at("step 3", spoil_the_moments, monkeypatch.setattr)
     status, line = stopped(command(world, tmp_path, **{**LONG, "extrapolate": None}), capfd)
@@ -3218,7 +3218,7 @@ def test_weights_that_a_damaged_optimizer_made_nan_are_not_saved_and_the_student
 
 
 def test_a_student_that_ships_with_odd_settings_can_be_saved(world, tmp_path):
-    """A temperature beside do_sample: transformers reads that, but does not write it again."""
+    """A temperature without do_sample: transformers loads that, but refuses to save it."""
     shipped = changed_copy(world, "student", tmp_path / "shipped", lambda *_: None)
     path = shipped / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "temperature": 0.6}))
@@ -3244,7 +3244,7 @@ def test_nothing_that_is_not_finite_is_saved_and_the_older_checkpoint_stays(
     last = f"; last checkpoint: {tmp_path}/checkpoint-1"
     assert (status, line) == (2, f"opd.py: {tmp_path}/{told}{last}")
     names = ["checkpoint-1", "metrics.jsonl", "samples.jsonl"]
-    assert sorted(os.listdir(tmp_path)) == names  # nothing of a half checkpoint
+    assert sorted(os.listdir(tmp_path)) == names  # no partial checkpoint
 
 
 @pytest.mark.parametrize(
@@ -3261,9 +3261,7 @@ def test_nothing_that_is_not_finite_is_saved_and_the_older_checkpoint_stays(
         "the removal of an old one",
     ],
 )
-def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
-    moment, world, tmp_path, further, whole
-):
+def test_a_killed_run_resumes_as_if_nothing_had_happened(moment, world, tmp_path, further, whole):
     out = tmp_path / "out"
     kill_at(moment, world, tmp_path, out)
     assert checkpoints(out)
@@ -3271,8 +3269,8 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
         assert_whole(out / name)
     resume(world, out)
     assert outcome(out) == outcome(whole)
-    put_aside = ["metrics.jsonl.old", "samples.jsonl.old"]  # as the killed run left them
-    assert sorted(os.listdir(out)) == sorted(os.listdir(whole) + put_aside)  # no half checkpoint
+    put_aside = ["metrics.jsonl.old", "samples.jsonl.old"]  # left by the killed run
+    assert sorted(os.listdir(out)) == sorted(os.listdir(whole) + put_aside)  # no partial checkpoint
 
 
 @pytest.mark.parametrize("moment", list(MOMENTS)[-4:])
@@ -3280,8 +3278,8 @@ def test_a_kill_while_files_are_put_aside_or_copied_back_loses_nothing(
     moment, world, tmp_path, further, every_step
 ):
     """
-    The folder has a run of the same flags: taken for its own, its checkpoints must come with all of
-    its metrics.
+    The folder has an earlier run with the same flags: if the new run takes its checkpoints for its
+    own, all of its metrics must come with them.
     """
     out, flags = tmp_path / "out", {"save_every": 1, "keep_checkpoints": 9}
     shutil.copytree(every_step, out)
@@ -3330,7 +3328,7 @@ def flip_a_bit(path):
         ("digests.json", drop_a_line),
     ],
 )
-def test_a_checkpoint_of_which_a_file_has_changed_is_refused_by_its_name_and_nothing_is_written(
+def test_a_checkpoint_with_a_changed_file_is_refused_by_name_and_nothing_is_written(
     name, change, world, tmp_path, capfd, whole
 ):
     out = tmp_path / "out"
@@ -3354,7 +3352,7 @@ def test_a_model_of_another_run_in_a_checkpoint_is_refused(world, tmp_path, capf
 
 
 def test_a_checkpoint_under_the_number_of_another_step_is_refused(world, tmp_path, capfd, whole):
-    """Else it would count as later than itself, and be put aside before its files are copied."""
+    """Else it would pass for a later one, and be put aside before its files are copied."""
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     os.rename(out / "checkpoint-5", out / "checkpoint-9")
@@ -3364,7 +3362,7 @@ def test_a_checkpoint_under_the_number_of_another_step_is_refused(world, tmp_pat
     assert contents(out) == before
 
 
-def test_resume_takes_no_checkpoint_of_a_run_before(world, tmp_path, monkeypatch, first_run):
+def test_resume_takes_no_checkpoint_of_an_earlier_run(world, tmp_path, monkeypatch, first_run):
     """The second run ends before its first checkpoint, so resuming it starts it anew."""
     out, flags = tmp_path / "out", {"max_steps": 2, "learning_rate": 3e-3}
     train(world, tmp_path / "straight", **flags)
@@ -3385,7 +3383,7 @@ def test_resume_takes_no_checkpoint_of_a_run_before(world, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_resume_where_there_is_no_checkpoint_starts_at_the_beginning_with_a_note(
+def test_resume_without_a_checkpoint_starts_from_the_beginning_with_a_note(
     exists, world, tmp_path, after_one_step
 ):
     if exists:
@@ -3399,8 +3397,8 @@ def test_resume_into_a_folder_of_another_run_puts_that_one_aside(
     world, tmp_path, further, every_step, first_run
 ):
     """
-    Whatever the step of its checkpoints: else they would pass for the run's own, and be removed as
-    such.
+    Whatever the steps of its checkpoints: else they would be taken for the resumed run's own, and
+    be removed.
     """
     out, flags = tmp_path / "out", {**LONG, "save_every": 0, "keep_checkpoints": 9}
     shutil.copytree(first_run[0], out)
@@ -3419,7 +3417,7 @@ def test_resume_into_a_folder_of_another_run_puts_that_one_aside(
 def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_to_resume(
     world, tmp_path, monkeypatch, further, every_step
 ):
-    """Else the run, broken off again in step 4, would go on from checkpoint-5."""
+    """Else the run, interrupted again in step 4, would resume from checkpoint-5."""
     out, flags = tmp_path / "out", {"save_every": 0, "keep_checkpoints": 9}
     shutil.copytree(every_step, out)
     with monkeypatch.context() as patch:
@@ -3428,7 +3426,7 @@ def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_to_resume(
         at("step 4", throw(ZeroDivisionError), patch.setattr)
         with pytest.raises(ZeroDivisionError):
             opd.main(command(world, out, **{**LONG, **flags}, resume=out / "checkpoint-2"))
-    # The third is a new one: even an error of the program saves it
+    # checkpoint-3 is new: it is saved even after an error of the program
     assert checkpoints(out) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     resume(world, out, **flags)
     assert outcome(out) == outcome(every_step)
@@ -3454,7 +3452,7 @@ def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_to_resume(
     ],
     ids=str,
 )
-def test_resume_with_another_flag_is_refused_by_its_name_and_writes_nothing(
+def test_resume_with_a_changed_flag_is_refused_by_its_name_and_writes_nothing(
     change, world, tmp_path, capfd, whole
 ):
     out = tmp_path / "out"
@@ -3485,13 +3483,13 @@ MAY_CHANGE = {
     "eval_batch_size": 7,
     "rollout_batch_size": 7,
     "gradient_checkpointing": True,
-    "no_gradient_checkpointing": True,  # which the memory plan may advise to leave out
+    "no_gradient_checkpointing": True,  # the memory plan may advise to leave it out
     "eval_first": "none",
     "no_view": True,
 }
 
 
-def test_what_changes_no_number_may_change_on_resume_and_nothing_else_may(whole):
+def test_the_flags_of_may_change_may_change_on_resume_and_no_others(whole):
     folder = whole / "checkpoint-5"
     flags = torch.load(folder / "trainer_state.pt", weights_only=True)["flags"]
     opd.read_checkpoint(folder, {**flags, **MAY_CHANGE})
@@ -3501,7 +3499,7 @@ def test_what_changes_no_number_may_change_on_resume_and_nothing_else_may(whole)
                 opd.read_checkpoint(folder, {**flags, name: "other"})
 
 
-def test_a_flag_that_changed_on_resume_is_what_the_next_checkpoint_says(world, tmp_path):
+def test_the_next_checkpoint_stores_a_flag_that_changed_on_resume(world, tmp_path):
     train(world, tmp_path, max_steps=1, eval_file=None)
     train(world, tmp_path, max_steps=2, micro_batch_size=2, eval_file=None, resume=True)
     saved = torch.load(tmp_path / "checkpoint-2" / "trainer_state.pt", weights_only=True)
@@ -3509,7 +3507,7 @@ def test_a_flag_that_changed_on_resume_is_what_the_next_checkpoint_says(world, t
     assert told == [2, 2]
 
 
-def test_a_run_resumes_where_its_models_and_files_have_moved(world, tmp_path):
+def test_a_run_resumes_after_its_models_and_files_have_moved(world, tmp_path):
     flags = {"eval_file": "{world}/eval.jsonl", "max_steps": 1}
     shutil.copytree(world, tmp_path / "disk")
     train(tmp_path / "disk", tmp_path / "out", **flags)
@@ -3521,7 +3519,7 @@ def test_a_run_resumes_where_its_models_and_files_have_moved(world, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["student", "teacher", "train_file", "eval_file"])
-def test_of_a_path_the_last_part_must_stay_on_resume(name, whole):
+def test_a_path_may_move_on_resume_but_must_keep_its_last_part(name, whole):
     folder = whole / "checkpoint-5"
     flags = torch.load(folder / "trainer_state.pt", weights_only=True)["flags"]
     value = flags[name]
@@ -3534,10 +3532,10 @@ def test_of_a_path_the_last_part_must_stay_on_resume(name, whole):
         opd.read_checkpoint(folder, {**flags, name: renamed})
 
 
-def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_had_them_from_the_start(
+def test_a_finished_run_resumed_with_more_steps_is_as_if_it_had_them_from_the_start(
     world, tmp_path
 ):
-    """Evaluated after every step: else the first end would be one that the longer run has not."""
+    """Evaluated after every step: else only the short run would have an evaluation at step 2."""
     for folder, steps in (("long", 3), ("short", 2)):
         train(world, tmp_path / folder, max_steps=steps, eval_every=1)
     more = {"max_steps": 3, "eval_every": 1, "keep_checkpoints": 1, "save_every": 2}
@@ -3545,10 +3543,10 @@ def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_had_them_from_the_s
     assert outcome(tmp_path / "short") == outcome(tmp_path / "long")
 
 
-def test_how_many_rows_are_computed_at_once_may_change_on_the_way(
+def test_how_many_rows_are_computed_at_once_may_change_on_resume(
     world, tmp_path, further, every_step
 ):
-    """It changes rounding at most."""
+    """It changes no more than rounding."""
     flags = {**LONG, "micro_batch_size": 1, "eval_batch_size": 1, "save_every": 0}
     _, steps, evaluations = train(world, tmp_path, **flags, resume=every_step / "checkpoint-4")
     before = [line["loss"] for line in outcome(every_step)[0] if "loss" in line]
@@ -3556,10 +3554,10 @@ def test_how_many_rows_are_computed_at_once_may_change_on_the_way(
     assert [line["step"] for line in evaluations] == [0, 0, 4, 5]
 
 
-def test_a_resumed_run_samples_as_many_rows_at_once_as_before_unless_told_otherwise(
+def test_a_resumed_run_samples_as_many_rows_at_once_as_before_unless_a_flag_is_given(
     world, tmp_path
 ):
-    """Else another GPU, or another program on it, would make another run of it."""
+    """Else another GPU, or another program on the same one, would change the run."""
     flags = {"eval_file": None, "save_every": 1}
     for steps, rows, expected in ((1, 2, 2), (2, None, 2), (3, 3, 3)):
         resumed = {"resume": True} if steps > 1 else {}
@@ -3579,8 +3577,8 @@ def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(wo
     assert len(opd.read_run(tmp_path, "")["curve"]) == 2
 
 
-def test_what_was_put_aside_before_gives_way_to_what_is_put_aside_now(world, tmp_path):
-    """Three runs in one folder: of the first nothing is left."""
+def test_files_put_aside_replace_those_put_aside_before(world, tmp_path):
+    """Three runs in one folder: nothing is left of the first."""
     lines = [
         train(world, tmp_path, max_steps=1, seed=seed, eval_file=None)[1] for seed in (0, 1, 2)
     ]
@@ -3590,7 +3588,7 @@ def test_what_was_put_aside_before_gives_way_to_what_is_put_aside_now(world, tmp
     assert set(os.listdir(tmp_path)) == names | {f"{name}.old" for name in names}
 
 
-def test_no_view_writes_no_rollouts(world, tmp_path):
+def test_no_view_writes_no_rollouts_html(world, tmp_path):
     for no_view in (True, None):
         train(world, tmp_path, max_steps=1, eval_file=None, no_view=no_view)
         assert ("rollouts.html" in os.listdir(tmp_path)) is (no_view is None)
@@ -3613,10 +3611,10 @@ ALL_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @pytest.mark.parametrize("moment", SIGNALS)
-def test_an_interrupted_run_names_its_checkpoint_and_goes_on_from_there(
+def test_an_interrupted_run_names_its_checkpoint_and_resumes_from_there(
     moment, world, tmp_path, monkeypatch, capfd, further, whole
 ):
-    """Before the update the step is dropped; from then on the signal waits for its end."""
+    """Before the update the step is dropped; later on the signal waits for the end of the step."""
     number, step = SIGNALS[moment]
     with monkeypatch.context() as patch:
         at(moment, send(number), patch.setattr)
@@ -3631,7 +3629,7 @@ def test_an_interrupted_run_names_its_checkpoint_and_goes_on_from_there(
     assert outcome(tmp_path) == outcome(whole)
 
 
-def test_control_c_saves_the_step_before_whatever_save_every_says(
+def test_control_c_saves_the_last_whole_step_whatever_save_every_is(
     world, tmp_path, monkeypatch, capfd, after_one_step
 ):
     calls = itertools.count(1)
@@ -3648,10 +3646,10 @@ def test_control_c_saves_the_step_before_whatever_save_every_says(
     assert same_weights(tmp_path / "checkpoint-1", after_one_step)
 
 
-def test_control_c_during_an_extrapolation_leaves_a_line_that_tells_of_it(
+def test_control_c_during_an_extrapolation_still_logs_that_step(
     world, tmp_path, monkeypatch, capfd
 ):
-    """Before the end of the step the weights are tried ones, and no metrics tell of them."""
+    """Until the end of the step the weights are those of a try, and no metrics describe them."""
     extrapolate = opd.extrapolate
 
     def interrupted(weights, anchor, validate):
@@ -3675,7 +3673,7 @@ def test_a_signal_while_models_are_loaded_is_one_line_with_nothing_written(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_run_under_nohup_goes_on_when_its_terminal_hangs_up(world, tmp_path, monkeypatch):
+def test_a_run_under_nohup_continues_when_its_terminal_hangs_up(world, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for moment in ("a rollout", "an update"):
         at(moment, send(signal.SIGHUP), monkeypatch.setattr)
@@ -3695,10 +3693,10 @@ def test_after_a_run_signals_do_what_they_did_before(world, tmp_path, capfd):
     assert opd.interrupt not in before
 
 
-def test_a_second_run_in_a_folder_is_refused_while_the_first_goes_on(
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_running(
     world, tmp_path, monkeypatch, capfd
 ):
-    """Grading and reports disturb nobody."""
+    """Grading and reports are allowed."""
     line = f"opd.py: --output_dir {tmp_path} is in use: wait for that run or give another"
     grading = command(world, tmp_path, eval_only=True, teacher=None, train_file=None)
     seen = []
@@ -3730,13 +3728,13 @@ def test_a_run_that_is_refused_leaves_the_empty_folder_of_the_one_that_just_bega
     assert not folder.exists()  # it stayed empty
 
 
-def test_where_a_file_system_has_no_locks_a_run_goes_on(world, tmp_path, monkeypatch):
+def test_a_run_also_works_on_a_file_system_without_locks(world, tmp_path, monkeypatch):
     monkeypatch.setattr(opd.fcntl, "flock", throw(OSError(38, "Function not implemented")))
     train(world, tmp_path, max_steps=1, eval_file=None)
     assert checkpoints(tmp_path) == ["checkpoint-1"]
 
 
-def test_a_signal_inside_a_whole_step_waits_for_its_end_and_handlers_come_back(monkeypatch):
+def test_a_signal_inside_a_whole_step_waits_for_its_end_and_handlers_are_restored(monkeypatch):
     run = opd.Run({}, [])
     before = signal.getsignal(signal.SIGTERM)
     done = []
@@ -3749,7 +3747,7 @@ def test_a_signal_inside_a_whole_step_waits_for_its_end_and_handlers_come_back(m
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_an_error_inside_a_whole_step_leaves_it_halfway_with_handlers_back():
+def test_an_error_inside_a_whole_step_leaves_it_halfway_and_restores_the_handlers():
     run = opd.Run({}, [])
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ZeroDivisionError):
@@ -3773,7 +3771,7 @@ def test_an_error_inside_a_whole_step_takes_back_what_it_wrote(tmp_path):
 def test_a_second_signal_does_not_disturb_the_last_checkpoint(
     world, tmp_path, monkeypatch, capfd, further, whole
 ):
-    """torchrun passes a Ctrl-C on to processes that the terminal has sent it to already."""
+    """torchrun passes a Ctrl-C on to processes that already got it from the terminal."""
     with monkeypatch.context() as patch:
         at("a rollout", send(signal.SIGINT), patch.setattr)
         at("the writing of a state", send(signal.SIGTERM), patch.setattr)
@@ -3827,7 +3825,7 @@ def tear_a_line(path, *records):
     raise OSError(28, "No space left on device")
 
 
-def test_a_disk_full_while_answers_are_written_leaves_none_of_that_evaluation(
+def test_a_disk_full_while_answers_are_written_leaves_none_of_their_evaluation(
     world, tmp_path, monkeypatch, capfd, further, whole
 ):
     with monkeypatch.context() as patch:
@@ -3857,8 +3855,8 @@ def test_a_disk_full_while_grading_leaves_the_files_as_they_were(
     assert contents(out) == before
 
 
-def test_all_answers_of_an_evaluation_are_there_at_once(world, tmp_path, monkeypatch):
-    """A kill between two writes would leave half of them. Buffers of 8 KB must not cut them."""
+def test_all_answers_of_an_evaluation_are_written_at_once(world, tmp_path, monkeypatch):
+    """In one write: a kill between two would leave half of them. Buffers have only 8 KB."""
     writes = collections.Counter()
 
     class Watched(io.FileIO):
@@ -3892,7 +3890,7 @@ def test_a_disk_full_in_the_middle_of_a_line_costs_that_step_only(
 
     def full(path, mode="r", *args, **kwargs):
         line = mode == "a" and str(path).endswith("metrics.jsonl")
-        if line and next(calls) == 5:  # behind two evaluations and two steps
+        if line and next(calls) == 5:  # after two evaluations and two steps
             with real(path, mode) as file:
                 file.write('{"step": 3, "lo')
             raise OSError(28, "No space left on device")
@@ -3943,7 +3941,7 @@ MEMORY = {
 def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
     moment, world, tmp_path, monkeypatch, capfd, further
 ):
-    """And keeps the last weights of a whole step, as those before an extrapolation are not."""
+    """And saves the weights after a whole step, of which an extrapolation is a part."""
     told, checkpoint = MEMORY[moment]
     flags = {**LONG, "micro_batch_size": 6, "eval_batch_size": 5}
     if "cold" in moment:
@@ -3982,7 +3980,7 @@ def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
         (ZeroDivisionError("by zero"), ("", 1)),
     ],
 )
-def test_what_is_no_error_of_the_program_is_told_in_one_line(error, expected):
+def test_errors_that_are_not_the_programs_get_a_message_and_others_none(error, expected):
     assert opd.explain(error, "set-up", {}) == expected
 
 
@@ -4039,20 +4037,20 @@ def test_out_of_memory_advises_what_can_still_be_lowered_and_in_set_up_nothing(p
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "out of memory in x; halve --roll"),
     ],
 )
-def test_what_cuda_says_of_nan_and_memory_is_told_in_one_line(text, told):
+def test_cuda_errors_of_nan_and_of_memory_are_explained(text, told):
     line, status = opd.explain(RuntimeError(text), "x", SIZES_NOW)
     assert line.startswith(told) and status == 2
 
 
-def test_a_device_that_torch_was_not_built_for_is_a_mistake_of_one_line(world, tmp_path, capfd):
+def test_a_device_that_torch_was_not_built_for_ends_in_one_line(world, tmp_path, capfd):
     if torch.backends.mps.is_available():
         pytest.skip("it is here")
     status, line = stopped(command(world, tmp_path / "out", device="mps"), capfd)
     assert status == 2 and "mps" in line
 
 
-def test_what_a_full_gpu_held_is_let_go_before_the_last_checkpoint(world, tmp_path, monkeypatch):
-    """Else there would be no room to look at the weights, and a run's steps would be lost."""
+def test_what_a_full_gpu_held_is_freed_before_the_last_checkpoint(world, tmp_path, monkeypatch):
+    """Else there would be no room to check the weights, and the steps since then would be lost."""
     held, alive = [], []
     backward, save = opd.backward, opd.save_checkpoint
 
@@ -4074,11 +4072,11 @@ def test_what_a_full_gpu_held_is_let_go_before_the_last_checkpoint(world, tmp_pa
     assert alive == [None, None] and checkpoints(tmp_path) == ["checkpoint-1"]
 
 
-def test_once_the_run_has_begun_a_wrong_value_is_an_error_of_the_program():
+def test_a_value_error_after_the_first_step_began_is_an_error_of_the_program():
     assert opd.explain(ValueError("x"), "the update of step 1", {"micro_batch_size": 1}) == ("", 1)
 
 
-def test_a_lost_connection_is_told_as_another_process_that_has_ended(monkeypatch):
+def test_a_lost_connection_is_explained_as_another_process_that_has_ended(monkeypatch):
     error = RuntimeError("Connection closed by peer [127.0.0.1]:1")
     assert opd.explain(error, "x", {"x": 1}) == ("", 1)
     monkeypatch.setattr(opd.dist, "is_initialized", lambda: True)
@@ -4092,7 +4090,7 @@ def test_an_error_of_the_program_is_raised_as_it_is(world, tmp_path, monkeypatch
 
 
 # --------------------------------------------------------------------------------------------------
-# 16. What a run does beside its steps: accounts, evaluations, EffOPD's tries, a cold start
+# 17. What a run does besides its steps: cost accounting, evaluations, EffOPD, the cold start
 
 
 @pytest.mark.parametrize(
@@ -4115,7 +4113,7 @@ def test_groups_of_prompts_give_the_rollout_of_all_rows(rows_at_once, widths):
     for states, others in zip(out.pop("teacher_hidden"), whole.pop("teacher_hidden")):
         close(states, others, rtol=1e-3, atol=1e-4)
     close({**out, "log_probs": 0}, {**whole, "log_probs": 0}, rtol=0, atol=0)
-    seen = ~whole["log_probs"].isnan()  # a group that ended sooner has one more
+    seen = ~whole["log_probs"].isnan()  # a group that ended sooner has one more column of them
     close(out["log_probs"][seen], whole["log_probs"][seen], rtol=1e-4, atol=1e-5)
 
 
@@ -4126,8 +4124,8 @@ def test_groups_without_a_teacher_have_no_hidden_states_of_it():
     assert out["prompt_mask"].sum(-1).tolist() == [3, 2, 5]
 
 
-def test_the_seconds_of_the_teacher_are_for_reading_prompts_and_judging_in_all_groups(monkeypatch):
-    """The clock ticks once a look: in each of two groups one tick for a prompt, three to judge."""
+def test_teacher_seconds_are_those_of_prefill_and_scoring_in_all_groups(monkeypatch):
+    """Every look at the clock is a tick: in both groups one to prefill, three to score."""
     ticks = itertools.count()
     monkeypatch.setattr(opd, "clock", lambda device: next(ticks))
     rows, plan = without_padding(*prompts(3, 2)), opd.Plan(12, 4)
@@ -4137,7 +4135,7 @@ def test_the_seconds_of_the_teacher_are_for_reading_prompts_and_judging_in_all_g
     assert out["seconds"] == next(ticks) - 1  # from the first look to the last
 
 
-def test_the_teachers_head_reads_what_was_said_and_not_the_padding_behind_it():
+def test_the_teachers_head_gets_the_sampled_tokens_and_not_the_padding_after_them():
     read = []
     teacher = copy.deepcopy(TEACHER)
     teacher.lm_head.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[0]))
@@ -4145,8 +4143,8 @@ def test_the_teachers_head_reads_what_was_said_and_not_the_padding_behind_it():
     assert sum(read) == out["response_mask"].sum() < out["response_mask"].numel()
 
 
-def test_so_many_logits_exist_at_once_whatever_the_vocabulary():
-    """By their number, not by tokens: 25 million, 100 MB in float32. Of one token always."""
+def test_tokens_at_once_keeps_the_number_of_logits_whatever_the_vocabulary():
+    """25 million, 100 MB in float32, but at least those of one token."""
     sizes = {62: 403_225, 151_936: 164, 10**9: 1}
     assert {V: opd.tokens_at_once(V) for V in sizes} == sizes
 
@@ -4164,8 +4162,8 @@ def test_the_log_probs_of_a_response_are_those_of_a_plain_forward_of_each_row(fa
         close(found[row], log_p.gather(-1, ids[0, prompt:, None])[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_only_so_many_columns_are_scored_at_once():
-    """Padded rows need a mask of all their pairs of columns: of a whole evaluation too many."""
+def test_response_log_probs_computes_at_most_32768_tokens_at_once():
+    """Padded rows need a mask of all pairs of columns, too large for a whole evaluation."""
     out = roll(STUDENT, lengths=[3] * 900, eos_ids={V}, max_length=40, segment_length=40)
     shapes, stop = forward_shapes(STUDENT)
     log_probs = opd.response_log_probs(STUDENT, out, V)
@@ -4190,8 +4188,8 @@ def test_repetition_is_the_share_of_four_grams_seen_before():
     assert opd.repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
 
 
-# Two rows with prompts of 2 and 3 tokens, for the teacher of 1 and 4, and responses of 4 and 1; the
-# first did not end, the other was not kept
+# Two rows with prompts of 2 and 3 tokens (the teacher's: 1 and 4) and responses of 4 and 1 tokens;
+# the first did not end, the second was not kept
 STEP = {
     "prompt_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]).bool(),
     "teacher_prompt_mask": torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]]).bool(),
@@ -4207,7 +4205,7 @@ STEP = {
 
 
 def counted(**config):
-    """-> (facts of the rows, metrics, run) of that step, with models of 10 and 100 parameters"""
+    """-> (facts of the rows, metrics, run) of STEP, with models of 10 and 100 parameters"""
     run = opd.Run({}, [], cap=9, misses=1, device=torch.device("cpu"))
     run.rows_at_once = {"rollout_batch_size": 6}
     sizes = types.SimpleNamespace(num_hidden_layers=0, hidden_size=1)
@@ -4221,7 +4219,7 @@ def counted(**config):
 
 
 def test_the_facts_of_each_row_by_hand():
-    """A threshold of .6 and .5 lost each time: the first row is reliable for two tokens."""
+    """Threshold .6, and .5 lost at each bad event: the first row is reliable for two tokens."""
     rows, _, _ = counted()
     assert {name: fact.tolist() for name, fact in rows.items()} == {
         "prompt_length": [2, 3],
@@ -4237,7 +4235,7 @@ def test_the_facts_of_each_row_by_hand():
     }
 
 
-def test_the_reliable_length_obeys_threshold_and_drop():
+def test_the_reliable_length_depends_on_threshold_and_drop():
     assert counted(drift_threshold=0.4)[0]["reliable_length"].tolist() == [4, 1]
     assert counted(w_drop=1.0)[0]["reliable_length"].tolist() == [1, 0]
 
@@ -4249,14 +4247,14 @@ def test_what_a_step_logs_of_its_rows_is_their_mean():
 
 
 def test_the_overlap_of_a_step_is_over_tokens_and_not_a_mean_of_rows():
-    """2.5 of 5 tokens; the rows have .625 and 0."""
+    """2.5 of 5 tokens; the means of the rows are .625 and 0."""
     _, metrics, _ = counted()
     assert metrics["overlap_ratio"] == 0.5
     assert metrics["overlap_by_position"][:4] == [0.5, 0.5, 0, 1]
 
 
 def test_the_overlap_by_position_is_of_the_rows_of_all_processes(monkeypatch):
-    """Of the two rows, with 1 and 0 at first, another process has the first one, too."""
+    """Here another process has a copy of the first of the two rows, which begin with 1 and 0."""
     monkeypatch.setattr(
         opd, "gather", lambda items: items + items[:1] if torch.is_tensor(items[0]) else items
     )
@@ -4264,7 +4262,7 @@ def test_the_overlap_by_position_is_of_the_rows_of_all_processes(monkeypatch):
 
 
 def test_the_tokens_and_flops_of_a_step_are_added_to_those_before():
-    """Sampled and judged: 5 tokens. Learned from: 4, with a prompt of 2, three forwards of it."""
+    """5 tokens are sampled and scored; 4, after a prompt of 2, are trained on: three forwards."""
     _, metrics, run = counted()
     assert metrics["generated_tokens"] == metrics["teacher_tokens"] == 1005
     assert metrics["trained_tokens"] == 1004 and metrics["validation_tokens"] == 1000
@@ -4279,16 +4277,16 @@ def test_the_teachers_seconds_are_not_the_rollouts():
     assert metrics["time_validation"] == 0
 
 
-def test_a_step_logs_where_it_stands_and_what_the_update_found():
+def test_a_step_logs_its_cap_its_rows_at_once_and_what_the_update_returned():
     _, metrics, _ = counted()
     assert (metrics["cap"], metrics["misses"], metrics["rollout_batch_size"]) == (9, 1, 6)
     assert (metrics["loss"], metrics["max_length"]) == (3.0, 4)
 
 
 def test_the_numbers_of_a_step_are_those_of_what_was_sampled(world, tmp_path, updates):
-    """Of all rows and tokens, trained on or not: those selected overlap more because of it."""
+    """Of all rows and tokens, trained on or not: selected rows are those that overlap more."""
     changes = {"method": "prefix-guided", "num_generations": 8, "max_new_tokens": 40, "seed": 3}
-    changes["temperature"] = 2.0  # which sampling and the loss must both know of
+    changes["temperature"] = 2.0  # which sampling and the loss must both use
     step = train(world, tmp_path, max_steps=1, eval_file=None, **changes)[1][0]
     out = updates[0][1]
     mask, ended, kept = [out[name] for name in ("response_mask", "ended", "kept")]
@@ -4326,8 +4324,8 @@ def test_the_numbers_of_a_step_are_those_of_what_was_sampled(world, tmp_path, up
     ],
     ids=str,
 )
-def test_the_next_cap_follows_every_flag_of_it(changes, cap):
-    """From 8, with rows of which one half is reliable for 6 tokens."""
+def test_the_next_cap_depends_on_every_cap_flag(changes, cap):
+    """From 8, with one of two rows reliable for 6 tokens, the other for none."""
     run = types.SimpleNamespace(cap=8, misses=0)
     assert opd.next_cap(test_opd.flags(**changes), run, torch.tensor([6, 0]))[0] == cap
 
@@ -4343,7 +4341,7 @@ def test_every_step_logs_the_documented_names(first_run):
     assert [line["step"] for line in first_run[2]] == [1, 2, 3, 4]
 
 
-def test_where_everything_sampled_is_trained_on_the_three_token_counts_are_one(first_run):
+def test_if_everything_sampled_is_trained_on_the_three_token_counts_are_equal(first_run):
     lengths = sum(line["response_length"] * 4 for line in first_run[2])
     last = first_run[2][-1]
     assert last["generated_tokens"] == last["teacher_tokens"] == last["trained_tokens"] == lengths
@@ -4378,7 +4376,7 @@ def test_every_evaluation_logs_its_result_and_its_sampling_settings(first_run):
 
 
 def test_the_flags_of_an_evaluation_are_those_it_samples_with(world, tmp_path):
-    """A top_p of next to nothing is greedy, and so is a temperature of 0; 1 and 1 are not."""
+    """A tiny top_p is greedy, as is a temperature of 0; with 1 for both, answers are random."""
     grading = {"eval_only": True, "teacher": None, "train_file": None}
 
     def answers(**changes):
@@ -4397,7 +4395,7 @@ def test_an_evaluation_logs_the_tokens_sampled_until_then(first_run):
 
 
 def test_the_text_that_is_graded_has_no_special_tokens(monkeypatch):
-    """<end> is one, and it is among the ids, whose number is the length."""
+    """<end> is one. It is among the ids, and the length counts it."""
     monkeypatch.setattr(opd, "is_correct", says_a)
     _, answers = test_opd.evaluate(*test_opd.TWO, eos_ids={END, 16}, max_length=40, num_samples=8)
     ends = [answer["response_ids"][-1] for answer in answers]
@@ -4429,8 +4427,8 @@ def test_main_returns_the_final_metrics(first_run):
     assert results["final"] == evaluations[-1]["eval"]
 
 
-def test_eval_only_makes_its_folder(world, tmp_path, monkeypatch):
-    """And makes it again, where a run that ends without a word removes it, since it was empty."""
+def test_eval_only_makes_its_folder_again_if_it_was_removed_meanwhile(world, tmp_path, monkeypatch):
+    """Here it is removed during the evaluation, as by another run that ends and leaves it empty."""
     flags = {"eval_only": True, "teacher": None, "train_file": None}
     grade = opd.grade
     monkeypatch.setattr(
@@ -4458,7 +4456,7 @@ def test_of_two_evaluation_files_of_one_name_the_second_goes_by_its_path(world, 
 
 
 def test_the_stop_ids_of_the_graded_model_end_its_answers(world, tmp_path, monkeypatch):
-    """The teacher's own end the teacher's, and not the student's."""
+    """The teacher's own stop ids end its answers, but not those of the student."""
 
     def stops(model, _):
         model.generation_config.eos_token_id = [END, 20, 21]
@@ -4469,7 +4467,7 @@ def test_the_stop_ids_of_the_graded_model_end_its_answers(world, tmp_path, monke
     assert [sorted(call["eos_ids"]) for call in calls] == [[1, 20, 21], [1], [1]]
 
 
-def test_the_student_is_judged_by_the_teacher_and_the_teacher_by_nobody(
+def test_the_teacher_scores_the_answers_of_the_student_and_not_its_own(
     world, tmp_path, monkeypatch
 ):
     calls = watch(monkeypatch, "evaluate")["evaluate"]
@@ -4478,12 +4476,12 @@ def test_the_student_is_judged_by_the_teacher_and_the_teacher_by_nobody(
     assert judged == [False, True, True] and calls[1]["teacher"] is calls[0]["model"]
 
 
-# Probes: the teacher goes on from what the student wrote
+# Probes: the teacher continues the student's answers from some depth
 
 
 @pytest.fixture(scope="module")
 def probed(world, tmp_path_factory):
-    """Graded by says_a, evaluated in between and probed -> (its folder, steps, evaluations)"""
+    """A run with probes, graded by says_a every two steps -> (folder, steps, evaluations)"""
     out = tmp_path_factory.mktemp("probed")
     flags = {"max_steps": 4, "eval_every": 2, "eval_samples": 4, "probe_depths": [0, 50]}
     with pytest.MonkeyPatch.context() as patch:
@@ -4525,7 +4523,7 @@ def test_neither_probing_nor_evaluating_more_often_changes_a_step_or_another_res
         assert line["eval"]["eval"] == result
 
 
-def test_grading_alone_and_grading_the_teacher_ask_no_teacher(world, tmp_path, monkeypatch, probed):
+def test_grading_alone_and_grading_the_teacher_run_no_probes(world, tmp_path, monkeypatch, probed):
     monkeypatch.setattr(opd, "is_correct", says_a)
     flags = {"eval_only": True, "train_file": None, "probe_depths": [0], "eval_samples": 4}
     alone = opd.main(command(world, tmp_path, **flags))["eval"]
@@ -4570,12 +4568,12 @@ def test_at_depth_0_the_advantage_is_the_teachers_accuracy_minus_the_students(
     assert students["advantage_from_0"] == pytest.approx(gain)
 
 
-def test_the_teacher_goes_on_from_the_stated_share_of_each_answer(world, tmp_path, monkeypatch):
-    """And an answer is not longer in all."""
+def test_a_probe_continues_each_answer_from_the_stated_share_of_it(world, tmp_path, monkeypatch):
+    """With the given beginning, no answer can be longer than the cap."""
     calls = watch(monkeypatch, "evaluate")["evaluate"]
     train(world, tmp_path, max_steps=1, probe_depths=[0, 50, 75])
     cap = calls[0]["max_length"]
-    for depth, call in zip((0, 50, 75), calls[2:5]):  # behind teacher and student
+    for depth, call in zip((0, 50, 75), calls[2:5]):  # after teacher and student
         begun, left = call["problems"], call["max_length"]
         assert call["model"] is calls[0]["model"] and left == cap - cap * depth // 100
         for item in begun:
@@ -4622,8 +4620,8 @@ def test_every_try_has_the_same_problems_and_the_same_seed(world, tmp_path, monk
     assert len(set(seen[0][0])) == 3 and seen[0][1]["max_length"] == 12
 
 
-def test_every_try_is_judged_on_the_same_problems_with_the_same_seed(world, tmp_path, monkeypatch):
-    """At each step, too: only the weights differ. The seed of the run draws them."""
+def test_every_try_has_the_problems_and_the_seed_of_the_runs_seed(world, tmp_path, monkeypatch):
+    """Also in other steps: only the weights differ. Another seed draws other problems."""
     calls = watch(monkeypatch, "evaluate")["evaluate"]
     judged = {}
     for seed in (0, 1):
@@ -4637,10 +4635,10 @@ def test_every_try_is_judged_on_the_same_problems_with_the_same_seed(world, tmp_
     assert judged[0] != judged[1]
 
 
-def test_what_an_extrapolation_accepts_is_what_samples_and_what_learns(
+def test_the_weights_an_extrapolation_accepts_are_sampled_from_and_trained_on(
     world, tmp_path, monkeypatch
 ):
-    """In bfloat16 these are two models."""
+    """In bfloat16, where sampler and student are two models."""
     seen = []
     rollout, real = opd.rollout, opd.movable_weights
 
@@ -4677,11 +4675,11 @@ COLD = {
 
 
 def solutions(batch):
-    """Those learned from, unpadded, as (prompt and response (1, L), length of the prompt)."""
+    """The rows trained on, unpadded, as (prompt and response (1, L), length of the prompt)."""
     return [row for row, learned in zip(rows_of(batch), batch["loss_mask"]) if learned.any()]
 
 
-def test_a_cold_start_learns_from_solutions_that_ended_and_are_right_or_of_unknown_answer(
+def test_a_cold_start_trains_on_solutions_that_ended_and_are_right_or_of_unknown_answer(
     world, tmp_path, monkeypatch, updates
 ):
     monkeypatch.setattr(opd, "is_correct", says_a)
@@ -4698,10 +4696,10 @@ def test_a_cold_start_learns_from_solutions_that_ended_and_are_right_or_of_unkno
         kept = kind[0] and (kind[1] or kind[2])
         assert batch["loss_mask"][row].tolist() == (valid & kept).tolist()
         kinds.add(kind)
-    assert len(kinds) == 8  # each of them came up
+    assert len(kinds) == 8  # every combination occurs
 
 
-def test_no_special_token_is_graded_in_a_cold_start(world, tmp_path, monkeypatch):
+def test_the_text_graded_in_a_cold_start_has_no_special_tokens(world, tmp_path, monkeypatch):
     texts = []
     monkeypatch.setattr(opd, "is_correct", lambda text, gold: texts.append(text) or True)
     train(world, tmp_path, **COLD)
@@ -4736,7 +4734,7 @@ def test_a_cold_start_has_a_learning_rate_of_its_own_and_the_clipping_of_the_run
     assert rates == [(2e-3, 0.5), (1e-3, 0.5)]
 
 
-def test_a_cold_start_without_a_right_solution_changes_nothing(
+def test_a_cold_start_without_a_right_solution_changes_no_weight(
     world, tmp_path, monkeypatch, updates
 ):
     monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)
@@ -4758,14 +4756,14 @@ def test_a_cold_start_makes_the_teachers_solutions_more_likely(world, tmp_path, 
     teacher = load_student(world / "teacher")
     fresh = roll(teacher, temperature=1.0, max_length=24, prompt=prompt)
 
-    def likelihood(student):  # per token of solutions drawn after all training
+    def likelihood(student):  # mean log-prob of solutions sampled after training
         with torch.no_grad():
             return torch.cat(opd.response_log_probs(student, fresh, V)).mean().item()
 
     assert likelihood(updates[8][0]) > likelihood(updates[0][0]) + 0.2
 
 
-def test_the_share_of_right_solutions_is_told(world, tmp_path, monkeypatch, capsys):
+def test_a_cold_start_prints_the_share_of_right_solutions(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)
     problems = test_opd.read(world / "train.jsonl")
     path = write(tmp_path / "train.jsonl", *problems)
@@ -4776,7 +4774,7 @@ def test_the_share_of_right_solutions_is_told(world, tmp_path, monkeypatch, caps
 def test_the_teachers_own_stop_ids_end_its_solutions_in_a_cold_start_and_then_the_students(
     world, tmp_path, updates
 ):
-    """Else a teacher with two of them would run on, and the student learn what comes behind."""
+    """Else the teacher would go on after its own, and the student be trained on what follows."""
 
     def stops(model, _):
         model.generation_config.eos_token_id = [END, *range(6, 16)]
@@ -4793,7 +4791,7 @@ def test_the_teachers_own_stop_ids_end_its_solutions_in_a_cold_start_and_then_th
     assert saved.eos_token_id == sorted(all_stops)
 
 
-def test_without_a_cold_start_the_teachers_stop_ids_end_nothing_of_the_students(world, tmp_path):
+def test_with_no_merge_stops_the_teachers_stop_ids_end_no_response_of_the_student(world, tmp_path):
     def stops(model, _):
         model.generation_config.eos_token_id = [END, *range(6, 16)]
 
@@ -4805,7 +4803,7 @@ def test_without_a_cold_start_the_teachers_stop_ids_end_nothing_of_the_students(
 def test_the_anchor_of_an_extrapolation_is_the_student_after_its_cold_start(
     world, tmp_path, monkeypatch, updates
 ):
-    """Not the one before: what is gone on along is the update of distillation."""
+    """Not the one before: EffOPD extrapolates the update of distillation."""
     anchors = []
 
     def reject(weights, anchor, validate):
@@ -4821,7 +4819,7 @@ def test_the_anchor_of_an_extrapolation_is_the_student_after_its_cold_start(
     assert any(not torch.equal(anchors[0][name], begin[name]) for name in begin)
 
 
-def test_a_cold_start_is_paid_for_in_tokens_of_its_own_and_in_flops(
+def test_a_cold_start_counts_its_tokens_separately_and_its_flops_with_the_rest(
     world, tmp_path, monkeypatch, updates
 ):
     monkeypatch.setattr(opd, "is_correct", says_a)
@@ -4835,7 +4833,7 @@ def test_a_cold_start_is_paid_for_in_tokens_of_its_own_and_in_flops(
         learned = (batch["prompt_mask"].sum(-1) + trained)[trained > 0]
         sampled.append(int(batch["response_mask"].sum()))
         flops += 3 * opd.forward_flops(student, learned)
-        flops += opd.forward_flops(teacher, context)  # it solves, or it judges
+        flops += opd.forward_flops(teacher, context)  # it samples solutions, or it scores
         flops += opd.forward_flops(student, context) if index == 2 else 0
     assert step["cold_start_tokens"] == sampled[0] + sampled[1]
     assert step["generated_tokens"] == step["teacher_tokens"] == sampled[2]
@@ -4843,7 +4841,7 @@ def test_a_cold_start_is_paid_for_in_tokens_of_its_own_and_in_flops(
     assert step["flops"] == pytest.approx(flops, rel=1e-9)
 
 
-def test_the_batches_of_opd_go_on_behind_those_of_the_cold_start(world, tmp_path, updates):
+def test_the_batches_of_opd_continue_after_those_of_the_cold_start(world, tmp_path, updates):
     """Nine problems in three batches: none comes twice before the file is used up."""
     train(world, tmp_path, **{**COLD, "max_steps": 2})
     assert len(updates) == 3
@@ -4852,13 +4850,13 @@ def test_the_batches_of_opd_go_on_behind_those_of_the_cold_start(world, tmp_path
 
 
 def responses(folder, who):
-    """To the first evaluation of it."""
+    """The responses of `who` in its evaluation at step 0."""
     samples = test_opd.read(folder / "samples.jsonl")
     return [item["response"] for item in samples if (item["step"], item["model"]) == (0, who)]
 
 
 @pytest.mark.parametrize("method", ["opd", "prefix-guided", "prune"])
-def test_every_method_has_its_cold_start_once_with_an_evaluation_after_it(
+def test_every_method_has_one_cold_start_with_an_evaluation_after_it(
     method, world, tmp_path, updates
 ):
     path = unanswered(world, tmp_path / "train.jsonl", 1)
@@ -4875,8 +4873,8 @@ def test_every_method_has_its_cold_start_once_with_an_evaluation_after_it(
     assert responses(out, "cold_start") != responses(out, "student")
 
 
-def test_a_run_that_goes_on_has_no_second_cold_start(world, tmp_path, updates):
-    """In bfloat16, where what is evaluated is a copy of the student."""
+def test_a_resumed_run_has_no_second_cold_start(world, tmp_path, updates):
+    """In bfloat16, where a copy of the student is evaluated."""
     path = unanswered(world, tmp_path / "train.jsonl", 1)
     flags = {"cold_start_steps": 2, "cold_start_learning_rate": 0.03, "train_file": path}
     flags |= {"dtype": "bfloat16"}
@@ -4890,7 +4888,7 @@ def test_a_run_that_goes_on_has_no_second_cold_start(world, tmp_path, updates):
         (1, "student"),
         (2, "student"),
     ]
-    assert len(updates) == 4  # two cold ones, and one a run
+    assert len(updates) == 4  # two of the cold start, and one per run
     assert [line["step"] for line in resumed] == [1, 2]
     assert resumed[1]["cold_start_tokens"] == steps[0]["cold_start_tokens"] > 0
     assert responses(out, "cold_start") != responses(out, "student")
@@ -4902,7 +4900,7 @@ def test_a_run_that_goes_on_has_no_second_cold_start(world, tmp_path, updates):
 
 @pytest.fixture
 def logged(monkeypatch):
-    """What fake modules of tensorboard and wandb are told -> list of (folder, name, value, step)"""
+    """What fake tensorboard and wandb modules are given -> list of (folder, name, value, step)"""
     told = []
 
     class SummaryWriter:
@@ -4911,7 +4909,7 @@ def logged(monkeypatch):
             told.append((folder, "purged from", purge_step, None))
 
         def add_scalar(self, name, value, step):
-            # The real one loses at exit what waits for a flush
+            # The real one loses at exit what was not flushed
             self.waiting.append((self.folder, name, value, step))
 
         def flush(self):
@@ -4935,7 +4933,7 @@ def logged(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
-def test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names(
+def test_a_tracker_gets_the_numbers_of_metrics_jsonl_under_their_names(
     kind, world, tmp_path, logged
 ):
     _, steps, evaluations = train(world, tmp_path, report_to=kind, eval_every=1, probe_depths=[50])
@@ -4951,7 +4949,7 @@ def test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names(
     assert {where for where, *_ in logged} == {str(tmp_path)}
     assert len(steps) == 2 and len(evaluations) == 4
     if kind == "tensorboard":
-        assert logged.pop(0)[1:3] == ("purged from", 0)  # what an earlier run left there
+        assert logged.pop(0)[1:3] == ("purged from", 0)  # all that an earlier run left there
     told = {(name, value, step) for _, name, value, step in logged}
     assert expected <= told and ("loss", steps[0]["loss"], 1) in told
     assert any(name == "student/eval/advantage_from_50" and step == 2 for name, _, step in told)
@@ -4981,9 +4979,7 @@ def no_trackers(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
 
 
-def test_without_the_flag_no_tracker_is_imported_or_told_anything(
-    world, tmp_path, logged, monkeypatch
-):
+def test_without_the_flag_no_tracker_is_imported_or_used(world, tmp_path, logged, monkeypatch):
     train(world, tmp_path / "told", max_steps=1, eval_file=None)
     assert logged == []
     no_trackers(monkeypatch)
@@ -4991,7 +4987,7 @@ def test_without_the_flag_no_tracker_is_imported_or_told_anything(
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_renamed_or_written(
+def test_a_tracker_that_is_not_installed_ends_in_one_line_before_any_file_is_touched(
     kind, world, tmp_path, capfd, monkeypatch
 ):
     transformers.utils.logging.disable_progress_bar()
@@ -5004,16 +5000,16 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_renamed_
             opd.main(command(world, tmp_path / out, report_to=kind))
         told = capfd.readouterr()
         assert stop.value.code == 2 and told.out == "" and told.err.count("\n") == 1
-        # A requirements file has neither
+        # requirements.txt has neither
         assert re.match(rf"opd\.py: .*pip install .*\b{kind}\b", told.err)
         assert contents(tmp_path) == before and os.listdir(tmp_path) == ["earlier"]
 
 
 # --------------------------------------------------------------------------------------------------
-# 17. Report
+# 19. Report
 
 
-def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_error_over_seeds(tmp_path):
+def test_runs_that_differ_only_in_their_seed_are_one_row_with_mean_and_standard_error(tmp_path):
     """.5 .6 .7: deviation .1, over the root of 3 .0577. The seed may be written in three ways."""
     runs = (("opd/seed-0", 0.5), ("opd_seed_1", 0.6), ("opd/seed2", 0.7), ("b/opd-x/seed-0", 0.4))
     for name, after in runs:
@@ -5024,7 +5020,7 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_error_over_see
     assert rows["b/opd-x"]["after"] == "40.0"
 
 
-def test_the_first_row_is_plain_opd_wherever_it_stands(tmp_path):
+def test_the_first_row_of_a_report_is_plain_opd_wherever_its_folder_is(tmp_path):
     for name in ("a/x", "a/opd", "a/prefix-guided"):
         made_run(tmp_path / name)
     rows, lines = table(tmp_path)
@@ -5032,7 +5028,7 @@ def test_the_first_row_is_plain_opd_wherever_it_stands(tmp_path):
     assert lines[-1].startswith("opd: here a/opd, the first row; x: times its cost")
 
 
-def test_without_opd_the_report_says_which_row_stands_in_its_place(tmp_path):
+def test_without_plain_opd_the_report_says_which_row_is_the_baseline(tmp_path):
     for name in ("x", "prune"):
         made_run(tmp_path / name)
     _, lines = table(tmp_path)
@@ -5057,7 +5053,7 @@ def test_accuracies_on_different_files_are_not_compared(tmp_path):
     assert row["minus opd"] == row["opd at as many tokens"] == "-"
 
 
-def test_plain_opds_accuracy_at_as_many_tokens_is_read_on_its_curve(tmp_path):
+def test_plain_opds_accuracy_at_as_many_tokens_is_interpolated_on_its_curve(tmp_path):
     """.1 at 0 tokens and .6 at 2,000: at 500 it is .225."""
     made_run(tmp_path / "opd", 0.6, before=0.1)
     made_run(tmp_path / "prefix", 0.5, before=0.1, scale=0.25)
@@ -5067,10 +5063,10 @@ def test_plain_opds_accuracy_at_as_many_tokens_is_read_on_its_curve(tmp_path):
     assert found == {"opd": "-", "prefix": "22.5", "slow": "60.0"}
 
 
-def test_accuracy_at_as_many_tokens_is_read_seed_by_seed_between_the_nearest_evaluations(tmp_path):
+def test_accuracy_at_as_many_tokens_is_interpolated_seed_by_seed(tmp_path):
     """
-    Seed 0 had .4 at 1,000 tokens, so .25 at 500; seed 1 was not graded there: .225. Mean .2375,
-    half of their distance .0125.
+    Seed 0 had .4 at 1,000 tokens, so .25 at 500; seed 1 was not evaluated there: .225 at 500. The
+    mean is .2375, its standard error .0125.
     """
     path = made_run(tmp_path / "opd" / "seed-0", after=None)
     with open(path, "a") as file:
@@ -5083,7 +5079,7 @@ def test_accuracy_at_as_many_tokens_is_read_seed_by_seed_between_the_nearest_eva
     assert table(tmp_path)[0]["prefix"]["opd at as many tokens"] == "23.8±1.2"
 
 
-def test_the_gap_is_recovered_run_by_run_and_is_none_where_the_teacher_is_no_better(tmp_path):
+def test_the_recovered_gap_is_a_mean_over_runs_and_empty_if_the_teacher_is_no_better(tmp_path):
     made_run(tmp_path / "opd" / "seed-0", 0.5, teacher=0.9, before=0.1)  # .4 / .8 = 50%
     made_run(tmp_path / "opd" / "seed-1", 0.6, teacher=0.6, before=0.2)  # .4 / .4 = 100%
     made_run(tmp_path / "x" / "seed-0", 0.6, teacher=0.1, before=0.1)
@@ -5114,7 +5110,7 @@ COMPARED = "opd prefix progressive prefix-guided prune opd-extrapolate guided-ra
 
 
 def test_the_table_of_make_compare_is_at_most_100_columns_wide(tmp_path):
-    """With three seeds, wide errors and large numbers. Cells end where their titles do."""
+    """With three seeds, large errors and large numbers. Cells end below the end of their titles."""
     for name, seed in itertools.product(COMPARED, (0, 1, 2)):
         after = 0.9 - 0.3 * seed if name == "opd" else 0.6 - 0.28 * seed
         made_run(tmp_path / name / f"seed-{seed}", after, before=0.02 * seed, scale=123.4)
@@ -5129,14 +5125,14 @@ def test_the_table_of_make_compare_is_at_most_100_columns_wide(tmp_path):
     assert ends == [ends[0]] * (1 + len(COMPARED))
 
 
-def test_seconds_in_all_count_whatever_a_step_timed(tmp_path):
+def test_the_seconds_of_a_run_include_all_that_its_steps_timed(tmp_path):
     times = {"time_rollout": 1, "time_teacher": 2, "time_update": 4, "time_validation": 30}
     line = {"step": 2, "overlap_by_position": [None], **times}
     made_run(tmp_path / "opd", steps=1, text=json.dumps(line) + "\n")
     assert opd.read_run(tmp_path, "opd")["last"]["seconds"] == 4 + 37
 
 
-def test_a_run_that_was_broken_off_counts_up_to_its_last_whole_line(tmp_path):
+def test_an_interrupted_run_counts_up_to_its_last_whole_line(tmp_path):
     made_run(tmp_path / "opd")
     made_run(tmp_path / "x", after=None, steps=3, text='{"step": 4, "lo')  # killed while it wrote
     row = table(tmp_path)[0]["x"]
@@ -5152,7 +5148,7 @@ def test_half_a_line_is_left_out_wherever_it_is(tmp_path):
     assert table(tmp_path)[0]["x"]["sampled"] == "1.00x"
 
 
-def test_runs_without_evaluations_are_listed_and_leave_no_curve(tmp_path):
+def test_runs_without_evaluations_are_listed_but_have_no_accuracy_curve(tmp_path):
     made_run(tmp_path / "opd")
     made_run(tmp_path / "x", before=None, after=None)
     row = table(tmp_path)[0]["x"]
@@ -5162,8 +5158,8 @@ def test_runs_without_evaluations_are_listed_and_leave_no_curve(tmp_path):
     assert curves == [1, 4, 1]  # by position: the first and the last step of both
 
 
-def test_of_several_files_the_mean_decides(tmp_path):
-    """Mean of .3 and .7: .5. Gap: .3 of .6."""
+def test_a_report_uses_the_mean_over_evaluation_files(tmp_path):
+    """The mean of .3 and .7 is .5. Recovered gap: .3 of .6."""
     others = {"teacher": {"aime": 0.7, "amc": 0.9}, "before": {"aime": 0.1, "amc": 0.3}}
     made_run(tmp_path / "opd", {"aime": 0.3, "amc": 0.7}, **others)
     made_run(tmp_path / "x", {"aime": 0.4, "amc": 0.9}, **others)
@@ -5172,7 +5168,7 @@ def test_of_several_files_the_mean_decides(tmp_path):
     assert rows["x"]["minus opd"] == "+15.0"
 
 
-def test_later_grading_and_a_cold_start_are_no_points_of_a_run(tmp_path):
+def test_later_grading_and_a_cold_start_add_no_points_to_a_runs_curve(tmp_path):
     more = [json.dumps(graded(5, who, 0.99)) + "\n" for who in ("eval_only", "cold_start")]
     made_run(tmp_path, text="".join(more))
     run = opd.read_run(tmp_path, "")
@@ -5192,7 +5188,7 @@ def test_one_group_is_a_table_of_one_row_without_ratios(tmp_path, capsys):
 
 
 def test_the_picture_has_three_panels_with_a_line_per_seed(tmp_path):
-    """Two seeds of one colour; the legend names every group once."""
+    """Two seeds have one colour; the legend names every group once."""
     made_run(tmp_path / "opd/seed-0", 0.5)
     made_run(tmp_path / "opd/seed-1", 0.7, scale=3)
     made_run(tmp_path / "x", 0.2)
@@ -5242,7 +5238,7 @@ def test_a_run_called_like_a_checkpoint_is_reported_and_its_half_and_old_checkpo
     assert set(opd.main(["--report", str(tmp_path)])) == {"checkpoint-study"}
 
 
-def test_lines_that_were_lost_change_a_report_and_do_not_end_it(tmp_path):
+def test_a_report_can_be_made_without_the_lines_of_some_steps(tmp_path):
     path = made_run(tmp_path, steps=3)
     lines = test_opd.read(tmp_path / "metrics.jsonl")
     write(tmp_path / "metrics.jsonl", *lines[:2], *lines[4:])  # those of the steps 1 and 2
@@ -5253,11 +5249,11 @@ def test_lines_that_were_lost_change_a_report_and_do_not_end_it(tmp_path):
 ODD = ["two\nlines", "a$\\x$", "_ [1] *", "\u4e16\u754c"]
 
 
-def test_runs_in_folders_of_odd_names_have_a_row_of_one_line_and_a_place_in_the_legend(tmp_path):
+def test_runs_in_folders_of_odd_names_are_reported_each_in_one_line(tmp_path):
     for name in ODD:
         made_run(tmp_path / name, 0.5)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a sign that the font has not
+        warnings.simplefilter("ignore")  # a character that the font lacks
         assert set(opd.main(["--report", str(tmp_path)])) == set(ODD)
     lines = opd.report_table(read_runs(tmp_path))
     assert not [line for line in lines if "\n" in line]
@@ -5278,14 +5274,14 @@ def test_a_run_ends_with_its_own_report_and_the_path_of_its_checkpoint(world, tm
     assert lines[-1 - len(own) : -1] == own and str(tmp_path) in own[3]
 
 
-def test_a_terminal_that_knows_ascii_only_shows_a_question_mark(monkeypatch):
+def test_a_terminal_with_ascii_only_shows_question_marks(monkeypatch):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
     opd.say("60.0±5.8", "\u4e16\udcff!")
     assert shown.getvalue() == b"60.0?5.8\n??!\n"
 
 
-def test_a_closed_pipe_ends_no_run(world, tmp_path):
+def test_a_closed_pipe_does_not_end_a_run(world, tmp_path):
     argv = command(world, tmp_path / "out", max_steps=3)
     process = start(run_that_nobody_hears, tmp_path, argv)
     process.join(PATIENCE)
@@ -5294,7 +5290,7 @@ def test_a_closed_pipe_ends_no_run(world, tmp_path):
     assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
 
 
-def test_a_run_in_a_folder_of_an_odd_name_ends_and_goes_on(world, tmp_path, capfd):
+def test_a_run_in_a_folder_of_an_odd_name_finishes_and_resumes(world, tmp_path, capfd):
     out = tmp_path / "two\nlines $\\x$ [1]"
     train(world, out, max_steps=1)
     train(world, out, max_steps=2, resume=True)
@@ -5303,8 +5299,8 @@ def test_a_run_in_a_folder_of_an_odd_name_ends_and_goes_on(world, tmp_path, capf
     assert status == 2 and line.endswith("--seed was 0 and is 1")
 
 
-def test_a_folder_whose_name_is_no_utf8_is_refused_before_anything_is_loaded(tmp_path, capfd):
-    """It could be made, but no model saved in it."""
+def test_a_folder_whose_name_is_not_utf8_is_refused_before_anything_is_loaded(tmp_path, capfd):
+    """It could be made, but no model could be saved in it."""
     out = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     status, line = stopped(["--output_dir", out], capfd)
     assert status == 2 and line.endswith("its name must be UTF-8")
@@ -5312,11 +5308,11 @@ def test_a_folder_whose_name_is_no_utf8_is_refused_before_anything_is_loaded(tmp
 
 
 # --------------------------------------------------------------------------------------------------
-# 18. Main
+# 20. Main
 
 
 def test_without_models_a_run_makes_its_tiny_world_and_uses_it_again(tmp_path, monkeypatch, made):
-    """Here from the models of another test, which have learned nothing."""
+    """Here it is a copy of the untrained world of other tests."""
     worlds = []
 
     def make_world(folder, seed):
@@ -5334,7 +5330,7 @@ def test_without_models_a_run_makes_its_tiny_world_and_uses_it_again(tmp_path, m
     assert [line["eval"]["eval"]["num_problems"] for line in evaluations] == [200] * 3
 
 
-def test_a_resumed_tiny_world_is_not_another_run(tmp_path, monkeypatch, made):
+def test_a_run_in_the_tiny_world_can_be_resumed(tmp_path, monkeypatch, made):
     shutil.copytree(made[0], tmp_path / "world")
     argv = ["--output_dir", str(tmp_path), "--max_new_tokens", "4", "--batch_size", "1"]
     argv += ["--eval_samples", "1", "--eval_max_new_tokens", "1", "--device", "cpu"]
@@ -5344,59 +5340,61 @@ def test_a_resumed_tiny_world_is_not_another_run(tmp_path, monkeypatch, made):
     assert steps == [1, 2]
 
 
-# A flag without a case fails here: write one, and name it
+# A flag that is missing here fails the test below: write a test for it, and list it
 CASES = {
     "student teacher": test_the_student_and_the_teacher_are_those_of_their_flags,
     "train_file": test_without_shares_the_files_are_one_pool,
     "mix": test_a_mixture_draws_each_files_share_to_the_nearest_prompt,
     "eval_file eval_only": test_eval_only_grades_a_model_file_by_file,
     "output_dir": test_a_run_ends_with_its_own_report_and_the_path_of_its_checkpoint,
-    "report_to": test_a_tracker_is_told_the_numbers_of_metrics_jsonl_under_their_names,
+    "report_to": test_a_tracker_gets_the_numbers_of_metrics_jsonl_under_their_names,
     "report": test_one_group_is_a_table_of_one_row_without_ratios,
-    "prompt_template": test_the_prompt_template_is_what_the_models_read_around_a_problem,
+    "prompt_template": test_the_prompt_template_is_put_around_each_problem,
     "teacher_prompt_template": (
-        test_the_teachers_template_is_what_the_teacher_reads_around_a_problem
+        test_the_teachers_template_is_put_around_each_problem_for_the_teacher_only
     ),
-    "no_chat_template": test_no_chat_template_gives_the_message_as_it_is,
+    "no_chat_template": test_no_chat_template_gives_the_message_without_the_templates_tokens,
     "enable_thinking": test_enable_thinking_reaches_the_template_of_every_prompt,
-    "dtype": test_in_bfloat16_both_models_sample_and_judge_in_it_and_float32_weights_learn,
+    "dtype": test_in_bfloat16_sampler_and_teacher_are_bfloat16_and_trained_weights_float32,
     "device": test_the_device_is_where_the_models_go,
     "method": test_prefix_length_is_where_the_prefix_ends,
     "loss support tail baseline beta": test_the_flags_of_the_loss_choose_it,
-    "cold_start_steps": test_every_method_has_its_cold_start_once_with_an_evaluation_after_it,
+    "cold_start_steps": test_every_method_has_one_cold_start_with_an_evaluation_after_it,
     "cold_start_learning_rate": (
         test_a_cold_start_has_a_learning_rate_of_its_own_and_the_clipping_of_the_run
     ),
     "max_prompt_length": test_a_prompt_of_exactly_the_longest_length_is_trained_on,
     "prefix_length": test_prefix_length_is_where_the_prefix_ends,
-    "probe_window": test_the_probe_window_is_what_is_looked_at_in_the_prefix,
+    "probe_window": test_the_probe_window_is_the_part_of_the_prefix_whose_overlap_counts,
     "keep_ratio": test_keep_ratio_is_the_share_of_candidates_that_go_on,
-    "select": test_select_random_does_not_look_at_the_overlap,
-    "train_pruned_prefix": test_train_pruned_prefix_learns_from_those_that_lost,
+    "select": test_select_random_ignores_the_overlap,
+    "train_pruned_prefix": test_train_pruned_prefix_trains_on_the_rows_that_lost,
     "horizon_start horizon_growth horizon_every": (
-        test_the_horizon_flags_are_its_start_growth_and_steps_between
+        test_the_horizon_flags_are_its_start_its_growth_and_the_steps_between
     ),
     "drift_threshold w_drop w_base": (
-        test_the_drift_flags_are_threshold_loss_of_reliability_and_what_stays
+        test_the_drift_flags_are_the_threshold_the_drop_per_bad_event_and_the_base_weight
     ),
     "cap_init": test_cap_init_is_the_first_cap_and_no_more_than_max_new_tokens,
     "cap_min cap_max cap_step cap_margin cap_hit_ratio cap_patience": (
-        test_each_flag_of_the_cap_does_what_it_says
+        test_each_cap_flag_changes_the_next_cap_and_the_misses_as_by_hand
     ),
-    "no_merge_stops": (test_without_a_cold_start_the_teachers_stop_ids_end_nothing_of_the_students),
-    "no_view": test_no_view_writes_no_rollouts,
+    "no_merge_stops": (
+        test_with_no_merge_stops_the_teachers_stop_ids_end_no_response_of_the_student
+    ),
+    "no_view": test_no_view_writes_no_rollouts_html,
     "no_prune_in_flight": test_no_prune_in_flight_stops_no_row,
     "no_gradient_checkpointing": test_what_cannot_fit_is_refused_with_the_flag_to_change,
-    "eval_first": test_before_the_first_step_those_are_evaluated_who_cost_little,
-    "gradient_checkpointing": test_gradient_checkpointing_recomputes_the_layers_of_the_student,
+    "eval_first": test_eval_first_chooses_the_models_to_evaluate_before_the_first_step,
+    "gradient_checkpointing": test_gradient_checkpointing_is_switched_on_for_the_student_only,
     "extrapolate": test_the_tries_cost_the_flops_of_their_forwards,
-    "save_every": test_checkpoints_come_every_so_many_steps_and_at_the_end,
+    "save_every": test_checkpoints_come_every_save_every_steps_and_at_the_end,
     "keep_checkpoints": test_only_the_last_checkpoints_are_kept_by_number,
-    "resume": test_a_finished_run_goes_on_with_more_steps_as_if_it_had_had_them_from_the_start,
-    "eval_every": test_evaluations_come_every_so_many_steps_and_at_the_end,
+    "resume": test_a_finished_run_resumed_with_more_steps_is_as_if_it_had_them_from_the_start,
+    "eval_every": test_evaluations_come_every_eval_every_steps_and_at_the_end,
 }
 
 
-def test_every_flag_has_a_case_in_which_another_value_changes_what_it_says():
+def test_every_flag_is_listed_once_in_unusual_or_in_cases():
     named = [*UNUSUAL, *" ".join(CASES).split()]
     assert sorted(named) == sorted(item.name for item in dataclasses.fields(opd.Config))

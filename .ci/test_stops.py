@@ -1,6 +1,6 @@
 """
-One stop class in a run: when stops are merged, who is told of it, and what a checkpoint says. The
-lessons about merge_stops itself are in test_opd.py. Names first: pytest --collect-only -q
+Stop tokens merged into one, in a run: when, which calls get the merged id, what checkpoints store.
+The tests of merge_stops itself are in test_opd.py. All names: pytest --collect-only -q
 """
 
 import torch
@@ -31,12 +31,12 @@ SECOND = 20  # a second stop token
 
 
 def second_stop(model, tokenizer):
-    """The model ends with another token, too."""
+    """The model also ends with a second token."""
     model.generation_config.eos_token_id = [END, SECOND]
 
 
 def ends_otherwise(model, tokenizer):
-    """The model ends with another token, and not with <end>."""
+    """The model ends with another token instead of <end>."""
     model.generation_config.eos_token_id = SECOND
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(SECOND)
 
@@ -49,13 +49,13 @@ def pair(world, tmp_path_factory):
     return {"student": student, "teacher": world / "teacher"}
 
 
-def test_where_all_stop_tokens_are_one_nothing_is_merged(world, tmp_path):
+def test_with_a_single_stop_token_nothing_is_merged(world, tmp_path):
     config, run = opened(world, tmp_path)
     assert run.sampling["stop_id"] is None and run.sampling["eos_ids"] == {END}
     assert not [line for line in opd.preflight(config, run) if line.startswith("stops: ")]
 
 
-def test_several_stop_tokens_are_merged_into_the_students_own_end(world, pair, tmp_path):
+def test_the_stop_tokens_of_both_models_are_merged_into_the_students_own(world, pair, tmp_path):
     config, run = opened(world, tmp_path, **pair)
     assert run.sampling["stop_id"] == SECOND and run.sampling["eos_ids"] == {END, SECOND}
     lines = opd.preflight(config, run)
@@ -70,14 +70,14 @@ def test_two_stop_tokens_of_one_model_are_merged_too(world, tmp_path):
     assert run.sampling["stop_id"] == END and run.sampling["eos_ids"] == {END, SECOND}
 
 
-def test_no_merge_stops_keeps_them_apart_and_warns(world, pair, tmp_path):
+def test_no_merge_stops_keeps_the_stop_tokens_apart_and_warns(world, pair, tmp_path):
     config, run = opened(world, tmp_path, **pair, no_merge_stops=True)
     assert run.sampling["stop_id"] is None and run.sampling["eos_ids"] == {SECOND}
     told = "warning: student stops at [20], teacher at [1]: the student may unlearn to stop"
     assert told in opd.preflight(config, run)
 
 
-def test_the_stop_that_all_are_written_as_may_be_the_first_token(world, tmp_path):
+def test_the_stop_token_that_all_are_merged_into_may_have_id_0(world, tmp_path):
     """Token 0 is a token like any other."""
 
     def ends_with_0(model, tokenizer):
@@ -90,7 +90,7 @@ def test_the_stop_that_all_are_written_as_may_be_the_first_token(world, tmp_path
 
 
 @pytest.mark.parametrize("method", ["opd", "prefix-guided"])
-def test_every_sampling_score_and_head_of_a_run_is_told_the_one_stop(
+def test_every_call_of_generate_and_head_logits_in_a_run_gets_the_merged_stop(
     method, world, pair, tmp_path, monkeypatch
 ):
     names = ("generate", "head_logits", "merge_stops")
@@ -104,7 +104,7 @@ def test_every_sampling_score_and_head_of_a_run_is_told_the_one_stop(
             assert (call["stop_id"], call["eos_ids"]) == (SECOND, {END, SECOND})
 
 
-def test_answers_end_with_the_one_stop_in_evaluations_of_either_model(world, pair, tmp_path):
+def test_in_evaluations_the_answers_of_both_models_end_with_the_merged_stop(world, pair, tmp_path):
     config, run = opened(world, tmp_path, **pair, eval_samples=40)
     for who in ("student", "teacher"):
         metrics = opd.evaluate_files(config, run, who)["eval"]
@@ -116,7 +116,7 @@ def test_answers_end_with_the_one_stop_in_evaluations_of_either_model(world, pai
         assert not [answer for answer in answers if END in answer["response_ids"]]
 
 
-def test_rewards_of_answers_are_of_the_merged_law(world, pair, tmp_path):
+def test_the_rewards_of_answers_are_those_of_merged_stops(world, pair, tmp_path):
     config, run = opened(world, tmp_path, **pair)
     judged = {"teacher": run.teacher, "num_samples": 8}
     _, answers = opd.grade(config, run, run.student, run.evals["eval"], **judged)
@@ -131,7 +131,7 @@ def test_rewards_of_answers_are_of_the_merged_law(world, pair, tmp_path):
         close(answer["reward"], sum(rewards).mean().item(), atol=1e-4, rtol=1e-4)
 
 
-def test_a_checkpoint_stops_at_every_token_that_was_merged_and_is_graded_alike(
+def test_a_checkpoint_stops_at_all_merged_tokens_and_is_graded_as_the_run_graded_it(
     world, pair, tmp_path
 ):
     results, _, _ = train(world, tmp_path / "out", **pair)
@@ -143,7 +143,7 @@ def test_a_checkpoint_stops_at_every_token_that_was_merged_and_is_graded_alike(
     assert graded["eval"]["mean_length"] == results["final"]["eval"]["mean_length"]
 
 
-def test_a_run_with_merged_stops_goes_on_bit_for_bit(world, pair, tmp_path):
+def test_a_resumed_run_with_merged_stops_logs_the_same_steps_bit_for_bit(world, pair, tmp_path):
     train(world, tmp_path / "whole", **pair, max_steps=4)
     train(world, tmp_path / "cut", **pair, max_steps=2)
     train(world, tmp_path / "cut", **pair, max_steps=4, resume=True)
@@ -152,7 +152,7 @@ def test_a_run_with_merged_stops_goes_on_bit_for_bit(world, pair, tmp_path):
     assert steps == [line for line in repeatable(cut) if "loss" in line]
 
 
-def test_a_cold_start_teaches_the_one_stop(world, pair, tmp_path, monkeypatch):
+def test_a_cold_start_trains_on_the_merged_stop_and_no_other(world, pair, tmp_path, monkeypatch):
     calls = watch(monkeypatch, "train_step")["train_step"]
     flags = {"cold_start_steps": 1, "max_new_tokens": 24, "num_generations": 8, "max_steps": 1}
     train(world, tmp_path, **pair, **flags, train_file=world / "unanswered.jsonl", batch_size=1)
@@ -160,8 +160,8 @@ def test_a_cold_start_teaches_the_one_stop(world, pair, tmp_path, monkeypatch):
     assert (ids == SECOND).sum() > 0 and (ids == END).sum() == 0
 
 
-def test_the_means_of_an_evaluation_say_who_stopped_who_answered_and_who_of_them_was_right():
-    """Three of four stopped, one of those is right; two have a box."""
+def test_an_evaluation_has_the_shares_that_stopped_that_answered_and_of_the_stopped_right():
+    """Two of four stopped, one of those is right; two have a box."""
     rows = [(True, False, False), (False, False, True), (False, True, False), (True, True, True)]
     names = ("correct", "truncated", "no_box")
     zeros = {"length": 0, "repetition": 0, "reward": 0}
@@ -172,7 +172,7 @@ def test_the_means_of_an_evaluation_say_who_stopped_who_answered_and_who_of_them
     assert none["stopped_fraction"] == 0 and none["avg_of_stopped"] != none["avg_of_stopped"]
 
 
-def test_the_line_of_a_step_shows_how_many_stopped(world, tmp_path, capsys):
+def test_the_printed_line_of_a_step_shows_the_share_that_stopped(world, tmp_path, capsys):
     _, steps, _ = train(world, tmp_path, max_steps=1, eval_file=None, max_new_tokens=24)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert f"| stopped {steps[0]['stopped_fraction']:4.0%} |" in line
@@ -187,8 +187,8 @@ def test_a_tail_without_the_topk_loss_is_refused(world, tmp_path, capfd):
     )
 
 
-def test_the_law_that_is_merged_is_that_of_the_temperature(world, pair, tmp_path):
-    """exp(z / T) of all stops are added, not exp(z): what is sampled is what is scored."""
+def test_head_logits_are_divided_by_the_temperature_before_stops_are_merged(world, pair, tmp_path):
+    """exp(z / T) of all stops is summed, not exp(z): the distribution that was sampled."""
     _, run = opened(world, tmp_path, **pair, temperature=2.0)
     hidden = torch.randn(3, run.student.config.hidden_size)
     z = run.student.lm_head(hidden).detach()[..., :V]
@@ -200,11 +200,11 @@ def test_the_law_that_is_merged_is_that_of_the_temperature(world, pair, tmp_path
 
 @pytest.fixture
 def tiny_world(made):
-    """A tiny world whose models have learned nothing."""
+    """A tiny world with untrained models."""
     return made[0]
 
 
-def test_the_miniature_of_self_distillation_shows_all_three_and_what_became_of_the_student(
+def test_opsd_py_prints_both_teachers_the_student_and_the_trained_student(
     tiny_world, tmp_path, capsys
 ):
     flags = {"batch_size": 2, "max_new_tokens": 8, "eval_max_new_tokens": 4, "eval_samples": 1}
@@ -214,10 +214,10 @@ def test_the_miniature_of_self_distillation_shows_all_three_and_what_became_of_t
     assert told == ["teacher", "prompted_teacher", "student", "opd"]
 
 
-def test_the_miniature_of_two_stop_tokens_shows_both_runs(
+def test_stops_py_prints_both_runs_and_its_student_ends_with_pad(
     tiny_world, tmp_path, monkeypatch, capsys
 ):
-    """Its student ends as before, but with <pad>."""
+    """Its student ends with <pad> as likely as before with <end>."""
     folder = tiny_world
     sizes = "--max_steps 1 --batch_size 2 --max_new_tokens 8 --eval_max_new_tokens 4"
     monkeypatch.setattr(opd, "TINY", dataclasses.replace(opd.TINY, eval_samples=1))

@@ -1,6 +1,6 @@
 """
-What guards --teacher_prompt_template of opd.py: the teacher reads another prompt, with a solution
-in it, before the responses of the student; without --teacher it is the student as it was first.
+Tests of --teacher_prompt_template of opd.py: the teacher gets another prompt, with a solution in
+it, before the responses of the student; without --teacher it is the initial student.
 """
 
 import torch
@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from test_runs import changed_copy, few_positions, load_student, opened, stopped, watch
-from test_runs import flags_read_once as flags_read_once  # and the next: fixtures of every test
+from test_runs import flags_read_once as flags_read_once  # this and the next two: fixtures
 from test_runs import handlers as handlers
 from test_runs import made as made
 
@@ -58,13 +58,13 @@ updates = test_opd.updates
 runs = test_opd.runs
 TOKENIZER = opd.tiny_tokenizer(WORDS)
 TEMPLATE = "{problem} {solution}"
-FOR_TEACHER = without_padding(*prompts(7, 1, 4, 9))  # where the student reads 2, 5, 3 and 4 tokens
+FOR_TEACHER = without_padding(*prompts(7, 1, 4, 9))  # the student's have 2, 5, 3 and 4 tokens
 
 
 @pytest.fixture(scope="session")
 def world(small_world):
     """The small world of test_opd.py, its problems with solutions of different lengths, a model of
-    64 positions, and one of a tokenizer with a word more.
+    64 positions, and one whose tokenizer has one word more.
     """
     test_opd.save_model(small_world / "table", test_opd.tiny_gpt2(0))
     test_opd.save_model(small_world / "hinted", tiny_qwen3(1), [*WORDS, "hint"])
@@ -81,19 +81,19 @@ def world(small_world):
 
 
 def informed(**changes):
-    """The flags of a run whose teacher reads the solution."""
+    """The flags of a run whose teacher has the solution in its prompt."""
     files = {"train_file": "{world}/solved.jsonl", "eval_file": "{world}/graded.jsonl"}
     return {**files, "teacher_prompt_template": TEMPLATE, **changes}
 
 
 def as_read(out):
-    """Each row as the teacher reads it, without any padding, as rows_of has the student's."""
+    """rows_of for the teacher: each row with the teacher's prompt, without any padding."""
     own = {"prompt_ids": out["teacher_prompt_ids"], "prompt_mask": out["teacher_prompt_mask"]}
     return rows_of({**out, **own})
 
 
 def assert_judged(teacher, out):
-    """One plain forward per row of [its prompt, the response] has the states that were kept."""
+    """The stored states are those of one plain forward per row of [its prompt, the response]."""
     for row, (ids, prompt) in enumerate(as_read(out)):
         states = teacher.base_model(ids).last_hidden_state[0, prompt - 1 : -1]
         close(out["teacher_hidden"][row], states, rtol=1e-4, atol=1e-5)
@@ -104,7 +104,7 @@ def asked(run, problem, key):
 
 
 def of(evaluations, who):
-    """The first result of its evaluations, of the one file."""
+    """The result of that model's first evaluation, on the only file."""
     (result,) = next(line["eval"] for line in evaluations if line["model"] == who).values()
     return result
 
@@ -114,7 +114,7 @@ def of(evaluations, who):
 
 
 def halves(length, overlap, mask, ended):
-    """Every second row goes on, at the first border."""
+    """At the first border only every second row goes on."""
     return (torch.arange(len(ended)) % 2 == 0) | (length > 4)
 
 
@@ -144,7 +144,7 @@ def test_the_teachers_prompt_changes_nothing_that_is_sampled():
     assert not torch.equal(plain["overlap"], out["overlap"])
 
 
-def test_a_rollout_whose_teacher_reads_the_students_prompt_is_bit_for_bit_the_one_without():
+def test_with_the_students_prompts_for_the_teacher_a_rollout_is_bit_for_bit_the_plain_one():
     same = without_padding(*prompts(*LENGTHS))
     plain, out = (roll(STUDENT, TEACHER, for_teacher=own) for own in (None, same))
     for name in ("response_ids", "overlap", "teacher_prompt_ids"):
@@ -152,17 +152,17 @@ def test_a_rollout_whose_teacher_reads_the_students_prompt_is_bit_for_bit_the_on
     assert all(map(torch.equal, plain["teacher_hidden"], out["teacher_hidden"]))
 
 
-def test_the_teacher_reads_equal_prompts_once_and_every_sampled_token_once():
+def test_the_teacher_computes_equal_prompts_once_and_no_sampled_token_twice():
     teacher = tiny_qwen3(2)
     shapes, stop = forward_shapes(teacher)
     two = [FOR_TEACHER[0], FOR_TEACHER[3]]
     roll(STUDENT, teacher, eos_ids={V}, for_teacher=[two[0], two[0], two[1], two[1]])
     stop()
-    # Prompts of 7 and 9 tokens but for the last, then segments of 4 with it, the last token unread
+    # Prompts of 7 and 9 tokens without the last, then passes of 4: it, and all but the last sampled
     assert shapes == [(2, 8), (4, 4), (4, 4), (4, 4)]
 
 
-def test_the_update_is_that_of_full_logits_behind_the_two_prompts():
+def test_the_update_is_that_of_full_logits_after_each_models_own_prompt():
     student = test_opd.tiny_llama(1)
     batch = make_batch(student, TEACHER, for_teacher=FOR_TEACHER)
     metrics, grads = update(student, TEACHER, batch)
@@ -178,11 +178,11 @@ def test_the_update_is_that_of_full_logits_behind_the_two_prompts():
     assert metrics["loss"] == pytest.approx(total.item() / batch["loss_mask"].sum().item())
 
 
-def test_groups_of_rows_have_the_teachers_prompts_of_their_own_rows():
+def test_a_rollout_in_groups_keeps_the_teachers_prompt_of_each_row():
     own = without_padding(*prompts(*LENGTHS))
     settings = {**SAMPLING, "temperature": 0, "overlap_k": 4, "for_teacher": FOR_TEACHER}
     out = opd.rollout_in_groups(STUDENT, TEACHER, own, opd.Plan(12, 4), 3, **settings)
-    assert out["teacher_prompt_mask"][:, -1].all()  # padded on the left, as all prompts
+    assert out["teacher_prompt_mask"][:, -1].all()  # left-padded, as all prompts
     assert without_padding(out["teacher_prompt_ids"], out["teacher_prompt_mask"]) == FOR_TEACHER
     assert_judged(TEACHER, out)
 
@@ -191,7 +191,7 @@ def test_groups_of_rows_have_the_teachers_prompts_of_their_own_rows():
 # Templates and solutions
 
 
-def test_a_template_is_filled_in_one_pass_and_all_other_braces_are_text():
+def test_a_template_is_filled_in_one_pass_and_all_other_braces_stay_text():
     problem = {"problem": "{answer}?", "answer": "5", "solution": "{problem} \\boxed{5}"}
     template = "{problem} {hint} \\boxed{} {solution} = {answer}"
     filled = opd.fill_template(template, problem)
@@ -199,7 +199,7 @@ def test_a_template_is_filled_in_one_pass_and_all_other_braces_are_text():
 
 
 @pytest.mark.parametrize("lacks", ["answer", "solution"])
-def test_a_template_is_filled_only_where_nothing_is_missing_that_it_names(lacks):
+def test_a_template_that_names_a_missing_field_is_not_filled(lacks):
     problem = {"problem": "a", "answer": "5", "solution": "b", lacks: None}
     assert opd.fill_template("{problem}", problem) == "a"
     assert opd.fill_template(f"{{problem}} {{{lacks}}}", problem) is None
@@ -235,14 +235,14 @@ def test_load_problems_keeps_the_worked_solution_without_gsm8ks_marks(tmp_path, 
 
 @pytest.mark.filterwarnings("ignore:.*no answer")
 @pytest.mark.parametrize("name", ["rationale", "reasoning"])
-def test_a_rationale_is_no_answer(name, tmp_path):
+def test_a_rationale_or_reasoning_is_not_taken_for_the_answer(name, tmp_path):
     (problem,) = opd.load_problems(write(tmp_path / "a.jsonl", {"problem": "2+3?", name: "count"}))
     assert problem["answer"] is None
 
 
 @pytest.mark.filterwarnings("ignore:.*duplicates")
 @pytest.mark.parametrize("solutions", [("long", None), (None, "long"), ("long", "short")])
-def test_of_duplicates_the_first_solution_stays_wherever_it_stands(solutions, tmp_path):
+def test_of_duplicates_the_first_solution_found_is_kept(solutions, tmp_path):
     records = [{"problem": "2+3?", "answer": "5", "solution": text} for text in solutions]
     (problem,) = opd.load_problems(write(tmp_path / "a.jsonl", *records))
     assert problem["solution"] == "long"
@@ -250,19 +250,19 @@ def test_of_duplicates_the_first_solution_stays_wherever_it_stands(solutions, tm
 
 @pytest.fixture(scope="module")
 def of_world(made):
-    """The problems of the tiny world, to train and to evaluate on."""
+    """The training and evaluation problems of the tiny world."""
     train_file, eval_file = (f"{made[0]}/{name}.jsonl" for name in ("train", "eval"))
     return opd.load_problems(train_file) + opd.load_problems(eval_file)
 
 
-def test_the_solutions_of_the_tiny_world_end_in_the_answer_and_are_in_its_words(of_world):
+def test_the_solutions_of_the_tiny_world_are_graded_right_and_use_only_its_words(of_world):
     words = {*sum(opd.LEXICON.values(), [])} - {*opd.LEXICON["special"]}
     for problem in of_world:
         assert opd.is_correct(problem["solution"], problem["answer"])
         assert set(problem["solution"].split()) <= words
 
 
-def test_no_solution_of_the_tiny_world_is_too_long_beside_its_problem(of_world):
+def test_problem_and_solution_of_the_tiny_world_fit_into_max_prompt_length(of_world):
     tokenizer = opd.tiny_tokenizer(sum(opd.LEXICON.values(), []))
     lengths = []
     for problem in of_world:
@@ -275,7 +275,7 @@ def test_no_solution_of_the_tiny_world_is_too_long_beside_its_problem(of_world):
 # Set-up
 
 
-def test_the_teacher_reads_its_own_template_and_the_student_the_other(world, tmp_path):
+def test_each_model_gets_prompts_of_its_own_template(world, tmp_path):
     flags = informed(
         prompt_template="h {problem}", teacher_prompt_template="{solution} {problem} g"
     )
@@ -296,14 +296,14 @@ def test_training_problems_without_a_solution_are_left_out_with_a_count(world, t
     assert len(run.evals["some_graded"]) == 3
 
 
-def test_where_nothing_lacks_nothing_is_told(world, tmp_path):
+def test_if_every_problem_has_a_solution_there_is_no_note(world, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         _, run = opened(world, tmp_path, **informed(batch_size=9))
     assert len(run.pools[0]) == 9
 
 
-def test_a_teachers_prompt_that_is_too_long_leaves_its_problem_out(world, tmp_path):
+def test_a_problem_whose_teachers_prompt_is_too_long_is_left_out(world, tmp_path):
     _, run = opened(world, tmp_path, **informed(max_prompt_length=9))
     lengths = [len(opd.teacher_prompt(problem)) for problem in run.pools[0]]
     assert max(lengths) == 9 and 0 < len(lengths) < 9
@@ -347,8 +347,8 @@ def test_a_mistake_about_the_template_ends_in_one_line(mistake, world, tmp_path,
     assert status == 2 and says in line and os.listdir(tmp_path) == []
 
 
-def test_the_positions_of_the_teacher_are_for_its_own_prompt(world, tmp_path):
-    """Its longest has 15 tokens in training, the student's 7; the student needs no more for it."""
+def test_the_positions_of_each_model_are_checked_with_its_own_prompts(world, tmp_path):
+    """In training the teacher's longest prompt has 15 tokens, the student's 7."""
     for who, longest in (("student", 7), ("teacher", 15)):
         for number in (longest + 12, longest + 11):
             path = changed_copy(world, who, tmp_path / f"{who}{number}", few_positions(number))
@@ -362,7 +362,7 @@ def test_the_positions_of_the_teacher_are_for_its_own_prompt(world, tmp_path):
             assert opd.check_lengths(run) == expected
 
 
-def test_the_plan_has_caches_for_the_teachers_own_prompt(world, tmp_path):
+def test_the_plan_counts_the_columns_of_the_teachers_own_prompts(world, tmp_path):
     config, run = opened(world, tmp_path, **informed(eval_max_new_tokens=20))
     question = max(len(opd.teacher_prompt(problem)) for problem in run.evals["graded"])
     columns = {
@@ -377,7 +377,7 @@ def test_the_plan_has_caches_for_the_teachers_own_prompt(world, tmp_path):
     assert question > run.most["question"]
 
 
-def test_without_a_teacher_it_is_the_student_as_it_was_first_and_stays_it(
+def test_without_teacher_flag_the_teacher_is_a_frozen_copy_of_the_initial_student(
     world, tmp_path, runs, capsys
 ):
     train(world, tmp_path, **informed(teacher=None), max_steps=2)
@@ -390,9 +390,7 @@ def test_without_a_teacher_it_is_the_student_as_it_was_first_and_stays_it(
     assert f"{told}, {opd.tqdm.format_sizeof(size)}B" in capsys.readouterr().out
 
 
-def test_self_distillation_resumes_bit_for_bit_with_the_first_weights_as_its_teacher(
-    world, tmp_path
-):
+def test_self_distillation_resumes_bit_for_bit_with_the_initial_weights_as_teacher(world, tmp_path):
     flags = informed(teacher=None, max_steps=4)
     train(world, tmp_path / "whole", **flags)
     train(world, tmp_path / "part", **{**flags, "max_steps": 2})
@@ -417,7 +415,7 @@ SEEN |= {"eval_samples": 2, "rollout_batch_size": 3, "num_generations": 2}
 def test_with_both_templates_equal_a_run_is_bit_for_bit_the_run_without(
     method, world, tmp_path, monkeypatch
 ):
-    """Its rewards, probes and cold start, too. The one more evaluation is that of the teacher."""
+    """With rewards, probes and a cold start. The prompted teacher's evaluation comes on top."""
     monkeypatch.setattr(opd, "is_correct", says_a)
     flags = {**SEEN, "method": method, "drift_threshold": 0.5, "w_drop": 0.1}
     for name, template in (("without", None), ("with", "{problem}")):
@@ -433,7 +431,7 @@ def test_with_both_templates_equal_a_run_is_bit_for_bit_the_run_without(
 
 
 @pytest.mark.parametrize("method", LOSS_OF)
-def test_every_method_judges_behind_the_teachers_prompt_and_learns_behind_the_students(
+def test_every_method_scores_after_the_teachers_prompt_and_trains_after_the_students(
     method, world, tmp_path, updates
 ):
     flags = {"method": method, "loss": LOSS_OF[method], "rollout_batch_size": 3, "max_steps": 2}
@@ -451,21 +449,21 @@ def test_every_method_judges_behind_the_teachers_prompt_and_learns_behind_the_st
         assert line["teacher_prompt_length"] > line["prompt_length"]
 
 
-def test_a_cold_start_samples_behind_the_teachers_prompt_and_learns_behind_the_students(
+def test_a_cold_start_samples_after_the_teachers_prompt_and_trains_after_the_students(
     world, tmp_path, updates, monkeypatch
 ):
     monkeypatch.setattr(opd, "is_correct", lambda text, gold: True)
     calls = watch(monkeypatch, "rollout")["rollout"]
     flags = {"cold_start_steps": 1, "max_steps": 1, "eval_file": None}
     _, (step,), _ = train(world, tmp_path, **informed(**flags))
-    solving = calls[1]  # behind the preflight
+    solving = calls[1]  # after that of the preflight
     _, batch, _ = updates[0]
     assert solving["teacher"] is None
     own = without_padding(batch["prompt_ids"], batch["prompt_mask"])
     for prompt, read in zip(own, solving["prompts"], strict=True):
         assert len(read) > len(prompt) and read[: len(prompt) - 1] == prompt[:-1]
 
-    # What it cost: the teacher reads its own prompt, the student learns behind the other
+    # FLOPs: the teacher's prompt counts for the teacher, the student's for training
     student, teacher = (load_student(world / name) for name in ("student", "teacher"))
     read = torch.tensor([len(prompt) for prompt in solving["prompts"]])
     length, learned = (batch[name].sum(-1) for name in ("response_mask", "loss_mask"))
@@ -478,7 +476,7 @@ def test_a_cold_start_samples_behind_the_teachers_prompt_and_learns_behind_the_s
     assert step["flops"] == pytest.approx(cold + cost, rel=1e-9)
 
 
-def test_a_probe_goes_on_from_the_students_opening_behind_the_teachers_prompt(
+def test_a_probe_continues_the_beginning_of_the_students_answer_after_the_teachers_prompt(
     world, tmp_path, monkeypatch
 ):
     calls = watch(monkeypatch, "evaluate", "rollout")
@@ -492,15 +490,15 @@ def test_a_probe_goes_on_from_the_students_opening_behind_the_teachers_prompt(
 
 
 def mean_log_prob(model, prompt, ids, start):
-    """Of the ids from that place on, by one plain forward."""
+    """The mean log-prob of ids[start:] after the prompt, by one plain forward."""
     ids = torch.tensor([prompt + ids])
     start += len(prompt)
     log_probs = model(ids).logits[0, start - 1 : -1, :V].log_softmax(-1)
     return log_probs.gather(-1, ids[0, start:, None]).mean().item()
 
 
-def test_the_reward_of_an_answer_is_judged_behind_the_teachers_prompt():
-    """A problem without one is judged as it is asked. What an answer began with does not count."""
+def test_the_reward_of_an_answer_is_scored_after_the_teachers_prompt():
+    """Without one, after the student's prompt. A given beginning of an answer does not count."""
     problems = []
     for index, own in enumerate(FOR_TEACHER):
         problems.append({"prompt_ids": [2, 7 + index, 3], "answer": "1", "teacher_prompt_ids": own})
@@ -514,10 +512,10 @@ def test_the_reward_of_an_answer_is_judged_behind_the_teachers_prompt():
         assert answer["reward"] == pytest.approx(log_q - log_p, abs=1e-5)
 
 
-def test_three_are_graded_before_the_first_step_and_the_gap_is_told(
+def test_three_evaluations_precede_step_1_and_no_gap_is_printed_if_their_problems_differ(
     world, tmp_path, monkeypatch, capsys
 ):
-    """The teacher with its own prompt on the problems that have it: two of three."""
+    """Two of the three problems have a solution: the prompted teacher is evaluated on those."""
     monkeypatch.setattr(opd, "is_correct", says_a)
     flags = informed(train_file="{world}/some.jsonl", eval_file="{world}/some_graded.jsonl")
     calls = watch(monkeypatch, "evaluate")["evaluate"]
@@ -538,10 +536,10 @@ def test_three_are_graded_before_the_first_step_and_the_gap_is_told(
         100 * line["eval"]["some_graded"]["avg_at_n"] for line in evaluations[:3]
     )
     assert len({alike, told, student}) > 1
-    assert "points ahead" not in capsys.readouterr().out  # of two problems and of three
+    assert "points ahead" not in capsys.readouterr().out  # they are of two problems and of three
 
 
-def test_before_the_first_step_a_line_tells_how_far_the_prompted_teacher_is_ahead(
+def test_a_line_before_step_1_says_how_far_the_prompted_teacher_is_ahead(
     world, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(opd, "is_correct", says_a)
@@ -554,7 +552,7 @@ def test_before_the_first_step_a_line_tells_how_far_the_prompted_teacher_is_ahea
     assert gap and line.endswith(f"have {lengths[0]:.0f} tokens, the student's {lengths[1]:.0f}")
 
 
-def test_where_no_problem_to_be_graded_has_a_solution_there_is_no_third_line(
+def test_without_solutions_in_the_evaluation_file_the_prompted_teacher_is_not_evaluated(
     world, tmp_path, capsys
 ):
     flags = informed(eval_file="{world}/eval.jsonl", max_steps=1)
@@ -563,7 +561,7 @@ def test_where_no_problem_to_be_graded_has_a_solution_there_is_no_third_line(
     assert "points ahead" not in capsys.readouterr().out
 
 
-def test_the_third_evaluation_counts_towards_what_is_cheap(world, tmp_path):
+def test_eval_first_auto_counts_the_evaluation_of_the_prompted_teacher(world, tmp_path):
     """Three evaluations of 12 columns are under a tenth of 31 steps of 12, not of 30."""
     for steps, whom in ((30, ["student"]), (31, ["teacher", "prompted_teacher", "student"])):
         config, run = opened(world, tmp_path, **informed(eval_first="auto", max_steps=steps))
@@ -571,7 +569,7 @@ def test_the_third_evaluation_counts_towards_what_is_cheap(world, tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_preflight_tells_what_the_teachers_prompt_changes(
+def test_the_preflight_prints_the_teachers_log_probs_after_both_prompts_and_its_first_prompt(
     temperature, world, tmp_path, monkeypatch
 ):
     config, run = opened(world, tmp_path, **informed(temperature=temperature))
@@ -595,25 +593,25 @@ def test_the_preflight_tells_what_the_teachers_prompt_changes(
     assert f"the teacher's own first prompt: {first!r}" in told
 
 
-def test_without_a_template_the_preflight_says_nothing_of_it(world, tmp_path):
+def test_without_a_template_the_preflight_does_not_mention_the_teachers_prompt(world, tmp_path):
     told = "\n".join(opd.preflight(*opened(world, tmp_path)))
     assert "own" not in told and "frozen" not in told
 
 
-def test_a_reports_teacher_is_the_one_with_its_own_prompt(world, tmp_path, monkeypatch):
+def test_a_report_has_the_accuracy_of_the_teacher_with_its_own_prompt(world, tmp_path, monkeypatch):
     monkeypatch.setattr(opd, "is_correct", says_a)
     _, _, evaluations = train(world, tmp_path, **informed(max_steps=1, eval_samples=8))
     alike, told = (of(evaluations, who)["avg_at_n"] for who in ("teacher", "prompted_teacher"))
     assert alike != told and opd.read_run(tmp_path, "")["teacher"] == told
 
 
-def test_samples_do_not_repeat_the_solutions(world, tmp_path):
+def test_samples_jsonl_has_no_solutions(world, tmp_path):
     train(world, tmp_path, **informed(max_steps=1))
     samples = test_opd.read(tmp_path / "samples.jsonl")
     assert samples and not [name for line in samples for name in line if name == "solution"]
 
 
-def test_a_chat_template_wraps_the_teachers_prompt_as_the_students(world, tmp_path):
+def test_no_chat_template_holds_for_the_teachers_prompt_too(world, tmp_path):
     _, run = opened(world, tmp_path, **informed(), no_chat_template=True)
     problem = run.pools[0][0]
     text = [*problem["problem"].split(), *problem["solution"].split()]
@@ -635,7 +633,7 @@ def test_grading_alone_ignores_the_template(world, tmp_path):
     assert json.dumps(results[0]) == json.dumps(results[1])
 
 
-def test_a_solution_of_a_million_signs_is_read_in_under_a_second():
+def test_four_solutions_of_a_million_characters_are_read_in_four_seconds():
     began = time.perf_counter()
     for text in ("#" * 10**6 + "\nend", "<" * 10**6, "<<1" * 300_000, "####\n" * 200_000):
         opd.read_solution(text)

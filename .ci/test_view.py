@@ -1,7 +1,7 @@
 """
-What guards rollouts.html, section 17 of opd.py: what it shows of a step, that a model's text is
-never markup, that a run is the same without it. The page is read by html.parser; what its script
-does with the numbers was looked at in a browser.
+Tests of rollouts.html, section 18 of opd.py: what it shows of a step, that a model's text is never
+markup, that a run is the same without it. The page is parsed by html.parser; what its script does
+with the numbers is not tested here: it was checked in a browser.
 """
 
 import torch
@@ -41,7 +41,7 @@ from test_opd import (
     without_padding,
 )
 
-# The small world's runs are without a page, but here
+# Other tests run the small world with --no_view
 command = functools.partial(test_opd.command, no_view=None)
 train = functools.partial(test_opd.train, no_view=None)
 flags = functools.partial(test_opd.flags, no_view=False)
@@ -58,7 +58,7 @@ FINISHED |= {"max_steps": 3, "eval_every": 2}
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would see: rows of (text, classes) per token, headlines, the numbers."""
+    """What a browser would see: rows of [text, classes] per token, headlines, the numbers."""
 
     def __init__(self, text):
         super().__init__()
@@ -101,7 +101,7 @@ def page_of(folder):
 
 
 def run_of(folder, problems, out, tokenizer=TOKENIZER, plan=None, **changes):
-    """-> (config, run) after a step of which out is the rollout."""
+    """-> (config, run) after a step whose rollout is out."""
     changes = {"student": "s", "teacher": "t", "output_dir": str(folder), **changes}
     config = flags(**changes)
     run = opd.Run({}, [], student=STUDENT, sampler=STUDENT, teacher=TEACHER, step=7)
@@ -129,7 +129,7 @@ def texts(rows):
 
 
 def byte_tokenizer():
-    """One token per byte, as byte-level BPE has it before any merge."""
+    """One token per byte: byte-level BPE without merges."""
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     core = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
@@ -151,7 +151,7 @@ def one_row(ids, problem):
 
 
 def said(text, folder, length=None, tokenizer=None):
-    """The page of one response that is this text, in bytes; of a length, repeated -> Page"""
+    """The page of one response, a text or its ids, repeated up to a length if given -> Page"""
     tokenizer = tokenizer or byte_tokenizer()
     ids = tokenizer.encode(text) if isinstance(text, str) else text
     ids = (ids * (length or 1))[: length or len(ids)]
@@ -168,7 +168,7 @@ def said(text, folder, length=None, tokenizer=None):
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
-    """A run of three steps, evaluated after the second and the last -> all that is asked of it"""
+    """A run of three steps, evaluated after the second and the last -> what the tests use of it"""
     folder = tmp_path_factory.mktemp("finished")
     done = types.SimpleNamespace(folder=folder, updates=[], written=[], said=io.StringIO())
     real = opd.write_view
@@ -196,14 +196,14 @@ def test_every_token_of_a_response_is_a_span(tmp_path):
     assert texts(page.rows) == [[WORDS[token] for token in row] for row in expected]
 
 
-def test_the_numbers_of_a_token_are_those_of_its_rollout(tmp_path):
+def test_the_overlap_and_weight_of_a_token_are_those_of_its_rollout(tmp_path):
     page, out = shown(tmp_path, method="prune", w_drop=0.1)
     mask = out["response_mask"]
     for name, values in (("overlap", out["overlap"]), ("weight", out["token_weight"])):
         close(torch.tensor(page.data[name]), values[mask], atol=6e-4, rtol=0)
 
 
-def test_what_is_not_trained_on_has_no_weight(tmp_path):
+def test_tokens_that_are_not_trained_on_have_weight_0(tmp_path):
     out = make_batch(STUDENT, TEACHER, max_length=12)
     out["kept"][1], out["ended"][1] = False, False
     out["overlap"][1] = 0
@@ -215,7 +215,7 @@ def test_what_is_not_trained_on_has_no_weight(tmp_path):
     assert {*page.data["weight"][: ends[1]]} == {1.0} == {*page.data["weight"][ends[2] :]}
 
 
-def test_both_models_likeliest_tokens_and_their_kl_are_those_of_plain_forwards(tmp_path):
+def test_likeliest_tokens_kl_and_advantage_are_those_of_plain_forwards_of_both_models(tmp_path):
     page, out = shown(tmp_path)
     place = 0
     for ids, prompt in rows_of(out):
@@ -244,7 +244,7 @@ def test_a_temperature_divides_the_logits_of_both_models(tmp_path):
         close(page.data["probs"][0][at], best, atol=6e-4, rtol=0)
 
 
-def test_a_teacher_with_a_prompt_of_its_own_reads_that(tmp_path):
+def test_the_teachers_probabilities_are_those_after_its_own_prompt(tmp_path):
     out = make_batch(STUDENT, TEACHER)
     own = [7, 8, 9, 10, 11, 12, 13]
     prompts = without_padding(out["prompt_ids"], out["prompt_mask"])
@@ -288,12 +288,12 @@ def test_segment_borders_and_bad_events_are_marked(tmp_path):
 
 
 def headline(out, row, **changes):
-    """What is said of a row of a made-up rollout, of 2 prompts with 3 candidates."""
+    """What why_stopped says of a row of a made-up rollout, with 3 candidates per prompt."""
     return opd.why_stopped(flags(num_generations=3, **changes), out, row)
 
 
 def made_rollout(scores, kept, ended=(), lengths=None):
-    """Rows whose overlap is the same all along."""
+    """Rows of constant overlap."""
     overlap = torch.tensor(scores)[:, None].expand(len(scores), 12).clone()
     lengths = lengths or [12 if keep else 6 for keep in kept]
     mask = torch.arange(12) < torch.tensor(lengths)[:, None]
@@ -311,26 +311,26 @@ def test_a_row_that_ended_and_one_that_was_cut_say_so():
     assert headline(out, 0) == "ended" and headline(out, 1) == "cut"
 
 
-def test_a_row_that_was_not_selected_names_the_least_score_that_was_kept():
+def test_a_row_not_selected_names_its_score_and_the_least_kept_one_above_all_that_were_not():
     out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [1, 1, 0, 1, 0, 0])
     for row, own in ((2, 0.7), (4, 0.5), (5, 0.4)):
         told = f"not selected: overlap {own:.3f} at first, where 0.800 was kept"
         assert headline(out, row, **GUIDED) == told
 
 
-def test_a_row_that_ended_before_the_prefix_was_not_kept_for_its_score():
+def test_a_row_that_ended_before_the_prefix_does_not_count_as_kept_for_its_score():
     out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.75, 0.4], [1, 1, 0, 1, 1, 0], ended=[4])
     out["response_mask"][4, 5:] = False
     assert headline(out, 2, **GUIDED).endswith("where 0.800 was kept")
 
 
-def test_a_rule_of_ones_own_has_no_score():
+def test_no_score_is_named_with_a_custom_rule_or_if_no_row_was_kept():
     out = made_rollout([0.9, 0.8, 0.7], [0, 0, 0])
     assert headline(out, 1, method="opd") == "not selected"
     assert headline(out, 1, **GUIDED) == "not selected"
 
 
-def test_chance_has_no_score():
+def test_random_selection_names_no_score():
     out = made_rollout([0.9, 0.8, 0.7], [1, 0, 1])
     assert headline(out, 1, **GUIDED, select="random") == "not selected"
 
@@ -342,7 +342,7 @@ def test_a_row_that_drifted_names_its_bad_events():
     assert told == "drifted: bad events at tokens [3, 6]"
 
 
-def test_the_rule_really_used_is_the_one_that_is_told(finished):
+def test_the_scores_named_are_those_by_which_the_run_selected(finished):
     batch = finished.updates[-1][1]
     scores = [f"{score:.3f}" for score in batch["overlap"][:, :4].mean(-1)]
     lines = finished.page.texts["h3"]
@@ -364,7 +364,7 @@ def test_the_rule_really_used_is_the_one_that_is_told(finished):
         (None, "\\boxed{ 3 }", ""),
     ],
 )
-def test_right_and_wrong_are_told_where_the_gold_is_known(answer, text, verdict, tmp_path):
+def test_right_or_wrong_is_shown_if_the_gold_is_known(answer, text, verdict, tmp_path):
     ids = TOKENIZER.encode(text) + [END]
     config, run = run_of(tmp_path, [], None)
     run.shown = one_row(ids, {"prompt_ids": [5], "answer": answer})
@@ -376,7 +376,7 @@ def test_the_first_four_prompts_have_all_their_candidates(finished):
     assert len(finished.page.texts["h2"]) == 4 and len(finished.page.rows) == 16
 
 
-def test_the_header_tells_the_step_the_method_and_the_flags_that_differ(tmp_path):
+def test_the_header_has_the_step_the_method_and_the_flags_that_differ(tmp_path):
     page, _ = shown(tmp_path, method="prune")
     told = " ".join(page.texts["p"])
     assert "Step 7" in told and "method prune" in told and str(tmp_path) in told
@@ -384,21 +384,21 @@ def test_the_header_tells_the_step_the_method_and_the_flags_that_differ(tmp_path
 
 
 # --------------------------------------------------------------------------------------------------
-# What a model writes is never markup
+# A model's text is never markup
 
 HOSTILE = (
     "</script><script>x=1</script><img src=http://a/ onerror=x>&lt;&amp; \"'`$body %s {0}\n\n<!--"
 )
 
 
-def test_what_a_model_writes_is_text_and_never_markup(tmp_path):
+def test_the_text_of_a_model_is_never_markup(tmp_path):
     plain, hostile = said("a", tmp_path), said(HOSTILE, tmp_path)
     assert {*hostile.tags} == {*plain.tags} and hostile.tags.count("script") == 1
     assert hostile.texts["div"][0].replace("↵\n", "\n") == HOSTILE
     assert "<b>&" in hostile.texts["h2"][0] and "</h2>" in hostile.texts["h2"][0]
 
 
-def test_a_token_that_is_markup_is_text_in_the_row_and_in_the_table(tmp_path):
+def test_a_token_that_looks_like_markup_is_text_in_the_row_and_in_the_table(tmp_path):
     words = [
         "</script><script>x=1</script>",
         "<img/src=x/onerror=y>",
@@ -414,32 +414,32 @@ def test_a_token_that_is_markup_is_text_in_the_row_and_in_the_table(tmp_path):
     assert any("</script><b>w" in word for word in page.data["words"].values())
 
 
-def test_nothing_is_fetched_and_nothing_is_handled_inline(tmp_path):
+def test_the_page_fetches_nothing_and_has_no_inline_handlers(tmp_path):
     page = said(HOSTILE, tmp_path)
     source = (tmp_path / "rollouts.html").read_text()
     style = source[source.index("<style>") : source.index("</style>")]
     assert page.links == [] and page.handlers == []
     assert not {*page.tags} & {"link", "img", "iframe"}
     assert "url(" not in style and "@import" not in style
-    script = re.sub("const data = .*", "", page.scripts[0])  # it has what a model wrote
+    script = re.sub("const data = .*", "", page.scripts[0])  # the data holds a model's text
     assert "http" not in script and "innerHTML" not in script and "fetch" not in script
 
 
-def test_a_character_of_several_tokens_is_whole_at_the_last(tmp_path):
+def test_a_character_of_several_tokens_is_shown_at_its_last_token(tmp_path):
     page = said("x日🙂y", tmp_path)
     assert texts(page.rows) == [["x", "◌", "◌", "日", "◌", "◌", "◌", "🙂", "y"]]
 
 
-def test_half_a_character_is_shown_and_harms_nothing(tmp_path):
+def test_half_a_character_is_shown_and_the_text_after_it_is_readable(tmp_path):
     tokenizer = byte_tokenizer()
     halves = tokenizer.encode("日")[:2]
     assert texts(said(halves, tmp_path).rows) == [["◌", "◌"]]
     row = texts(said(halves * 5 + tokenizer.encode("ok"), tmp_path).rows)[0]
     assert len(row) == 12 and row[-2].endswith("o") and row[-1] == "k"
-    assert "\ufffd" in row[3]  # no character has more than four
+    assert "\ufffd" in row[3]  # no character has more than four bytes
 
 
-def test_newlines_and_blanks_are_seen(tmp_path):
+def test_newlines_and_spaces_are_visible(tmp_path):
     page = said("a  b\n c", tmp_path)
     assert texts(page.rows)[0].count("↵\n") == 1
     source = (tmp_path / "rollouts.html").read_text()
@@ -447,7 +447,7 @@ def test_newlines_and_blanks_are_seen(tmp_path):
     assert page.texts["div"][0] == "a  b↵\n c" and 'span:empty::after { content: "␣"' in source
 
 
-def test_byte_level_tokens_keep_the_blank_in_front_of_a_word():
+def test_byte_level_tokens_keep_the_space_before_a_word():
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
@@ -460,7 +460,7 @@ def test_byte_level_tokens_keep_the_blank_in_front_of_a_word():
     assert "".join(got) == "the cat the" and " the" in got
 
 
-def test_metaspace_tokens_keep_the_blank_in_front_of_a_word():
+def test_metaspace_tokens_keep_the_space_before_a_word():
     vocab = [("<unk>", 0.0), ("▁a", -1.0), ("▁the", -1.0), ("re", -1.0), ("▁", -2.0)]
     core = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=0))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
@@ -469,17 +469,17 @@ def test_metaspace_tokens_keep_the_blank_in_front_of_a_word():
     assert opd.token_texts(tokenizer, [2, 3, 2], 1) == [" the", "re", " the"]
 
 
-def test_a_row_of_seven_thousand_tokens_is_written_in_seconds(tmp_path):
+def test_a_row_of_7000_tokens_is_written_within_20_seconds_and_takes_under_1_25_mb(tmp_path):
     began = time.perf_counter()
     page = said(HOSTILE + "日", tmp_path, length=7000)
     seconds = time.perf_counter() - began
     size = os.path.getsize(tmp_path / "rollouts.html")
     assert len(page.rows[0]) == 7000 and seconds < 20
-    assert size < 20e6 / 16  # of 16 such rows 20 MB
+    assert size < 20e6 / 16  # 16 such rows: 20 MB
 
 
 def luminance(colour):
-    """Of #rrggbb, as WCAG 2 has it."""
+    """Of #rrggbb, as defined by WCAG 2."""
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -491,7 +491,7 @@ def contrast(one, other):
 
 
 @pytest.mark.parametrize("scheme", [0, 1])
-def test_text_has_a_contrast_of_four_and_a_half_in_light_and_dark(scheme):
+def test_text_has_a_contrast_of_at_least_4_5_in_light_and_in_dark(scheme):
     named = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", opd.PAGE)
     colours = {name: pair[scheme] for name, *pair in named}
     for text, behind in (("ink", "paper"), ("soft", "paper"), ("ink", "warm"), ("ink", "cool")):
@@ -509,7 +509,7 @@ def test_a_run_is_the_same_with_and_without_its_page(finished, world, tmp_path):
     assert not (tmp_path / "rollouts.html").exists()
 
 
-def test_the_page_draws_nothing_and_leaves_both_models_in_eval_mode(tmp_path):
+def test_writing_the_page_draws_no_random_numbers_and_leaves_both_models_in_eval_mode(tmp_path):
     out = make_batch(STUDENT, TEACHER)
     problems = [{"prompt_ids": [5, 6], "answer": "1"}] * 4
     config, run = run_of(tmp_path, problems, out)
@@ -524,24 +524,24 @@ def test_the_page_is_written_at_every_evaluation_after_a_step(finished):
     assert "Step 3" in " ".join(finished.page.texts["p"])
 
 
-def test_the_rows_are_those_of_the_last_step(finished):
+def test_the_rows_of_the_page_are_those_of_the_last_step(finished):
     batch = finished.updates[-1][1]
     expected = without_padding(batch["response_ids"], batch["response_mask"])[:16]
     assert texts(finished.page.rows) == [[WORDS[t] for t in row] for row in expected]
 
 
-def test_what_is_kept_of_a_step_is_small_and_its_own(finished):
-    """Neither hidden states nor views, which keep the rows of the whole step."""
+def test_only_the_shown_rows_of_a_step_are_kept_in_memory_of_their_own(finished):
+    """Neither hidden states nor views, which would keep all rows of the step in memory."""
     kept = [x for x in finished.run.shown.values() if isinstance(x, torch.Tensor)]
     assert kept and "teacher_hidden" not in finished.run.shown
     assert all(x.untyped_storage().nbytes() == x.nbytes and len(x) == 16 for x in kept)
 
 
-def test_a_resumed_run_without_a_last_step_writes_no_page(world, tmp_path, monkeypatch):
+def test_a_resumed_run_that_has_only_to_evaluate_writes_no_page(world, tmp_path, monkeypatch):
     changes = {"max_steps": 2, "eval_every": 1, "save_every": 1}
     opd.main(command(world, tmp_path, **changes))
     (tmp_path / "rollouts.html").unlink()
-    # As if it had been broken off in the evaluation
+    # As if the run had been interrupted during the evaluation
     real = opd.read_checkpoint
     monkeypatch.setattr(opd, "read_checkpoint", lambda *a: {**real(*a), "graded": 1})
     opd.main(command(world, tmp_path, **changes, resume=True))
@@ -550,20 +550,20 @@ def test_a_resumed_run_without_a_last_step_writes_no_page(world, tmp_path, monke
     )
 
 
-def test_a_resumed_run_may_leave_the_page_out(world, tmp_path):
+def test_a_run_resumed_with_no_view_leaves_the_page_as_it_was(world, tmp_path):
     opd.main(command(world, tmp_path, max_steps=1))
     opd.main(command(world, tmp_path, max_steps=2, resume=True, no_view=True))
     assert "Step 1" in " ".join(page_of(tmp_path).texts["p"])
 
 
-def test_a_new_run_puts_the_page_of_another_aside(world, tmp_path):
+def test_a_new_run_puts_the_page_of_an_earlier_one_aside(world, tmp_path):
     opd.main(command(world, tmp_path, max_steps=1))
     opd.main(command(world, tmp_path, max_steps=1, no_view=True))
     assert not (tmp_path / "rollouts.html").exists()
     assert (tmp_path / "rollouts.html.old").exists()
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_the_last_page_whole(tmp_path, monkeypatch):
+def test_a_full_disk_ends_with_status_2_and_leaves_the_last_page_whole(tmp_path, monkeypatch):
     class FullFile:
         def __init__(self, *args, **kwargs):
             self.file = open(*args, **kwargs)  # noqa: SIM115
@@ -589,7 +589,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_last_page_whole(tmp_path, m
     assert (tmp_path / "rollouts.html").read_bytes() == before
 
 
-def test_only_the_first_rank_keeps_rows(monkeypatch):
+def test_a_rank_other_than_the_first_keeps_no_rows_for_the_page(monkeypatch):
     out = make_batch(STUDENT, TEACHER)
     monkeypatch.setattr(opd, "RANK", 1)
     assert opd.first_rows(flags(), [{"prompt_ids": [5], "answer": None}], None, out) == {}

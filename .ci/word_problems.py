@@ -1,8 +1,8 @@
 """
 One-step word problems with written solutions: word_problems.py > assets/word_problems.jsonl
 
-The first 400 are to train on, the last 100 to evaluate on; no two are the same. Seeded: it always
-prints the same lines.
+The first 400 are for training, the last 100 for evaluation; no two are the same. It is seeded, so
+it always prints the same lines.
 """
 
 import json
@@ -12,7 +12,7 @@ NAMES = "Ada Ben Carla Dev Ella Finn Grace Hugo Ivy Jonas Kira Liam Mona Noah Ol
 THINGS = "apples books coins eggs flowers marbles pencils shells stamps stickers".split()
 PLACES = "bag basket crate drawer jar tray".split()
 
-# (problem, solution, value of two numbers); {c} is the value
+# (problem, solution, value of the numbers a and b); {c} stands for the value
 KINDS = [
     (
         "{name} has {a} {things} and finds {b} more. How many {things} does {name} have now?",
@@ -60,7 +60,7 @@ KINDS = [
 def word_problem(rng):
     """-> {"problem", "answer", "solution"}"""
     problem, solution, value = rng.choice(KINDS)
-    # Of one digit: what a model of 135M parameters cannot reckon, no teacher of its size can teach
+    # Small numbers: sums that a model of 135M parameters gets wrong, no teacher of its size teaches
     a, b = rng.randint(2, 9), rng.randint(2, 9)
     if "-" in solution:
         a += b  # something is left
@@ -78,7 +78,7 @@ def word_problem(rng):
 
 
 def word_problems(count, seed=0):
-    """So many different ones -> list"""
+    """-> list of `count` different problems"""
     rng = random.Random(seed)
     problems = {}
     while len(problems) < count:
