@@ -973,7 +973,7 @@ def auroc(scores, correct):
     [0, 1], or NaN if one kind or a score is missing. Example: .9, .4 right, .4, .1 wrong -> .875
     """
     scores, correct = np.array(scores), np.array(correct, dtype=bool)
-    if correct.all() or not correct.any() or np.isnan(scores).any():
+    if correct.all() or not correct.any():
         return math.nan
     wins = np.sign(scores[correct][:, None] - scores[~correct])  # 1, 0 a tie, -1
     return float((wins.mean() + 1) / 2)
@@ -1009,8 +1009,8 @@ def evaluate(
     seed_sampling(seed)  # not restored: every training step seeds anew
     starts = range(0, len(own), rows_per_batch)
     head = {name: sampling.get(name) for name in ("vocab_size", "eos_ids", "stop_id")}
-    # No bar without a title: inside whole_step a closed terminal must not raise
-    for start in tqdm(starts, title, leave=False, disable=not (title and is_main())):
+    # None: no bar where there is no terminal, which may be gone. Nor inside whole_step: no title
+    for start in tqdm(starts, title, leave=False, disable=None if title and is_main() else True):
         # Sample, and let the teacher score the samples
         batch = own[start : start + rows_per_batch]
         prompts = [answer["prompt_ids"] + answer.get("begun", []) for answer in batch]
@@ -1227,8 +1227,8 @@ def concatenate(parts):
 # 11. Several processes, as torchrun starts them
 
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
-NUM_RANKS = int(os.environ.get("WORLD_SIZE", 1))
+NUM_RANKS = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
+RANK = int(os.environ.get("RANK", 0)) if NUM_RANKS > 1 else 0
 
 
 def is_main():
@@ -1318,7 +1318,8 @@ def read_records(path):
                 records.append(json.loads(line))
         except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
             number += getattr(error, "lineno", 1) - 1
-            raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({error})") from None
+            why = getattr(error, "msg", error)  # its str has another line number
+            raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({why})") from None
     return records[0] if is_list else records
 
 
@@ -1653,7 +1654,7 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
     if process is None or process.poll() is not None:
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            [sys.executable, "-u", "-c", MATH_VERIFY],
+            [sys.executable, "-P", "-u", "-c", MATH_VERIFY],  # -P: no modules of the folder
             stdin=pipe,
             stdout=pipe,
             stderr=subprocess.DEVNULL,
@@ -1780,7 +1781,7 @@ def imitate(model, draw, steps, title):
     1 for each token to train on, else 0 (two lists of L).
     """
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    for step in tqdm(range(steps), desc=f"tiny world: {title}", leave=False):
+    for step in tqdm(range(steps), desc=f"tiny world: {title}", leave=False, disable=None):
         # Right-padded, so that no attention mask is needed, with 0 (<pad>), which is not trained on
         rows = []
         while sum(map(len, rows)) < 3000:
@@ -2030,20 +2031,33 @@ def parse_args(argv=None):
             group.add_argument(f"--{name}", *ALIASES.get(name, []), **how)
 
     given = vars(parser.parse_args(argv))
+    for name in ("resume", "report", "student", "teacher"):
+        if given.get(name) == "":
+            fail(f"--{name} is empty, as from an unset variable of the shell")
     named = given.get("student") or given.get("teacher")
     return replace(Config() if named else TINY, **given)
 
 
-def check_config(config):
-    """ValueError for flags that cannot work, alone or together, before anything is loaded."""
+def check_values(config):
+    """ValueError for a flag whose value cannot be, whatever the others are."""
     may_be_zero = (
         "seed cold_start_steps rollout_batch_size segment_length prefix_length horizon_growth "
         "drift_threshold w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every "
         "micro_batch_size eval_every eval_temperature eval_batch_size"
     ).split()
-    # Each flag alone. argparse has not seen a Config from a notebook
+    # argparse has not seen a Config from a notebook
     for name, kind in Config.__annotations__.items():
         value = getattr(config, name)
+        # Its type: a checkpoint with a Path or a numpy number in its flags would not load
+        is_list = get_origin(kind) is list
+        items, of = (value, get_args(kind)[0]) if is_list else ([value], kind)
+        if get_origin(of) is Literal:
+            of = str
+        types = (int, float) if of is float else (of,)
+        if type(items) not in (list, tuple) or not all(type(item) in types for item in items):
+            raise ValueError(f"--{name} {value!r} must be a {'list of ' * is_list}{of.__name__}")
+
+        # Its choices, or its range
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"--{name} {value}: one of {', '.join(get_args(kind))}")
         zero_ok = name in may_be_zero
@@ -2052,11 +2066,16 @@ def check_config(config):
             least = "at least 0" if zero_ok else "above 0"
             raise ValueError(f"--{name} {value} must be {least}, and at most {most:g}")
 
+
+def check_config(config):
+    """ValueError for flags that cannot work, alone or together, before anything is loaded."""
+    check_values(config)
     if not 0 < config.beta < 1:
         ends = "for the two KLs there are --loss reverse_kl and forward_kl"
         raise ValueError(f"--beta {config.beta} must lie between 0 and 1; {ends}")
-    if config.tail and config.loss != "topk":
-        raise ValueError(f"--tail is of --loss topk alone, and --loss is {config.loss}")
+    for name, loss in (("tail", "topk"), ("baseline", "sampled")):
+        if getattr(config, name) and config.loss != loss:
+            raise ValueError(f"--{name} is of --loss {loss} alone, and --loss is {config.loss}")
     if any(depth not in range(100) for depth in config.probe_depths):
         raise ValueError(f"--probe_depths {config.probe_depths} must be percentages, 0 to 99")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -2073,6 +2092,11 @@ def check_config(config):
             raise ValueError("--teacher_prompt_template must say {problem} where the problem goes")
         if not config.student:
             raise ValueError("--teacher_prompt_template needs --student and --train_file")
+    # A checkpoint in --output_dir would be renamed, or removed as the oldest
+    for model in (config.student, config.teacher):
+        inside = os.path.realpath(f"{model}/..") == os.path.realpath(config.output_dir)
+        if step_of(model) is not None and inside and not config.eval_only:
+            raise ValueError(f"{model} is a checkpoint of another run: give another --output_dir")
     if not config.cap_min <= config.cap_init <= config.cap_max:
         raise ValueError("--cap_init must lie between --cap_min and --cap_max")
     if config.batch_size < NUM_RANKS:
@@ -2101,6 +2125,8 @@ def check_config(config):
             "give --student, --teacher (or --teacher_prompt_template) and --train_file; for "
             "--eval_only, --student and --eval_file; or none of these"
         )
+    if not any(given) and config.prompt_template == BOXED and not config.report:
+        raise ValueError("Config() names no models; for the tiny world use replace(TINY, ...)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2232,6 +2258,8 @@ def read_files(config, run):
                 problem["prompt_ids"] = encode(problem["problem"], config.prompt_template)
                 if filled:
                     problem["teacher_prompt_ids"] = encode(filled, "{problem}")
+                if not problem["prompt_ids"] or not teacher_prompt(problem):
+                    raise ValueError("no token is left")
             except Exception as error:  # a chat template can raise anything
                 failed = "the chat template (try --no_chat_template)"
                 if config.no_chat_template:
@@ -2347,6 +2375,11 @@ def load_models(config, run, path):
     if checkpointed:
         warnings.filterwarnings("ignore", ".*checkpointing.* is deprecated")  # its name changed
         run.student.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in run.student.modules():
+            # Layers that are recomputed are in training mode: OPT's would drop out by these rates
+            for name, rate in vars(module).items():
+                if "drop" in name and type(rate) is float:
+                    setattr(module, name, 0.0)
     run.kept_bytes = kept_for_backward(run.student, run.autocast, checkpointed)
 
 
@@ -2755,7 +2788,7 @@ def note(text):
 
 def say(*lines, file=None):
     """Print lines, with "?" for what the terminal cannot show. A closed terminal stops no run."""
-    file = file or sys.stdout
+    file = file or sys.stdout or open(os.devnull, "w")  # None: it was closed before the start
     encoding = file.encoding or "utf-8"
     try:
         tqdm.write("\n".join(lines).encode(encoding, "replace").decode(encoding), file=file)
@@ -2860,7 +2893,7 @@ def save_checkpoint(config, run):
         # Its generation config has the stops that the student was trained with, and nothing else:
         # transformers may refuse to save what shipped beside them
         stops = sorted(run.sampling["eos_ids"])
-        run.student.generation_config = GenerationConfig(eos_token_id=stops)
+        run.student.generation_config = GenerationConfig(eos_token_id=stops or None)
         run.student.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
         state = {name: getattr(run, name) for name in STANDING}
@@ -2905,7 +2938,7 @@ def read_checkpoint(folder, flags):
             return os.path.basename(os.path.normpath(value))
         if name in ("train_file", "eval_file"):
             return [os.path.basename(path) for path in value]
-        return value
+        return list(value) if isinstance(value, tuple) else value
 
     changed = []
     for name, value in flags.items():
@@ -3019,7 +3052,8 @@ def explain(error, phase, flags):
     if isinstance(error, FloatingPointError) or re.search("probability tensor|device-side", text):
         return f"{phase} is not finite: {text}", 2
     mistake = isinstance(error, (ValueError, ImportError)) and not flags  # in set-up
-    mistake |= "support for mps" in text  # only torch knows if it has mps
+    # Only torch knows if it has mps; of a full disk safetensors has an error of its own
+    mistake |= bool(re.search("support for mps|I/O error", text))
     if mistake or isinstance(error, OSError):
         module, path = getattr(error, "name", None), getattr(error, "filename", None)
         if module:
@@ -3253,6 +3287,7 @@ def evaluate_files(config, run, who):
             lines.append({"step": run.step, "model": who, "eval": name, **kept})
     record = {
         "model": who,
+        "student": config.student,
         "eval": results,
         "thinking": config.enable_thinking,
         "prompt_template": template,
@@ -3598,13 +3633,16 @@ def read_run(root, name):
     run = {"name": name, "group": group or ".", "curve": [], "final": {}}
     run |= dict.fromkeys(("teacher", "before", "after"), math.nan)
     seconds = 0.0  # of training
-    with open(os.path.join(root, name, "metrics.jsonl"), encoding="utf-8") as file:
+    path = os.path.join(root, name, "metrics.jsonl")
+    with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.readlines()
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:  # half a line, from a run that was killed
             continue
+        if not isinstance(record, dict) or "generated_tokens" not in record:
+            continue  # it is of another program
         if "overlap_by_position" in record:
             seconds += sum(record[key] for key in record if key.startswith("time_"))
             run.setdefault("first", record)
@@ -3734,7 +3772,6 @@ def report(folder):
 def open_world(config):
     """The flags with the models and files of the tiny world, which is made if it does not exist."""
     torch.set_num_threads(1)  # tensors this small gain next to nothing from more
-    transformers.utils.logging.disable_progress_bar()
     world = f"{config.output_dir}/world"
     if is_main() and not os.path.exists(world):
         make_world(world, config.seed)
@@ -3824,10 +3861,12 @@ def main(argv=None):
     """
     warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # it would raise where stderr is closed
     run = Run({}, [])  # in set-up
     held = contextlib.ExitStack()
     try:
         held.enter_context(on_signals(interrupt))
+        held.callback(torch.set_num_threads, torch.get_num_threads())  # the tiny world takes one
         config = argv if isinstance(argv, Config) else parse_args(argv)
         check_config(config)
         if config.report:

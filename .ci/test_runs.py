@@ -21,8 +21,10 @@ import json
 import math
 import multiprocessing
 import os
+import pathlib
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -34,6 +36,7 @@ import types
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -435,6 +438,7 @@ def resume(world, out, **changes):
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["test_runs"])
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup make test ignores it, as opd.py would then
 PATIENCE = 240  # seconds until a child counts as hanging, on a machine that others use, too
 
 
@@ -591,11 +595,12 @@ def run_of_two(argv):
     return {name: value.clone() for name, value in students[-1].state_dict().items()}, written
 
 
-def run_that_nobody_hears(argv):
+def run_that_nobody_hears(argv, outputs=(1,)):
     """Standard output is a pipe that is closed at its other end, as with | head -1."""
     read, pipe = os.pipe()
     os.close(read)
-    os.dup2(pipe, 1)
+    for output in outputs:
+        os.dup2(pipe, output)
     opd.main(argv)
 
 
@@ -854,6 +859,15 @@ MISTAKES = {
     "an unknown flag": ({"magic": 1}, "--magic"),
     "a flag cut short": ({"max_step": 1}, "--max_step"),
     "a switch with a value": ({"baseline": "no"}, "no"),
+    "a switch of another loss": (
+        {"baseline": True, "loss": "topk"},
+        "--baseline is of --loss sampled alone, and --loss is topk",
+    ),
+    "a flag from an unset variable of the shell": ({"resume": ""}, "--resume is empty"),
+    "a checkpoint in the folder of the run": (
+        {"teacher": "{world}/checkpoint-3", "output_dir": "{world}/x/.."},
+        "checkpoint-3 is a checkpoint of another run",
+    ),
     "evaluation problems without answers": (
         {"eval_file": "{world}/unanswered.jsonl"},
         "unanswered",
@@ -926,6 +940,12 @@ def test_ranks_communicate_over_gloo_on_cpus_and_over_nccl_on_gpus(device, backe
     opd.join_processes(device)
     assert met[0][0] == backend and met[0][1].total_seconds() >= 3600
     assert gpus == ([1] if device == "cuda" else [])
+
+
+def test_a_rank_without_a_world_size_is_not_one_of_several_processes(monkeypatch):
+    """The shell of a cluster may set RANK alone."""
+    monkeypatch.setenv("RANK", "1")
+    assert runpy.run_path(opd.__file__)["RANK"] == 0
 
 
 def test_a_single_process_joins_no_process_group(monkeypatch):
@@ -1116,6 +1136,13 @@ def test_known_instructions_about_the_form_of_answers_are_removed_without_a_note
     assert opd.load_problems(path)[0]["problem"] == "2+3?"
 
 
+@pytest.mark.filterwarnings("ignore:.*form of the answer")
+@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+def test_a_problem_that_consists_of_a_known_instruction_keeps_its_text(instruction, tmp_path):
+    path = write(tmp_path / "a.jsonl", {"problem": instruction})
+    assert opd.load_problems(path)[0]["problem"] == instruction
+
+
 @pytest.mark.parametrize("instruction", FORMATS)
 def test_a_note_quotes_other_instructions_about_the_form_of_answers(instruction, tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"problem": f"{n}+3? {instruction}"} for n in range(2)])
@@ -1207,6 +1234,20 @@ def test_a_file_that_is_not_utf8_is_refused_with_its_line(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(lines.encode("latin-1"))
     with pytest.raises(ValueError, match="latin.jsonl, line 2: not JSON in UTF-8"):
         opd.load_problems(str(tmp_path / "latin.jsonl"))
+
+
+def test_half_a_line_of_json_is_refused_with_one_line_number(tmp_path):
+    path = write(tmp_path / "half.jsonl", text='{"problem": "1"}\n{"problem": ')
+    with pytest.raises(ValueError, match="half.jsonl, line 2: not JSON in UTF-8") as error:
+        opd.load_problems(path)
+    assert str(error.value).split("half.jsonl")[1].count("line") == 1
+
+
+def test_a_problem_whose_prompt_has_no_token_is_refused(world, tmp_path, capfd, monkeypatch):
+    """As of a chat template that renders nothing."""
+    monkeypatch.setattr(opd, "encode_prompt", lambda *_, **__: [])
+    status, line = stopped(command(world, tmp_path / "out"), capfd)
+    assert status == 2 and line.endswith("no token is left")
 
 
 def test_a_parquet_file_is_read_with_pyarrow(tmp_path, monkeypatch):
@@ -1325,6 +1366,13 @@ def test_the_order_of_problems_depends_on_the_arguments_alone():
 def test_a_batch_of_more_prompts_than_there_are_runs_on_into_the_next_epoch():
     first, second = opd.batch_indices(1, 14, 7, 3)[:7], opd.batch_indices(1, 14, 7, 3)[7:]
     assert sorted(first) == sorted(second) == list(range(7))
+
+
+def test_a_batch_of_several_epochs_has_every_problem_once_per_epoch():
+    """Seven of two problems: each three times, and one of them once more."""
+    drawn = opd.batch_indices(1, 7, 2, 0)
+    assert [sorted(drawn[start : start + 2]) for start in (0, 2, 4)] == [[0, 1]] * 3
+    assert len(drawn) == 7
 
 
 def test_the_prompts_of_a_step_come_short_ones_first_with_their_candidates_together():
@@ -1774,6 +1822,22 @@ def test_main_takes_a_config_as_well(world, tmp_path):
     assert outcome(tmp_path / "argv") == outcome(tmp_path / "config")
 
 
+def test_main_leaves_the_number_of_threads_as_it_was(tmp_path, monkeypatch, capfd):
+    """The tiny world takes one, and a notebook goes on."""
+
+    def take_one(config):
+        torch.set_num_threads(1)
+        raise ValueError("the end")
+
+    monkeypatch.setattr(opd, "open_run", take_one)
+    torch.set_num_threads(2)
+    try:
+        stopped(["--output_dir", str(tmp_path / "out")], capfd)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_config_is_checked_like_a_command_line(world, tmp_path, capfd):
     config = opd.parse_args(command(world, tmp_path / "out"))
     status, line = stopped(dataclasses.replace(config, batch_size=0), capfd)
@@ -1830,6 +1894,32 @@ def test_negative_infinite_and_nan_values_of_flags_are_refused(value):
     for name in ("drift_threshold", "learning_rate", "eval_temperature"):
         with pytest.raises(ValueError, match=f"^--{name} {value} must be "):
             opd.check_config(dataclasses.replace(opd.TINY, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("student", pathlib.Path("a")),
+        ("train_file", "a.jsonl"),
+        ("train_file", [pathlib.Path("a.jsonl")]),
+        ("eval_file", None),
+        ("seed", np.int64(1)),
+        ("learning_rate", np.float64(1e-3)),
+        ("max_steps", 2.0),
+        ("probe_depths", [0.5]),
+        ("tail", 1),
+    ],
+)
+def test_a_config_with_a_value_of_another_type_is_refused(name, value):
+    """A checkpoint that has it in its flags would not load."""
+    with pytest.raises(ValueError, match=f"^--{name} .* must be a (list of )?(str|int|float|bool)"):
+        opd.check_config(dataclasses.replace(opd.TINY, **{name: value}))
+
+
+def test_a_config_without_models_must_be_that_of_the_tiny_world():
+    opd.check_config(dataclasses.replace(opd.TINY, max_steps=1))
+    with pytest.raises(ValueError, match="for the tiny world use replace"):
+        opd.check_config(opd.Config(max_steps=1))
 
 
 @pytest.mark.parametrize(
@@ -2148,6 +2238,19 @@ def test_gradient_checkpointing_is_switched_on_for_the_student_only(world, tmp_p
         _, run = opened(world, tmp_path, gradient_checkpointing=flag)
         assert run.student.is_gradient_checkpointing is bool(flag)
         assert not run.teacher.is_gradient_checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def test_layers_in_training_mode_drop_nothing_out(world, tmp_path):
+    """OPT's layers call F.dropout themselves. A student that is its own teacher loses nothing."""
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "vocab_size": test_opd.V}
+    config = transformers.OPTConfig(
+        num_hidden_layers=2, num_attention_heads=2, dropout=0.5, **sizes
+    )
+    opt = test_opd.save_model(tmp_path / "opt", transformers.OPTForCausalLM(config))
+    flags = {"student": opt, "teacher": opt, "gradient_checkpointing": True, "eval_file": None}
+    (step,) = train(world, tmp_path / "out", **flags, loss="reverse_kl", max_steps=1)[1]
+    assert step["loss"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
@@ -3017,6 +3120,18 @@ def test_a_student_without_a_stop_token_is_warned_of(world, tmp_path):
     assert any("student has no stop token" in line for line in opd.preflight(config, run))
 
 
+def test_the_checkpoint_of_a_student_without_a_stop_token_can_generate(world, tmp_path):
+    def never(model, tokenizer):
+        model.generation_config.eos_token_id = None
+        tokenizer.eos_token = None
+
+    student = changed_copy(world, "student", tmp_path / "endless", never)
+    flags = {"student": student, "teacher": student, "eval_file": None, "max_steps": 1}
+    train(world, tmp_path / "out", **flags)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-1")
+    assert model.generate(torch.tensor([[3, 4]]), max_new_tokens=2).shape == (1, 4)
+
+
 def test_the_preflight_prints_what_a_run_is_about(world, tmp_path, monkeypatch):
     """Method, loss, data with a prompt and readable golds, the models, how far they agree."""
     monkeypatch.setattr(opd, "ask_math_verify", lambda gold, answer: gold == "x")
@@ -3441,7 +3556,6 @@ def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_to_resume(
         {"method": "opd"},
         {"loss": "topk"},
         {"extrapolate": None},
-        {"baseline": True},
         {"student": "{world}/teacher"},
         {"train_file": "{world}/eval.jsonl"},
         {"dtype": "bfloat16"},
@@ -3497,6 +3611,15 @@ def test_the_flags_of_may_change_may_change_on_resume_and_no_others(whole):
         if name not in MAY_CHANGE:
             with pytest.raises(ValueError, match=f"another run: --{name} was"):
                 opd.read_checkpoint(folder, {**flags, name: "other"})
+
+
+def test_a_tuple_in_a_config_is_the_list_of_a_command_line_on_resume(whole):
+    folder = whole / "checkpoint-5"
+    flags = torch.load(folder / "trainer_state.pt", weights_only=True)["flags"]
+    lists = {name: list(value) for name, value in flags.items() if isinstance(value, tuple)}
+    tuples = {name: tuple(value) for name, value in flags.items() if isinstance(value, list)}
+    assert lists and tuples
+    opd.read_checkpoint(folder, {**flags, **lists, **tuples})
 
 
 def test_the_next_checkpoint_stores_a_flag_that_changed_on_resume(world, tmp_path):
@@ -3574,6 +3697,7 @@ def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(wo
     opd.main(command(world, tmp_path, eval_only=True, teacher=None, train_file=None))
     added = test_opd.read(tmp_path / "metrics.jsonl")
     assert added[:-1] == lines and added[-1]["model"] == "eval_only"
+    assert added[-1]["student"] == str(world / "student")
     assert len(opd.read_run(tmp_path, "")["curve"]) == 2
 
 
@@ -3977,6 +4101,7 @@ def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
         (ValueError("two\nlines"), ("two lines", 2)),
         (FileNotFoundError(2, "None", "a/b"), ("[Errno 2] None: 'a/b'; check the path", 2)),
         (ModuleNotFoundError("No x", name="x.y"), ("No x; pip install x", 2)),
+        (RuntimeError("serializing: I/O error: No space"), ("serializing: I/O error: No space", 2)),
         (ZeroDivisionError("by zero"), ("", 1)),
     ],
 )
@@ -5127,7 +5252,7 @@ def test_the_table_of_make_compare_is_at_most_100_columns_wide(tmp_path):
 
 def test_the_seconds_of_a_run_include_all_that_its_steps_timed(tmp_path):
     times = {"time_rollout": 1, "time_teacher": 2, "time_update": 4, "time_validation": 30}
-    line = {"step": 2, "overlap_by_position": [None], **times}
+    line = {"step": 2, "overlap_by_position": [None], "generated_tokens": 1, **times}
     made_run(tmp_path / "opd", steps=1, text=json.dumps(line) + "\n")
     assert opd.read_run(tmp_path, "opd")["last"]["seconds"] == 4 + 37
 
@@ -5138,6 +5263,13 @@ def test_an_interrupted_run_counts_up_to_its_last_whole_line(tmp_path):
     row = table(tmp_path)[0]["x"]
     shown = [row[name] for name in ("after", "minus opd", "gap", "sampled")]
     assert shown == ["-", "-", "-", "1.50x"]
+
+
+def test_a_report_leaves_out_the_metrics_of_another_program(tmp_path):
+    made_run(tmp_path / "opd", text='3\n[1, 2]\n{"step": 1, "eval": 0.5}\n')
+    made_run(tmp_path / "same")
+    rows = table(tmp_path)[0]
+    assert rows["opd"]["after"] == rows["same"]["after"]
 
 
 def test_half_a_line_is_left_out_wherever_it_is(tmp_path):
@@ -5288,6 +5420,20 @@ def test_a_closed_pipe_does_not_end_a_run(world, tmp_path):
     log = (tmp_path / "rank-0.log").read_text()
     assert process.exitcode == 0 and "rror" not in log and "Traceback" not in log
     assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
+
+
+def test_a_closed_pipe_of_standard_error_does_not_end_a_run_at_its_first_progress_bar(
+    world, tmp_path
+):
+    argv = command(world, tmp_path / "out", max_steps=1)
+    process = start(run_that_nobody_hears, tmp_path, argv, (1, 2))
+    process.join(PATIENCE)
+    assert process.exitcode == 0 and checkpoints(tmp_path / "out") == ["checkpoint-1"]
+
+
+def test_without_a_standard_output_nothing_is_said(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    opd.say("x")
 
 
 def test_a_run_in_a_folder_of_an_odd_name_finishes_and_resumes(world, tmp_path, capfd):
