@@ -1562,9 +1562,11 @@ SPELLINGS = {
     # the empty set: no solution
     r'(?i)"? *+((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
     # a unit: 5 cm, 3 hours
-    r'(?<=\d) *+(""|(?<= )) *+([a-zA-Z.]{3,}( [a-z]+)*|[A-Z]{2}|[ckm]m|[ap]\.?m)\b': r' "\2"',
+    r'(?<=\d) *+(""|(?<= )) *+([a-zA-Z.]{3,}( [a-z]+)*|[A-Z]{2}|[ckm]m|[ap]\.?m)\b(/[a-z]+)?': (
+        r' "\2\4"'
+    ),
     # or a short unit: 5m
-    r"^ *(-?[\d.,]*\d) *((sq |cu )?(kg|lbs?|oz|ft|in|mi|hrs?|[gmshL]))\.?$": r'\1 "\2"',
+    r"^ *(-?[\d.,]*\d) *((sq |cu )?(kg|lbs?|oz|ft|in|mi|hrs?|[gmshL])(/[a-z]+)?)\.?$": r'\1 "\2"',
     # a word, or letters in order: north, ABC
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
     # a mixed number: 1 2/3

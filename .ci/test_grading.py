@@ -85,6 +85,8 @@ SPELLINGS = [
     (r"\emptyset", [r"\varnothing", r"\text{the empty set}", r"\text{no real solutions}"], ["0"]),
     # Units
     ("12", [r"12\text{ m}", r"12\,\mathrm{m^2}", r"12\text{ m}^2", "12 cm", r"12~\text{m/s}"], []),
+    ("60 km/h", ["60", r"60\text{ km/h}"], ["60 m/s", "50"]),
+    (r"3\,\text{m/s}", ["3 m/s", "3"], ["3 km/s", "3 m"]),
     (r"12\text{ cm}", ["12", r"12\text{ centimeters}"], [r"12\text{ m}", r"12\text{ kg}", "12 km"]),
     (r"9\text{ cm}^2", [r"9\text{ square centimeters}"], [r"8\text{ square centimeters}"]),
     (r"7 \text{ hours}", ["7 hours", r"7\,\text{h}"], [r"7 \text{ days}"]),
