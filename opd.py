@@ -1851,8 +1851,9 @@ Support = Literal["student", "teacher", "intersection", "union"]
 
 @dataclass
 class Config:
-    """All flags: --name in a shell, Config(name=...) in a notebook. --help shows these comments;
-    a [tag] names the paper that an option or its default is from."""
+    """All flags: --name in a shell, in a notebook Config(name=...), or for the tiny world
+    replace(TINY, name=...). --help shows these comments; a [tag] names the paper that an option or
+    its default is from."""
 
     # -- models and data
     student: str = ""  # model folder or hub name; with no model and no data file: the tiny world
