@@ -2341,6 +2341,40 @@ def test_evaluations_leave_no_long_prompt_out(world, tmp_path):
     assert len(run.evals["eval"]) == 3
 
 
+def test_more_constants_of_the_papers_are_the_defaults_for_real_models():
+    papers = {
+        "loss": "topk",
+        "support": "student",
+        "max_prompt_length": 1024,
+        "max_new_tokens": 7168,
+        "probe_window": 128,
+        "keep_ratio": 0.5,
+        "cap_step": 100,
+        "cap_margin": 100,
+        "cap_hit_ratio": 0.1,
+        "cap_patience": 3,
+        "warmup_steps": 0,
+        "max_steps": 200,
+        "validation_size": 50,
+        "eval_every": 20,
+    }
+    assert {name: getattr(opd.Config(), name) for name in papers} == papers
+
+
+def test_in_the_tiny_world_the_horizon_reaches_the_cap_and_the_margin_is_below_every_cap():
+    """Else progressive would remain a prefix, and every row of prune would be a hit."""
+    tiny_world = dataclasses.replace(opd.TINY, method="progressive")
+    last = opd.plan_rollout(tiny_world, tiny_world.max_steps, cap=0)
+    assert last.max_length == tiny_world.max_new_tokens
+    assert tiny_world.cap_margin < tiny_world.cap_min
+
+
+def test_a_student_that_is_its_own_teacher_gets_the_defaults_of_real_models():
+    argv = ["--student", "a", "--train_file", "b", "--teacher_prompt_template", "{problem}"]
+    own, pair = opd.parse_args(argv), opd.parse_args([*argv, "--teacher", "c"])
+    assert dataclasses.replace(pair, teacher="") == own
+
+
 # --------------------------------------------------------------------------------------------------
 # 15. Set-up and preflight
 
@@ -3170,6 +3204,76 @@ def test_the_preflights_numbers_are_those_of_a_plain_forward(world, tmp_path, mo
     log_probs, overlaps = torch.cat(log_probs), torch.cat(overlaps)
     assert f"first {len(log_probs)} sampled tokens" in told
     assert f"mean log-prob {log_probs.mean():.2f}, top-4 overlap {overlaps.mean():.2f}" in told
+
+
+def test_an_extrapolation_is_validated_on_the_answered_problems_of_all_training_files(
+    world, tmp_path
+):
+    files = ["{world}/train.jsonl", "{world}/pair.jsonl"]
+    _, run = opened(world, tmp_path, train_file=files)
+    assert len(run.answered) == 9 + 2
+
+
+@pytest.mark.filterwarnings("ignore:tokens that only one model has")
+def test_a_token_without_a_row_is_refused_even_if_only_an_evaluation_prompt_has_it(world, tmp_path):
+    path = write(tmp_path / "graded.jsonl", {"problem": "1 more", "answer": "1"})
+    student = changed_copy(world, "student", tmp_path / "wider", a_word_more)
+    with pytest.raises(ValueError, match="prompts have the token 'more'"):
+        opened(world, tmp_path / "out", student=student, eval_file=path)
+
+
+def test_with_no_merge_stops_the_teachers_stop_ids_still_end_its_cold_start_solutions(
+    world, tmp_path
+):
+    def stops(model, _):
+        model.generation_config.eos_token_id = [END, 6]
+
+    teacher = changed_copy(world, "teacher", tmp_path / "teacher", stops)
+    flags = {"teacher": teacher, "no_merge_stops": True, "cold_start_steps": 1}
+    _, run = opened(world, tmp_path / "out", **flags)
+    assert run.sampling["eos_ids"] == {END, 6}
+
+
+def test_a_process_plans_for_the_larger_share_of_prompts_and_answers(world, tmp_path, monkeypatch):
+    """Five prompts of two candidates and three answers, for two processes."""
+    config, run = opened(world, tmp_path, batch_size=5)
+    monkeypatch.setattr(opd, "NUM_RANKS", 2)
+    most = opd.work_at_most(config, run)
+    assert (most["rows"], most["answers"]) == (3 * 2, 2)
+
+
+def test_a_rollout_is_planned_with_both_caches_and_an_evaluation_with_one(world, tmp_path):
+    config, run = opened(world, tmp_path)
+    run.cache_bytes = [10, 300]
+    phases = opd.plan_phases(config, run).values()
+    assert [sizes.get("cache") for _, _, sizes in phases] == [310, None, 10, 300]
+
+
+def test_in_bfloat16_the_teachers_states_are_planned_with_two_bytes_each(world, tmp_path):
+    """A step has 2 * 2 rows of 12 tokens; the teacher is 48 wide."""
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        sizes = opd.plan_phases(*opened(world, tmp_path, dtype=dtype))["rollout_batch_size"][2]
+        assert sizes["states"] == 2 * 2 * 12 * 48 * size
+
+
+def test_on_a_cpu_an_update_takes_4_rows_and_an_evaluation_32_rows_at_once(world, tmp_path):
+    _, run = opened(world, tmp_path, batch_size=5)
+    assert list(run.rows_at_once.values()) == [5 * 2, 4, 32, 32]
+
+
+def test_a_larger_teacher_makes_its_evaluation_slower_in_the_plan_but_not_the_update(
+    world, tmp_path
+):
+    """The teacher scores a token in .5 s with twice the parameters. So a forward of the student
+    takes .25 s, and the update of a token four of them; 4 rows after prompts of at most 7 tokens.
+    """
+    config, run = opened(world, tmp_path)
+    twice = 2 * run.student.num_parameters()
+    run.teacher = types.SimpleNamespace(num_parameters=lambda: twice)
+    out = {"response_ids": torch.zeros(4, 3), "seconds": 9.0, "teacher_seconds": 6.0}
+    told = opd.seconds_at_most(config, run, out)
+    assert told["a step"] == 12 * 1 + 4 * (12 * 0.5 + (7 + 12) * 1)
+    assert told["one of the teacher"] == 2 * told["an evaluation of the student"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4214,6 +4318,40 @@ def test_an_error_of_the_program_is_raised_as_it_is(world, tmp_path, monkeypatch
         opd.main(command(world, tmp_path, eval_file=None))
 
 
+def test_wandb_gets_the_flags_as_its_config(monkeypatch):
+    told = {}
+    wandb = types.SimpleNamespace(log=None)
+    wandb.init = lambda **given: told.update(given) or wandb
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    opd.open_tracker("wandb", "out", {"seed": 7}, 0)
+    assert told["config"] == {"seed": 7}
+
+
+def test_the_first_of_two_signals_inside_a_step_sets_the_exit_status():
+    with pytest.raises(KeyboardInterrupt) as stop, opd.whole_step(opd.Run({}, [])):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+    assert stop.value.args == (signal.SIGTERM,)
+
+
+def test_only_rank_0_removes_the_lines_of_a_step_that_failed(tmp_path, monkeypatch):
+    """Here rank 0 has written a line while the step of rank 1 fails."""
+    path = str(tmp_path / "metrics.jsonl")
+    monkeypatch.setattr(opd, "RANK", 1)
+    with pytest.raises(OSError), opd.whole_step(opd.Run({}, [path])):
+        opd.append_json(path, {"step": 1})
+        raise OSError
+    assert test_opd.read(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_without_training_problems_the_suspect_is_found_on_evaluation_problems(world, tmp_path):
+    _, run = opened(world, tmp_path, eval_only=True, teacher=None, train_file=None)
+    run.student.lm_head.weight.data.fill_(math.nan)
+    first = test_opd.read(world / "eval.jsonl")[0]["problem"]
+    assert opd.suspect(run) == f"; the student's logits are not, on the problem {first!r}"
+
+
 # --------------------------------------------------------------------------------------------------
 # 17. What a run does besides its steps: cost accounting, evaluations, EffOPD, the cold start
 
@@ -5130,6 +5268,42 @@ def test_a_tracker_that_is_not_installed_ends_in_one_line_before_any_file_is_tou
         assert contents(tmp_path) == before and os.listdir(tmp_path) == ["earlier"]
 
 
+def test_response_logits_come_in_the_same_chunks_of_rows_for_both_kinds_of_prompts(monkeypatch):
+    """17 rows of 2 tokens after 2,000 of the teacher's prompt: 2**15 columns are 16 of its rows."""
+
+    def states(model, ids, mask, num_last):
+        return torch.zeros(*ids[:, -num_last:].shape, 1)
+
+    monkeypatch.setattr(opd, "hidden_states", states)
+    monkeypatch.setattr(opd, "head_logits", lambda model, states, *_: states)
+    out = opd.empty_rollout([[5, 6]] * 17, [[5] * 2000] * 17, 2, PAD, "cpu")
+    out["response_mask"][:] = True
+    for name in ("prompt", "teacher_prompt"):
+        sizes = [len(tokens) for _, tokens in opd.response_logits(None, out, name, V)]
+        assert sizes == [16 * 2, 2]
+
+
+def test_prefill_gives_equal_prompts_the_same_cache_even_if_they_are_not_neighbours():
+    """Such as the beginnings of answers that the teacher continues."""
+    keys = opd.prefill(STUDENT, [[5, 6, 7], [8, 9, 10], [5, 6, 7]], PAD).layers[0].keys
+    assert torch.equal(keys[0], keys[2]) and not torch.equal(keys[0], keys[1])
+
+
+def test_segment_length_reaches_evaluations(world, tmp_path, monkeypatch):
+    config, run = opened(world, tmp_path, segment_length=5)
+    calls = watch(monkeypatch, "rollout")["rollout"]
+    opd.grade(config, run, run.student, run.evals["eval"])
+    assert [call["plan"].segment_length for call in calls] == [5]
+
+
+@pytest.mark.parametrize("thinking", [True, None])
+def test_an_evaluation_records_enable_thinking(thinking, world, tmp_path):
+    config, run = opened(world, tmp_path, enable_thinking=thinking, eval_max_new_tokens=1)
+    opd.evaluate_files(config, run, "student")
+    (line,) = test_opd.read(tmp_path / "metrics.jsonl")
+    assert line["thinking"] is bool(thinking)
+
+
 # --------------------------------------------------------------------------------------------------
 # 19. Report
 
@@ -5451,6 +5625,12 @@ def test_a_folder_whose_name_is_not_utf8_is_refused_before_anything_is_loaded(tm
     status, line = stopped(["--output_dir", out], capfd)
     assert status == 2 and line.endswith("its name must be UTF-8")
     assert os.listdir(tmp_path) == []
+
+
+def test_no_gap_is_shown_if_the_teacher_of_one_seed_is_not_ahead(tmp_path):
+    made_run(tmp_path / "opd" / "seed-0", 0.5, teacher=0.9, before=0.1)
+    made_run(tmp_path / "opd" / "seed-1", 0.5, teacher=0.2, before=0.3)
+    assert table(tmp_path)[0]["opd"]["gap"] == "-"
 
 
 # --------------------------------------------------------------------------------------------------

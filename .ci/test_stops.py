@@ -161,13 +161,13 @@ def test_a_cold_start_trains_on_the_merged_stop_and_no_other(world, pair, tmp_pa
 
 
 def test_an_evaluation_has_the_shares_that_stopped_that_answered_and_of_the_stopped_right():
-    """Two of four stopped, one of those is right; two have a box."""
-    rows = [(True, False, False), (False, False, True), (False, True, False), (True, True, True)]
+    """Three of four stopped, one of those is right; two have a box."""
+    rows = [(True, False, False), (False, False, False), (False, False, True), (False, True, True)]
     names = ("correct", "truncated", "no_box")
     zeros = {"length": 0, "repetition": 0, "reward": 0}
     told = opd.summarise([{**dict(zip(names, row)), **zeros} for row in rows], 2)
-    assert (told["stopped_fraction"], told["answered_fraction"]) == (0.5, 0.5)
-    assert told["avg_of_stopped"] == 0.5 and told["avg_at_n"] == 0.5
+    assert (told["stopped_fraction"], told["answered_fraction"]) == (0.75, 0.5)
+    assert told["avg_of_stopped"] == 1 / 3 and told["avg_at_n"] == 0.25
     none = opd.summarise([{"correct": True, "truncated": True, "no_box": False, **zeros}], 1)
     assert none["stopped_fraction"] == 0 and none["avg_of_stopped"] != none["avg_of_stopped"]
 

@@ -597,3 +597,28 @@ def test_a_rank_other_than_the_first_keeps_no_rows_for_the_page(monkeypatch):
 
 def test_the_last_line_of_a_run_says_where_the_page_is(finished):
     assert f"{finished.folder}/rollouts.html" in finished.said.getvalue().splitlines()[-1]
+
+
+def test_only_prune_marks_bad_events(tmp_path):
+    page, _ = shown(tmp_path, drift_threshold=1.1)  # no overlap is as high
+    assert not any("bad" in kind for row in page.rows for _, kind in row)
+
+
+@pytest.mark.parametrize("method, top", [("prune", "1.25"), ("opd", "1")])
+def test_the_scale_of_loss_weights_ends_at_the_largest_weight_of_the_method(method, top, tmp_path):
+    page, _ = shown(tmp_path, method=method, w_base=0.25)
+    assert f"weight: [0, {top}]" in page.scripts[0]
+    assert f"loss weight, 0 to {top}" in page.texts["nav"][0]
+
+
+def test_a_page_of_the_tiny_world_shows_the_flags_that_differ_from_its_defaults(tmp_path):
+    problems = [{"prompt_ids": [5], "answer": None}] * 4
+    _, run = run_of(tmp_path, problems, make_batch(STUDENT, TEACHER))
+    opd.write_view(opd.replace(opd.TINY, output_dir=str(tmp_path), seed=7), run)
+    assert page_of(tmp_path).texts["code"][1] == "--seed 7"
+
+
+def test_markup_in_the_name_of_the_folder_is_escaped(tmp_path):
+    (tmp_path / "<b>").mkdir()
+    page, _ = shown(tmp_path / "<b>")
+    assert page.texts["code"][0] == str(tmp_path / "<b>")
