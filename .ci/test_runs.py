@@ -1657,7 +1657,7 @@ def test_imitation_makes_the_imitated_tokens_likelier():
     model = opd.tiny_model(TOKENIZER)
     ids = torch.tensor([[2, 7, 3, 8, 9, 1]])
     before = model(input_ids=ids, labels=ids).loss.item()
-    opd.imitate(model, lambda: (ids[0].tolist(), [True] * 6), 30, "")
+    opd.imitate(model, lambda: (ids[0].tolist(), [True] * 6), 10, "")
     assert model(input_ids=ids, labels=ids).loss.item() < 0.5 * before
 
 

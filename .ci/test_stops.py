@@ -208,6 +208,9 @@ def test_opsd_py_prints_both_teachers_the_student_and_the_trained_student(
     tiny_world, tmp_path, capsys
 ):
     flags = {"batch_size": 2, "max_new_tokens": 8, "eval_max_new_tokens": 4, "eval_samples": 1}
+    some = (tiny_world / "eval.jsonl").read_text().splitlines(keepends=True)[:20]
+    (tmp_path / "eval.jsonl").write_text("".join(some))
+    flags["eval_file"] = [str(tmp_path / "eval.jsonl")]
     opsd.main(str(tmp_path / "out"), str(tiny_world), "opd", **flags)
     table = capsys.readouterr().out.splitlines()[-4:]
     told = [line.split()[0] for line in table]
