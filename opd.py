@@ -2041,6 +2041,15 @@ def parse_args(argv=None):
     return replace(Config() if named else TINY, **given)
 
 
+def plain(value):
+    """A value of a Config as a checkpoint can hold it: without Path, tuple or number of numpy"""
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_values(config):
     """ValueError for a flag whose value cannot be, whatever the others are."""
     may_be_zero = (
@@ -2051,13 +2060,13 @@ def check_values(config):
     # argparse has not seen a Config from a notebook
     for name, kind in Config.__annotations__.items():
         value = getattr(config, name)
-        # Its type: a checkpoint with a Path or a numpy number in its flags would not load
+        # Its type
         is_list = get_origin(kind) is list
         items, of = (value, get_args(kind)[0]) if is_list else ([value], kind)
         if get_origin(of) is Literal:
             of = str
         types = (int, float) if of is float else (of,)
-        if type(items) not in (list, tuple) or not all(type(item) in types for item in items):
+        if not isinstance(items, (list, tuple)) or any(type(item) not in types for item in items):
             raise ValueError(f"--{name} {value!r} must be a {'list of ' * is_list}{of.__name__}")
 
         # Its choices, or its range
@@ -3871,6 +3880,7 @@ def main(argv=None):
         held.enter_context(on_signals(interrupt))
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the tiny world takes one
         config = argv if isinstance(argv, Config) else parse_args(argv)
+        config = replace(config, **{name: plain(value) for name, value in vars(config).items()})
         check_config(config)
         if config.report:
             return report(config.report) if is_main() else {}
