@@ -55,7 +55,7 @@ def main(folder):
         with open(f"{folder}/{path}/metrics.jsonl", encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
         print("\n".join(of_run(path.replace("/seed-", ", seed "), records)))
-    print("right: ± standard error over the problems; seconds of training")
+    print("right: ± standard error over the problems; seconds of training, beside other work")
 
 
 if __name__ == "__main__":
