@@ -760,7 +760,7 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     if not num_tokens:
         return {}
     for module in student.modules():
-        # transformers recomputes layers only in training mode; the rest stays in eval: no dropout
+        # transformers recomputes layers only in training mode; Dropout modules stay in eval mode
         module.training = getattr(module, "gradient_checkpointing", False)
 
     loss, measured = 0.0, []
@@ -2060,14 +2060,17 @@ def check_values(config):
     # argparse has not seen a Config from a notebook
     for name, kind in Config.__annotations__.items():
         value = getattr(config, name)
-        # Its type
-        is_list = get_origin(kind) is list
-        items, of = (value, get_args(kind)[0]) if is_list else ([value], kind)
-        if get_origin(of) is Literal:
+        # Its type, or that of each item of a list; bool is no int, but an int is as good as a float
+        items, of = [value], kind
+        several = ""
+        if get_origin(kind) is list:
+            items, of = value, get_args(kind)[0]
+            several = "list of "
+        elif get_origin(kind) is Literal:
             of = str
         types = (int, float) if of is float else (of,)
         if not isinstance(items, (list, tuple)) or any(type(item) not in types for item in items):
-            raise ValueError(f"--{name} {value!r} must be a {'list of ' * is_list}{of.__name__}")
+            raise ValueError(f"--{name} {value!r} must be a {several}{of.__name__}")
 
         # Its choices, or its range
         if get_origin(kind) is Literal and value not in get_args(kind):
@@ -2388,8 +2391,8 @@ def load_models(config, run, path):
         warnings.filterwarnings("ignore", ".*checkpointing.* is deprecated")  # its name changed
         run.student.gradient_checkpointing_enable({"use_reentrant": False})
         for module in run.student.modules():
-            # Layers that are recomputed are in training mode: OPT's would drop out by these rates
-            for name, rate in vars(module).items():
+            # backward puts recomputed layers into training mode: OPT's would apply their own rates
+            for name, rate in list(vars(module).items()):
                 if "drop" in name and type(rate) is float:
                     setattr(module, name, 0.0)
     run.kept_bytes = kept_for_backward(run.student, run.autocast, checkpointed)
@@ -2950,7 +2953,7 @@ def read_checkpoint(folder, flags):
             return os.path.basename(os.path.normpath(value))
         if name in ("train_file", "eval_file"):
             return [os.path.basename(path) for path in value]
-        return list(value) if isinstance(value, tuple) else value
+        return plain(value)  # an older checkpoint may hold tuples
 
     changed = []
     for name, value in flags.items():

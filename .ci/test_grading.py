@@ -334,3 +334,11 @@ def test_a_lone_surrogate_leaves_the_process_of_math_verify_alive():
 @pytest.mark.parametrize("gold", ['{"a": 1}', "NaN", "\ud800", "}{", '""', "", "None", "\\", "0/0"])
 def test_an_odd_gold_does_not_raise_and_does_not_equal_5(gold):
     assert opd.is_correct(r"\boxed{5}", gold) is False
+
+
+def test_a_module_of_the_folder_does_not_stand_in_for_math_verify(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    worker = {"process": None}
+    assert opd.ask_math_verify("1", "1", worker=worker)
+    worker["process"].kill()
