@@ -6,9 +6,9 @@ PYTHON ?= python3
 demo: .venv/ready
 	.venv/bin/python opd.py --output_dir out/demo
 
-# All tests, offline, on tiny models: two minutes. Three workers for two cores: some tests sleep.
+# All tests, offline, on tiny models: two minutes. Two workers.
 test: .venv/ready
-	.venv/bin/python -m pytest -q -n 3 --dist worksteal test_opd.py .ci/test_*.py
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal test_opd.py .ci/test_*.py
 
 # Checks the format of all Python files, and for common mistakes: one second. Silent if all is well.
 lint: .venv/ready
