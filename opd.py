@@ -643,10 +643,10 @@ def rollout(
     """
     device = student.device
     out = empty_rollout(prompts, for_teacher or prompts, plan.max_length, pad_id, device)
-    student_cache = prefill(student, prompts, pad_id)
+    student_cache = prefill(student, out["prompt_ids"], out["prompt_mask"])
     if teacher:
         began = clock(device)
-        teacher_cache = prefill(teacher, for_teacher or prompts, pad_id)
+        teacher_cache = prefill(teacher, out["teacher_prompt_ids"], out["teacher_prompt_mask"])
         out["teacher_seconds"] += clock(device) - began
     running = torch.arange(len(prompts), device=device)  # the rows in the caches, in their order
     settings = {"eos_ids": eos_ids, "pad_id": pad_id, "record_k": overlap_k, **sampling}
@@ -1068,16 +1068,16 @@ def pad_left(prompts, pad_id, device="cpu"):
     return left(ids, padding_value=pad_id).to(device), left(mask).to(device)
 
 
-def prefill(model, prompts, pad_id):
-    """Prefill -> a cache of all columns but the last, a row per prompt; equal prompts run once."""
-    places = {}
-    place = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
-    ids, mask = pad_left(places, pad_id, model.device)
+def prefill(model, ids, mask):
+    """Prefill prompts, left-padded ids, mask (B, S) -> a cache of B rows, of all columns but the
+    last; equal prompts run once.
+    """
+    # Padding becomes -1, so that it differs from tokens: two prompts may be equal but for it
+    prompts, place = ids.where(mask, -1).unique(dim=0, return_inverse=True)
     cache = DynamicCache(config=model.config)
     if ids.shape[1] > 1:
-        hidden_states(model, ids, mask, 1, cache)
-        if len(places) < len(prompts):
-            cache.batch_select_indices(torch.tensor(place, device=model.device))
+        hidden_states(model, prompts.clamp(min=0), prompts >= 0, 1, cache)
+        cache.batch_select_indices(place)
     return cache
 
 
@@ -1164,8 +1164,8 @@ def response_logits(model, out, name, vocab_size, **head):
     """A model's logits on the responses of a rollout, some tokens at a time -> yields logits (n, V)
     and the sampled tokens (n,); the split into chunks is the same for either kind of prompts
 
-    name: of the prompts to read, prompt or teacher_prompt. head: for head_logits. Needs
-    tokens_so_far, hidden_states, head_logits, tokens_at_once.
+    name: of the prompts to read, prompt or teacher_prompt; equal ones run once. head: for
+    head_logits. Needs tokens_so_far, prefill, hidden_states, head_logits, tokens_at_once.
     """
     B, T = out["response_ids"].shape
     longest = max(out["prompt_ids"].shape[1], out["teacher_prompt_ids"].shape[1]) + T
@@ -1173,7 +1173,8 @@ def response_logits(model, out, name, vocab_size, **head):
     for rows in torch.arange(B).split(max(1, 2**15 // longest)):
         ids, mask = tokens_so_far(out, name, rows, T)  # (b, S + T)
         valid = mask[:, -T:]
-        hidden = hidden_states(model, ids, mask, T)[valid]  # (N, H)
+        cache = prefill(model, ids[:, :-T], mask[:, :-T])
+        hidden = hidden_states(model, ids, mask, T, cache)[valid]  # (N, H)
         for states, tokens in zip(hidden.split(size), ids[:, -T:][valid].split(size)):
             yield head_logits(model, states, vocab_size, **head), tokens
 

@@ -4434,12 +4434,15 @@ def test_the_log_probs_of_a_response_are_those_of_a_plain_forward_of_each_row(fa
 
 
 def test_response_log_probs_computes_at_most_32768_tokens_at_once():
-    """Padded rows need a mask of all pairs of columns, too large for a whole evaluation."""
+    """
+    Padded rows need a mask of all pairs of columns, too large for a whole evaluation. Each of the
+    two groups is two passes, of prompts and of responses.
+    """
     out = roll(STUDENT, lengths=[3] * 900, eos_ids={V}, max_length=40, segment_length=40)
     shapes, stop = forward_shapes(STUDENT)
     log_probs = opd.response_log_probs(STUDENT, out, V)
     stop()
-    assert len(shapes) == 2 and all(rows * columns <= 2**15 for rows, columns in shapes)
+    assert len(shapes) == 4 and all(rows * columns <= 2**15 for rows, columns in shapes)
     assert [len(row) for row in log_probs] == [40] * 900
 
 
@@ -5279,9 +5282,10 @@ def test_a_tracker_that_is_not_installed_ends_in_one_line_before_any_file_is_tou
 def test_response_logits_come_in_the_same_chunks_of_rows_for_both_kinds_of_prompts(monkeypatch):
     """17 rows of 2 tokens after 2,000 of the teacher's prompt: 2**15 columns are 16 of its rows."""
 
-    def states(model, ids, mask, num_last):
+    def states(model, ids, mask, num_last, cache):
         return torch.zeros(*ids[:, -num_last:].shape, 1)
 
+    monkeypatch.setattr(opd, "prefill", lambda *_: None)
     monkeypatch.setattr(opd, "hidden_states", states)
     monkeypatch.setattr(opd, "head_logits", lambda model, states, *_: states)
     out = opd.empty_rollout([[5, 6]] * 17, [[5] * 2000] * 17, 2, PAD, "cpu")
@@ -5293,8 +5297,28 @@ def test_response_logits_come_in_the_same_chunks_of_rows_for_both_kinds_of_promp
 
 def test_prefill_gives_equal_prompts_the_same_cache_even_if_they_are_not_neighbours():
     """Such as the beginnings of answers that the teacher continues."""
-    keys = opd.prefill(STUDENT, [[5, 6, 7], [8, 9, 10], [5, 6, 7]], PAD).layers[0].keys
+    asked = opd.pad_left([[5, 6, 7], [8, 9, 10], [5, 6, 7]], PAD)
+    keys = opd.prefill(STUDENT, *asked).layers[0].keys
     assert torch.equal(keys[0], keys[2]) and not torch.equal(keys[0], keys[1])
+
+
+def test_prefill_takes_a_pad_id_in_a_prompt_for_a_token():
+    """The shorter of two prompts is equal to the longer but for its padding."""
+    keys = opd.prefill(STUDENT, *opd.pad_left([[PAD, 6, 7], [6, 7]], PAD)).layers[0].keys
+    alone = opd.prefill(STUDENT, *opd.pad_left([[6, 7]], PAD)).layers[0].keys
+    close(keys[1, :, 1:], alone[0])
+    assert not torch.allclose(keys[0, :, 1:], alone[0])
+
+
+def test_scoring_reads_equal_prompts_once():
+    """Two prompts of five and four tokens, three answers of 12 to each."""
+    ids, mask = prompts(5, 4)
+    order = torch.tensor([0, 0, 0, 1, 1, 1])
+    out = roll(STUDENT, prompt=(ids[order], mask[order]), eos_ids={V})
+    shapes, stop = forward_shapes(STUDENT)
+    opd.response_log_probs(STUDENT, out, V)
+    stop()
+    assert shapes == [(2, 4), (6, 12)]
 
 
 def test_segment_length_reaches_evaluations(world, tmp_path, monkeypatch):
