@@ -32,7 +32,7 @@ Papers, by the tags used below
     [OPSD]            2601.18734   the teacher is the student, with the solution in its prompt
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt i is row
-i * G + g), of which b still run; S prompt length, T response length, L both together, n new columns
+i * G + g), of which b still run; S prompt length, T response length, L = S + T columns, n new ones
 or the tokens of a chunk; V vocabulary size, K top k, H hidden size (H' the teacher's), N response
 tokens of several rows, concatenated. p and q are probabilities of student and teacher, not logits.
 
@@ -93,10 +93,10 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    backward divides the sum by the number of trained tokens of the step. A token with q = 0 and
-    p > 0 costs about 1e30 p, not inf.
+    The loss of a step is the mean of this over all its trained tokens: backward takes it. A v with
+    q = 0 and p > 0 costs about 1e30 p, not inf.
     """
-    # Not F.kl_div(log_p, log_q): that is KL(q || p), which spreads the student over all that the
+    # Not F.kl_div(log_p, q): that is KL(q || p), which spreads the student over all that the
     # teacher might say. bfloat16 is promoted to float32; float64 stays float64
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     # Clamped: at p = q = 0, p (log p - log q) would be NaN instead of 0
@@ -121,7 +121,7 @@ def jsd(student_logits, teacher_logits, beta):
 
         beta KL(q || m) + (1 - beta) KL(p || m),    m = beta q + (1 - beta) p,    0 < beta < 1
 
-    ValueError for beta 0 and 1: it tends to 0 there, not to a KL (use forward_kl or reverse_kl).
+    ValueError for other betas: at 0 and 1 it would be 0, not a KL (see forward_kl, reverse_kl).
     """
     if not 0 < beta < 1:
         raise ValueError(f"beta {beta} must lie between 0 and 1; use forward_kl or reverse_kl")
@@ -137,7 +137,7 @@ def jsd(student_logits, teacher_logits, beta):
 def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=False):
     """Policy-gradient surrogate on the sampled tokens y. (B, T, V), (B, T, V), (B, T) -> (B, T)
 
-        -stop_gradient(r) log p(y),    r = log q(y) - log p(y): -r is k1, an estimate of the KL
+        -stop_gradient(r) log p(y),    r = log q(y) - log p(y)    (-r is k1, an estimate of KL)
         with the baseline: r - E[r] = r + KL(p || q) in place of r                            [vOPD]
 
     In expectation over y ~ p its gradient is that of reverse_kl; its value has no meaning.
@@ -149,7 +149,7 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
     log_p_sampled = log_p.gather(-1, sampled).squeeze(-1)  # (B, T)
     advantage = log_q.gather(-1, sampled).squeeze(-1) - log_p_sampled
     if baseline:
-        # E[r] = -KL. Subtracting it changes the variance of the gradient, not its mean
+        # E[r] = -KL, exact over all of V. It changes the variance of the gradient, not its mean
         advantage = advantage + (log_p.exp() * (log_p - log_q)).sum(-1)
     return -advantage.detach() * log_p_sampled
 
@@ -187,7 +187,7 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     """Reverse KL on a support S of top-k tokens. (B, T, V), (B, T, V) -> (B, T)
                                                                    [Rethinking-OPD, released code]
         value       sum_S p_bar (log p - log q),    p_bar = p / P_S,   P_S = sum_S p
-        gradient    of logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
+        gradient    by logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
 
     support: see topk_support, which it needs. The loss is 0 where S is empty. The gradient is that
     of the released code, not of the renormalised KL printed in the paper: it also moves mass into
@@ -200,7 +200,7 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
     p_bar = log_p.masked_fill(~in_support, -torch.inf).softmax(-1).nan_to_num(0)  # NaN: S is empty
     # Only the ratio, which is 1, carries gradient. The gradient of p rho would be (rho + 1) grad p:
-    # the 1 adds sum grad p, which is 0 over V but not over S: it pushes mass out of S even at p = q
+    # the 1 adds grad P_S, 0 only if S is all of V: it would push mass out of S even at p = q
     ratio = (log_p - log_p.detach()).exp()
     return ((p_bar * (log_p - log_q)).detach() * ratio).sum(-1)
 
@@ -210,8 +210,8 @@ def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
 
         sum_S p (log p - log q) + p_rest (log p_rest - log q_rest),    p_rest = 1 - sum_S p
 
-    support: see topk_support, which it needs. Up to rounding at most reverse_kl, and equal where S
-    is all of V. Nothing is renormalised: its own gradient moves mass between S and the rest.
+    support: see topk_support, which it needs. Up to rounding, at most reverse_kl, and equal if S is
+    all of V. Nothing is renormalised: its own gradient moves mass between S and the rest.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
@@ -220,7 +220,7 @@ def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
     log_p = log_p.masked_fill(~in_support, -1e30)  # p = 0
     log_q = log_q.masked_fill(~in_support, -1e30)
-    # 1 - sum_S p is only accurate to eps, so p_rest and q_rest are at least that
+    # 1 - sum_S p is only accurate to eps: p_rest and q_rest are at least that, without gradient
     least = torch.finfo(dtype).eps
     p_rest = (1 - log_p.exp().sum(-1)).clamp(min=least)
     q_rest = (1 - log_q.exp().sum(-1)).clamp(min=least)
@@ -241,8 +241,8 @@ def topk_overlap(student_logits, teacher_logits, k):
     """The share of the student's k likeliest tokens among the teacher's k.         [Rethinking-OPD]
     (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Needs overlap_ratio, is_among.
 
-    Rank within the top k does not count. Two unrelated models overlap by k / V, not 0. A rollout
-    already has the student's top k: judge only computes the teacher's, and calls overlap_ratio.
+    Rank within the top k does not count. Two unrelated models overlap by k / V on average. A run
+    calls overlap_ratio instead: generate has the student's top k, judge computes the teacher's.
     """
     student_topk = student_logits.topk(k, dim=-1).indices  # (B, T, K)
     teacher_topk = teacher_logits.topk(k, dim=-1).indices  # (B, T, K)
@@ -251,13 +251,12 @@ def topk_overlap(student_logits, teacher_logits, k):
 
 def alignment(student_logits, teacher_logits, response_mask, k):
     """How well the two models agree on the student's samples. (B, T, V), (B, T, V), (B, T) -> dict
-    of floats, means over the mask. With response_mask None: dict of (B, T), a value per position.
-                                                                        [Rethinking-OPD, eqs. 6-10]
-    Logged over the trained tokens; overlap_ratio over all sampled ones, since methods act on those.
+    of floats, means over the mask. With response_mask None, as in a run: dict of (B, T), a value at
+    each position.                                                      [Rethinking-OPD, eqs. 6-10]
     I: the tokens in the top k of both; _bar: renormalised on I. Needs is_among.
         overlap_ratio            |I| / k
         overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar) = -KL(p_bar || q_bar)/|I|
-                                 as in the paper; NaN where I is empty, left out of the mean
+                                 (1/|I| is the paper's); NaN where I is empty, not in the mean
         overlap_mass_student     sum_I p
         overlap_mass_teacher     sum_I q
         entropy_student, entropy_teacher, entropy_gap (absolute difference), reverse_kl: in nats,
@@ -316,10 +315,10 @@ def horizon(step, start, growth, every, max_length):
 
 
 def select_prefixes(score, num_keep):
-    """Which candidates go on past the prefix. score (P, G) -> (P, G) bool, num_keep True   [PG-OPD]
+    """Which num_keep candidates go on past the prefix. score (P, G) -> (P, G) bool         [PG-OPD]
 
-    First the best candidate of every prompt, then the best of all others; the first wins a tie. So
-    prompts only compete for the slots beyond P. ValueError unless P <= num_keep <= P * G.
+    First the best candidate of every prompt, then the best of all others; the first of equal ones.
+    So prompts only compete for the slots beyond P. ValueError unless P <= num_keep <= P * G.
     Example: [[.9, .8], [.2, .1]] with num_keep 3 -> .9, .8 and .2.
     """
     P, G = score.shape
@@ -340,28 +339,28 @@ def best_prefixes(
 ):
     """The rule of prefix-guided OPD, a goes_on for Plan. overlap (B, length) -> (B,) bool  [PG-OPD]
 
-    At length `at` (the prefix) keep_ratio * B running rows go on: the best of every prompt, then
-    the best of all others, by mean overlap over the first probe_window tokens. random: a control
-    that picks by chance. The others leave both caches; token_weights may drop them from the loss.
-    B: the rows of one group of rollout_in_groups, not of the paper's batch. Needs select_prefixes.
+    At length `at` (the prefix) keep_ratio * B of the running rows go on: the best of every prompt,
+    then the best of all others, by mean overlap over the first probe_window tokens; if random, by
+    chance (a control). The others leave both caches with kept False, and token_weights drops them
+    from the loss, unless --train_pruned_prefix. B: the rows of one group of rollout_in_groups, not
+    of the paper's batch. Needs select_prefixes.
     """
     if length != at:
         return torch.ones_like(ended)
     score = overlap[:, :probe_window].mean(-1)  # (B,)
     if random:
         score = torch.rand_like(score)
-    # Rows that have ended are complete, whatever this returns. A score below all others lets them
-    # take a slot only if no running row is left for it
+    # Ended rows are complete without a slot: a score below all others puts them last
     score = score.masked_fill(ended, -1).view(-1, num_generations)  # (P, G)
     slots = max(len(score), round(keep_ratio * len(ended)))
-    # select_prefixes gives every prompt a slot: one more for each whose candidates have all ended
+    # But select_prefixes gives every prompt one: one more for each whose candidates have all ended
     slots += int((score == -1).all(1).sum())
     return select_prefixes(score, min(len(ended), slots)).flatten()
 
 
-# Prune-OPD in four places: drift_weights computes w from the overlap; reliable_rows stops a row at
-# a border where w is 0; token_weights makes w + w_base the loss weight; next_max_length moves the
-# cap after each update (train calls it through next_cap).
+# Prune-OPD: drift_weights computes the reliability w from the overlap; reliable_rows stops a row at
+# a border where w is 0; token_weights makes w + w_base the loss weight; after each update train
+# moves the cap, by reliable_length and next_max_length (through next_cap).
 
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
@@ -369,7 +368,8 @@ def drift_weights(overlap, response_mask, threshold, w_drop):
 
         w_t = max(0, 1 - w_drop * #{s <= t : overlap_s < threshold})                   [Prune-OPD]
 
-    The loss weight is w_t + w_base. Example: threshold .75, w_drop .1: (1, .5, 0) -> (1, .9, .8).
+    The loss weight is w_t + w_base, so never under w_base on the mask.
+    Example: threshold .75, w_drop .1: (1, .5, 0) -> (1, .9, .8).
     """
     bad = (overlap < threshold) & response_mask.bool()  # (B, T)
     # Cumulative: the teacher scores a token given all before it, so nothing undoes a wrong turn
@@ -377,7 +377,7 @@ def drift_weights(overlap, response_mask, threshold, w_drop):
 
 
 def reliable_rows(length, overlap, mask, ended, *, threshold, w_drop):
-    """Prune-OPD's stop in flight, a goes_on for Plan: rows go on while w > 0        [Prune-OPD]"""
+    """Prune-OPD's stop in flight, a goes_on for Plan: rows go on while w > 0         [Prune-OPD]"""
     return drift_weights(overlap, mask, threshold, w_drop)[:, -1] > 1e-8
 
 
@@ -390,10 +390,10 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
     """The cap of the next rollouts, from the reliable lengths (B,) under this cap.      [Prune-OPD]
     -> (max_length, misses)
 
-    It grows by step tokens if at least a share hit_ratio of the rows is reliable up to
-    max(low, max_length - margin). It shrinks by step after `patience` misses in a row. It stays
-    between low and high. Example: cap 2048, margin 100, step 100, hit_ratio .1, and one of 10 rows
-    reliable for 1948 tokens -> (2148, 0).
+    It grows by step tokens if at least a share hit_ratio of the rows has max(low, max_length -
+    margin) reliable tokens. It shrinks by step after `patience` misses in a row. It stays between
+    low and high. Example: cap 2048, margin 100, step 100, hit_ratio .1, and one of 10 rows reliable
+    for 1948 tokens -> (2148, 0).
     """
     boundary = max(low, max_length - margin)
     # A row that ends early cannot hit: growth needs responses that are long and still reliable
@@ -414,17 +414,15 @@ def extrapolate(weights, anchor, validate, max_tries=5):
         try weights + 2 * k * (weights - anchor), k = 1, ..., max_tries; stop at the first that is
         not strictly better than the one before
 
-    weights: the current tensors, a dict; anchor: the dict that the last call returned (at first,
-    the weights before step 1); validate: dict -> float. train calls it after steps 1, 2, 4, 8, ...
-    and keeps Adam's moments. Example: anchor 1 and weight 2 give the tries 4, 6, 8, 10, 12.
+    weights: the current tensors, a dict; anchor: the dict that the last call returned, be it these
+    (at first, the weights before step 1); validate: dict -> float. train calls it after steps 1, 2,
+    4, 8, ... and keeps Adam's moments. Example: anchor 1, weight 2 give the tries 4, 6, 8, 10, 12.
     -> the accepted dict, the accepted k (0: weights), the scores of weights and of every try
     """
     accepted, accepted_k = weights, 0
     scores = [validate(weights)]
     for k in range(1, max_tries + 1):
-        tried = {}
-        for name, value in weights.items():
-            tried[name] = value + 2 * k * (value - anchor[name].to(value))
+        tried = {name: w + 2 * k * (w - anchor[name].to(w)) for name, w in weights.items()}
         scores.append(validate(tried))
         if not scores[-1] > scores[-2]:
             break
@@ -444,7 +442,7 @@ def movable_weights(model):
     movable = {}
     for name, parameter in model.named_parameters():
         if re.search(parts, name):
-            movable[name] = parameter.detach().to("cpu", copy=True)  # a GPU has no room for copies
+            movable[name] = parameter.detach().to("cpu", copy=True)  # a GPU may be full
     return movable
 
 
@@ -466,7 +464,7 @@ def merge_stops(logits, stop_ids, stop_id):
 
     If a base student ends with one token and a chat teacher with another, the student's end is
     unlikely to the teacher, and the student unlearns to stop. Merged before any softmax, top k and
-    draw, stopping is one action to both. Finite (float16: its minimum): a KL of two -inf is NaN.
+    draw, stopping is one action to both. Not -inf: a KL without a clamp would be NaN there.
     """
     least = max(torch.finfo(logits.dtype).min, -1e30)
     ids = sorted({*stop_ids, stop_id})
@@ -493,7 +491,7 @@ def generate(
     top_p=1.0,
     record_k=0,
 ):
-    """Sample up to max_new_tokens per row, at top_p 1 from the distribution that the losses score.
+    """Sample up to max_new_tokens per row; at top_p 1, from the distribution that the losses score.
 
     input_ids, attention_mask: (B, L), left-padded. cache: columns 0 to L - 2, as the last call left
     it, or None for a new one; it grows in place, and transformers computes only what it lacks.
@@ -506,10 +504,10 @@ def generate(
     topk, scores = [], []
 
     def as_scored(_, head_scores):  # (B, rows of the head), float32
-        within = head_scores[:, :vocab_size] / (temperature or 1)  # other rows are not tokens
+        within = head_scores[:, :vocab_size] / (temperature or 1)  # the head may have more rows
         if stop_id is not None:
             within = merge_stops(within, eos_ids, stop_id)
-        scores[:] = [*scores[-1:], within]
+        scores[:] = [*scores[-1:], within]  # the last two
         topk.append(within.topk(record_k).indices)  # (B, K)
         return within
 
@@ -603,8 +601,7 @@ class Plan:
 
     def borders(self):
         length = self.segment_length or min(max(self.max_length // 8, 1), 512)
-        every_segment = range(length, self.max_length, length)
-        borders = {*every_segment, self.look_at, self.max_length}
+        borders = {*range(length, self.max_length, length), self.look_at, self.max_length}
         return sorted(border for border in borders if 0 < border <= self.max_length)
 
 
@@ -618,8 +615,8 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
     states, student_topk = hidden.flatten(0, 1), student_topk.flatten(0, 1)
     overlap = torch.zeros(len(states), device=ids.device)
     # Skip the padding after ended rows: it may be more than the sampled tokens
-    said = mask[:, -num_new:].flatten().nonzero().squeeze(-1)
-    for part in said.split(tokens_at_once(vocab_size)):  # never all (b, n, V) logits at once
+    sampled = mask[:, -num_new:].flatten().nonzero().squeeze(-1)
+    for part in sampled.split(tokens_at_once(vocab_size)):  # never all (b, n, V) logits at once
         teacher_topk = head_logits(teacher, states[part], vocab_size, **head).topk(k).indices
         overlap[part] = overlap_ratio(student_topk[part], teacher_topk)
     return hidden, overlap.view(-1, num_new)
@@ -629,16 +626,16 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
 def rollout(
     student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=0, **sampling
 ):
-    """Sample responses to B prompts, lists of ids. No column passes through either model twice:
-    equal prompts are prefilled once (prefill); then each model computes what its cache lacks.
+    """Sample responses to B prompts, lists of ids. No column passes through either model twice in
+    here: equal prompts are prefilled once; then each model computes what its cache lacks.
 
     teacher: None to sample without scoring, else overlap_k >= 1. for_teacher: the teacher's
     prompts, if they differ [OPSD]. sampling: vocab_size, stop_id, temperature, top_p of generate.
     Both models must be in eval mode. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
-        log_probs   (B, T), as sampled, at the last token of each segment; NaN elsewhere
-        ended, kept   (B,) bool: has an EOS; goes_on never stopped it, not even at the cap
+        log_probs   (B, T), before top_p, at the last token of each segment; NaN elsewhere
+        ended, kept   (B,) bool: has an EOS; goes_on never stopped it, the cap being a border, too
         teacher_hidden   list of B tensors (length, H'), or of Nones;   teacher_seconds
     """
     device = student.device
@@ -718,8 +715,8 @@ def backward_in_chunks(
     """Heads, loss and backward, chunk by chunk: the logits of all tokens never exist at once.
 
     hidden (N, H), teacher_hidden (N, H'); response_ids, log_probs (as sampled) and token_weight
-    (divided by the number of tokens): (N,), N > 0; heads: hidden -> logits; token_loss: both logits
-    (n, V), ids (n,) -> (n,); measure: the same and log_probs (n,) -> dict of (n,)
+    (divided by the step's number of tokens): (N,), N > 0; heads: hidden -> logits; token_loss: both
+    logits (n, V), ids (n,) -> (n,); measure: these and log_probs (n,) -> dict of (n,)
     -> the gradient with respect to hidden (N, H), the weighted sum of losses, a list of measures
     """
     gradients, measured = [], []
@@ -744,11 +741,11 @@ def backward_in_chunks(
 def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     """Compute the gradients of a step's loss, in .grad; no weight changes.
 
-        sum of token_weight * loss over the tokens in loss_mask, of all rows, / their number
+        sum of token_weight * loss over the tokens in loss_mask / their number, of all processes
 
     batch: a rollout with token_weight (B, T) and loss_mask (B, T) bool, which may have holes.
-    micro_batch_size: rows per pass at the longest row's length; of shorter rows, as many as fit in
-    as many tokens. The gradient does not depend on it. chunk: settings of backward_in_chunks.
+    micro_batch_size: rows per pass, if of the longest row's length, else as many as make as many
+    tokens. It does not change the gradient. chunk: settings of backward_in_chunks.
     -> dict: loss, num_tokens, the means of what measure returns; {} if no token is to be trained.
     FloatingPointError if the loss is not finite.
     """
@@ -756,7 +753,7 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     # Over the whole step: a mean per micro-batch or process would give the tokens in batches of
     # short rows more weight than others
     num_tokens = sum(gather([int(learned.sum()) for _, learned, _ in rows]))
-    student.zero_grad(set_to_none=True)
+    student.zero_grad()
     if not num_tokens:
         return {}
     for module in student.modules():
@@ -788,6 +785,7 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     loss = sum(gather([float(loss)]))
     if not math.isfinite(loss):
         raise FloatingPointError(f"loss {loss}")
+    # NaN where a measure has no value: no overlap, or a token whose log-prob was not recorded
     own = {name: value.cpu() for name, value in concatenate(measured).items()}
     means = {name: value.nanmean().item() for name, value in concatenate(gather([own])).items()}
     return {"loss": loss, "num_tokens": num_tokens, **means}
@@ -886,7 +884,7 @@ def token_loss(config, student_logits, teacher_logits, response_ids):
 
 def train(config, run):
     """Every method, step by step: sample, score, update, and sample from the updated student."""
-    evaluate_and_save(config, run)  # what was interrupted, if the run is resumed
+    evaluate_and_save(config, run)  # after a resume: what had been cut short
     for step in range(run.step + 1, config.max_steps + 1):
         run.phase = f"the rollout of step {step}"
         problems = draw_prompts(config, run, config.cold_start_steps + step)
@@ -931,7 +929,7 @@ def train(config, run):
 # --------------------------------------------------------------------------------------------------
 # 9. Evaluation
 
-THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # to the last </think>; all if a <think> is open
+THOUGHTS = r"(?s)\A(.*</think>)?(.*<think>.*)?"  # through the last </think>; all, if one is open
 
 
 def last_boxed(text):
@@ -998,18 +996,19 @@ def evaluate(
     problems: dicts with prompt_ids, answer, and optionally teacher_prompt_ids, begun (the first ids
     of the answer). max_length: tokens. sampling: vocab_size, eos_ids, stop_id, temperature, top_p
     of rollout. reward: an answer's mean of log q - log p at temperature 1; NaN without a teacher.
-    -> (dict of metrics and settings, list of one dict per answer)                 [Rethinking-OPD]
+    -> (metrics, among them avg_at_n and its error, see summarise, and settings; answers, one dict
+       each)                                                                       [Rethinking-OPD]
     """
     # The answers to sample, and this process's share of them
     answers = []
     for index, problem in enumerate(problems):
         answers += [{**problem, "index": index, "sample": sample} for sample in range(num_samples)]
-    # Sorted by prompt length, so that batches have little padding and rows end together
+    # Sorted by prompt length, so that batches have little padding, and equal prompts share one
     own = share(sorted(answers, key=prompt_length))
     seed_sampling(seed)  # not restored: every training step seeds anew
     starts = range(0, len(own), rows_per_batch)
     head = {name: sampling.get(name) for name in ("vocab_size", "eos_ids", "stop_id")}
-    # None: no bar where there is no terminal, which may be gone. Nor inside whole_step: no title
+    # No bar without a terminal, which may be gone (None), or without a title (inside whole_step)
     for start in tqdm(starts, title, leave=False, disable=None if title and is_main() else True):
         # Sample, and let the teacher score the samples
         batch = own[start : start + rows_per_batch]
@@ -1132,8 +1131,8 @@ def rollout_in_groups(
     student, teacher, prompts, plan, rows_at_once, num_generations=1, for_teacher=None, **settings
 ):
     """rollout in groups of at most rows_at_once rows, or one prompt's candidates -> its dict, of
-    all rows, and seconds. Rows are padded with 0 to the longest; a group's prompts to the longest
-    in the group, so sort them by length. The plan's rule sees one group at a time.
+    all rows, and seconds. Rows are padded to the longest; a group's prompts to the longest in the
+    group, so sort them by length. The plan's rule sees one group at a time.
     """
     # A multiple of num_generations, so that the candidates of a prompt stay together
     size = max(1, rows_at_once // num_generations) * num_generations
@@ -1155,7 +1154,8 @@ def rollout_in_groups(
             out[name] = torch.stack(rows)
         else:
             side = "left" if "prompt" in name else "right"
-            out[name] = pad_sequence(rows, batch_first=True, padding_side=side)
+            blank = math.nan if name == "log_probs" else 0
+            out[name] = pad_sequence(rows, batch_first=True, padding_value=blank, padding_side=side)
     return out
 
 
@@ -1337,11 +1337,12 @@ NO_ANSWER = (
 
 
 def read_gold(value):
-    """A field -> the answer in a box, in dollars or after "####"; "" for true, {}, NaN, "N/A" """
+    """A field -> the answer in a box, in dollars or after "####"; "" for true, a dict, "N/A" """
     items = value if isinstance(value, list) else [value]
     texts = [str(item) for item in items if type(item) in (str, int, float)]
     text = ", ".join(texts).rsplit("####", 1)[-1]
-    text = (last_boxed(text) or text).strip().strip("$").strip()
+    boxed = last_boxed(text)
+    text = (text if boxed is None else boxed).strip().strip("$").strip()
     return "" if re.fullmatch(NO_ANSWER, text) else text
 
 
@@ -1376,10 +1377,10 @@ def read_fields(record):
     # one that says "no answer", a solution counts only for its box
     given, labels, worked = map(values, (ANSWERS, LABELS, WORKED))
     boxed = [text for text in worked if re.search(r"\\boxed|####", str(text))]
-    golds = given + boxed + labels or worked
+    golds = (given + boxed + labels) or worked
     # GSM8K has its solutions in the answer field, before "####"
-    before = [text for text in given if "####" in str(text)]
-    solutions = worked + values(REASONED) + before
+    gsm8k = [text for text in given if "####" in str(text)]
+    solutions = worked + values(REASONED) + gsm8k
     problem = first_of(values(("problem", "question", "user:", "prompt")))
     answer = first_of(map(read_gold, golds))
     return problem, answer, first_of(map(read_solution, solutions)), left_out
@@ -1524,8 +1525,8 @@ def draw_prompts(config, run, step):
     pools, shares = [sum(run.pools, [])], [1]  # all files are one pool; with --mix, one each
     if config.mix:
         pools, shares = run.pools, config.mix
-    # Each pool's share of the batch, rounded to whole prompts. A half rounds up, and so does
-    # 6.4999999: if halves went to the even number, a share worth one prompt might get none
+    # Borders are rounded to whole prompts, so that the counts add up. A half rounds up, and so does
+    # 6.4999999: else a share worth one prompt might get none
     borders = np.cumsum([0, *shares]) * config.batch_size + 0.500001
     counts = np.diff(borders.astype(int)).tolist()
     drawn = []
@@ -3114,7 +3115,8 @@ def update_settings(config, run):
 
 def forward_flops(model, lengths):
     """Floating-point operations of one forward over rows of these lengths (B,) -> float: the sum of
-    2 N L + 2 n_layer d_model L^2, N parameters. Decoding costs one forward, an update three.
+    2 N L + 2 n_layer d_model L^2, N parameters. Decoding is counted as one forward and an update as
+    three, without what shared prompts save and checkpointing adds.
     """
     config, L = model.config.get_text_config(), lengths.double()
     weights = 2 * model.num_parameters() * L
@@ -3205,7 +3207,7 @@ def next_cap(config, run, reliable):
 
 
 def step_metrics(run, batch, rows, update):
-    """Add the cost of a step to the counts -> all its metrics. rows: what row_facts returned"""
+    """Count what a step cost -> all its metrics. rows: what row_facts returned"""
     length, trained = rows["response_length"], rows["trained_length"]
     context, trained_context = rows["prompt_length"] + length, rows["prompt_length"] + trained
     judged = rows["teacher_prompt_length"] + length
@@ -3214,7 +3216,7 @@ def step_metrics(run, batch, rows, update):
     run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, judged))
     run.count(flops=3 * forward_flops(run.student, trained_context[trained > 0]))
     means = {name: fact.mean().item() for name, fact in rows.items()}
-    # Over the rows of all processes, like the means. NaN marks padding
+    # Over the rows of all processes, like the means
     overlaps = [row[valid].cpu() for row, valid in zip(batch["overlap"], batch["response_mask"])]
     overlap = pad_sequence(gather(overlaps), batch_first=True, padding_value=math.nan)
     return {

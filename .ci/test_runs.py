@@ -717,6 +717,7 @@ RECORDS = [
 ]
 NO_ANSWERS = [
     "",
+    r"\boxed{}",
     " ",
     None,
     [],
@@ -4384,6 +4385,7 @@ def test_groups_of_prompts_give_the_rollout_of_all_rows(rows_at_once, widths):
     for states, others in zip(out.pop("teacher_hidden"), whole.pop("teacher_hidden")):
         close(states, others, rtol=1e-3, atol=1e-4)
     close({**out, "log_probs": 0}, {**whole, "log_probs": 0}, rtol=0, atol=0)
+    assert out["log_probs"][~out["response_mask"]].isnan().all()
     seen = ~whole["log_probs"].isnan()  # a group that ended sooner has one more column of them
     close(out["log_probs"][seen], whole["log_probs"][seen], rtol=1e-4, atol=1e-5)
 
