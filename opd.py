@@ -62,6 +62,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -439,11 +440,9 @@ def movable_weights(model):
     wte, wpe, ln_1, ln_2, ln_f or lm_head.
     """
     parts = r"attn|attention|[qkvo]_proj|mlp|feed_forward|ffn|gate_proj|up_proj|down_proj"
-    movable = {}
-    for name, parameter in model.named_parameters():
-        if re.search(parts, name):
-            movable[name] = parameter.detach().to("cpu", copy=True)  # a GPU may be full
-    return movable
+    movable = {name: w for name, w in model.named_parameters() if re.search(parts, name)}
+    # Not on a GPU, which may be full
+    return {name: w.detach().to("cpu", copy=True) for name, w in movable.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -900,7 +899,8 @@ def train(config, run):
         run.phase = f"the update of step {step}"
         began = clock(run.device)
         out["token_weight"], out["loss_mask"] = token_weights(config, out)
-        update = backward(run.student, out, **update_settings(config, run))
+        update = {"loss": math.nan, "reverse_kl": math.nan}  # if no token is to be trained
+        update |= backward(run.student, out, **update_settings(config, run))
         update["learning_rate"] = config.learning_rate * min(1, step / max(1, config.warmup_steps))
 
         # From here to run.record the step is done whole or not at all: signals wait
@@ -951,7 +951,7 @@ def is_correct(response_text, gold):
     r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False."""
     rest = re.sub(THOUGHTS, "", response_text)
     answer = last_boxed(rest)
-    return answer is not None and is_same(answer, gold, rest)
+    return answer is not None and is_same(answer, str(gold), rest)
 
 
 def pass_at_k(num_samples, num_correct, k):
@@ -970,7 +970,7 @@ def auroc(scores, correct):
     """The chance that a right answer scores higher than a wrong one, ties counting half. Lists ->
     [0, 1], or NaN if one kind or a score is missing. Example: .9, .4 right, .4, .1 wrong -> .875
     """
-    scores, correct = np.array(scores), np.array(correct, dtype=bool)
+    scores, correct = np.array(scores, dtype=float), np.array(correct, dtype=bool)
     if correct.all() or not correct.any():
         return math.nan
     wins = np.sign(scores[correct][:, None] - scores[~correct])  # 1, 0 a tie, -1
@@ -1228,8 +1228,8 @@ def concatenate(parts):
 # 11. Several processes, as torchrun starts them
 
 
-NUM_RANKS = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
-RANK = int(os.environ.get("RANK", 0)) if NUM_RANKS > 1 else 0
+NUM_RANKS = int(os.environ.get("WORLD_SIZE") or 1)  # torchrun sets these
+RANK = int(os.environ.get("RANK") or 0) if NUM_RANKS > 1 else 0
 
 
 def is_main():
@@ -1608,8 +1608,8 @@ BOX = r"\\boxed *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 
 def is_same(answer, gold, text):
     """Whether an answer, the last box of a text, equals the gold one."""
-    if len(answer) + len(gold) > 5000:
-        return False
+    if len(answer) + len(gold) > 5000:  # no pattern may take minutes
+        return answer.strip() == gold.strip()
     gold, unit = spell(read_gold(gold))
     # If the gold answer is a list, as many boxes count as one answer
     boxes = dict.fromkeys(re.findall(BOX, text))
@@ -2036,7 +2036,7 @@ def parse_args(argv=None):
             group.add_argument(f"--{name}", *ALIASES.get(name, []), **how)
 
     given = vars(parser.parse_args(argv))
-    for name in ("resume", "report", "student", "teacher"):
+    for name in ("resume", "report", "student", "teacher", "teacher_prompt_template"):
         if given.get(name) == "":
             fail(f"--{name} is empty, as from an unset variable of the shell")
     named = given.get("student") or given.get("teacher")
@@ -2111,8 +2111,10 @@ def check_config(config):
             raise ValueError("--teacher_prompt_template needs --student and --train_file")
     # A checkpoint in --output_dir would be renamed, or removed as the oldest
     for model in (config.student, config.teacher):
-        inside = os.path.realpath(f"{model}/..") == os.path.realpath(config.output_dir)
-        if step_of(model) is not None and inside and not config.eval_only:
+        path = os.path.abspath(model)
+        inside = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.output_dir)
+        step = step_of(path.removesuffix(".old"))
+        if step is not None and inside and not config.eval_only:
             raise ValueError(f"{model} is a checkpoint of another run: give another --output_dir")
     if not config.cap_min <= config.cap_init <= config.cap_max:
         raise ValueError("--cap_init must lie between --cap_min and --cap_max")
@@ -2236,15 +2238,20 @@ def compare_vocabularies(student_vocab, teacher_vocab):
 def stop_ids(model, tokenizer):
     """All ids that end a response: those of the generation config, and the tokenizer's EOS."""
     listed = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    listed = listed if isinstance(listed, list) else [listed]
+    return {tokenizer.eos_token_id, *listed} - {None, -1}  # -1: never, as some models write it
 
 
 def load(auto_class, path, **options):
     """from_pretrained, or a ValueError of one line. Code that comes with a model is never run."""
     adapter = os.path.exists(f"{path}/adapter_config.json")
+    missing = []  # weights that the files lack: transformers fills them with random numbers
     try:
         if not adapter:
             loaded = auto_class.from_pretrained(path, trust_remote_code=False, **options)
+            if options.get("output_loading_info"):
+                loaded, info = loaded
+                missing = sorted(info["missing_keys"])
             adapter = getattr(loaded, "_hf_peft_config_loaded", False)  # for a hub name
     except Exception as error:  # transformers, safetensors, json: each raises its own errors
         why = f"{type(error).__name__}: {str(error)[:200]}"
@@ -2253,6 +2260,8 @@ def load(auto_class, path, **options):
         raise ValueError(f"{path} does not load: {why}") from None
     if adapter:
         raise ValueError(f"{path} is an adapter (LoRA), not a full model: merge it into its base")
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of its weights, such as {missing[0]}")
     return loaded
 
 
@@ -2279,7 +2288,7 @@ def read_files(config, run):
                     raise ValueError("no token is left")
             except Exception as error:  # a chat template can raise anything
                 failed = "the chat template (try --no_chat_template)"
-                if config.no_chat_template:
+                if config.no_chat_template or not run.tokenizer.chat_template:
                     failed = "the tokenizer"
                 why = f"{failed} fails on {problem['problem']!r:.60}: {error}"
                 raise ValueError(f"{path}: {why}") from None
@@ -2345,7 +2354,8 @@ def load_models(config, run, path):
     def load_model(path, dtype):
         # Loaded in bfloat16, not cast to it: a cast would round the rotary frequencies, too, and
         # put the angles at positions around 1,000 off by over .1 rad
-        return load(AutoModelForCausalLM, path, dtype=dtype).to(config.device)
+        model = load(AutoModelForCausalLM, path, dtype=dtype, output_loading_info=True)
+        return model.to(config.device)
 
     run.sampler = run.student = load_model(path, low)
     models = [run.sampler]
@@ -2806,7 +2816,7 @@ def note(text):
 def say(*lines, file=None):
     """Print lines, with "?" for what the terminal cannot show. A closed terminal stops no run."""
     file = file or sys.stdout or open(os.devnull, "w")  # None: it was closed before the start
-    encoding = file.encoding or "utf-8"
+    encoding = getattr(file, "encoding", None) or "utf-8"
     try:
         tqdm.write("\n".join(lines).encode(encoding, "replace").decode(encoding), file=file)
         file.flush()
@@ -2816,9 +2826,13 @@ def say(*lines, file=None):
 
 @contextlib.contextmanager
 def own_folder(config):
-    """Create --output_dir, lock it for this run, and remove it if it stays empty. ValueError if
+    """Create --output_dir, lock it for this run, and remove what stays empty of it. ValueError if
     another run has locked it. The lock ends with its process, however that ends.
     """
+    path, made = os.path.abspath(config.output_dir), []
+    while not os.path.exists(path):
+        made.append(path)
+        path = os.path.dirname(path)
     os.makedirs(config.output_dir, exist_ok=True)
     folder = os.open(config.output_dir, os.O_RDONLY)
     try:
@@ -2835,7 +2849,8 @@ def own_folder(config):
     finally:
         os.close(folder)
         with contextlib.suppress(OSError):  # it is not empty
-            os.rmdir(config.output_dir)
+            for path in made:
+                os.rmdir(path)
 
 
 def append_json(path, *records):
@@ -2883,6 +2898,13 @@ def last_checkpoint(config):
     return (list_checkpoints(config.output_dir) or [""])[-1]
 
 
+def remove(path):
+    """Remove a folder, or a link to one, if it exists"""
+    if os.path.islink(path):
+        os.unlink(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def digest(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -2900,7 +2922,7 @@ def save_checkpoint(config, run):
     partial = f"{config.output_dir}/checkpoint.partial"
     if not is_main():
         return
-    shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted save or removal
+    remove(partial)  # left by an interrupted save or removal
     if os.path.exists(folder):
         return
     try:
@@ -2927,7 +2949,7 @@ def save_checkpoint(config, run):
     os.replace(partial, folder)  # from here on it is a checkpoint
     for old in list_checkpoints(config.output_dir)[: -config.keep_checkpoints]:
         os.replace(old, partial)  # rename first: a kill must not leave half a checkpoint
-        shutil.rmtree(partial)
+        remove(partial)
 
 
 def read_checkpoint(folder, flags):
@@ -2974,10 +2996,13 @@ def prepare_files(config, run, checkpoint):
     os.makedirs(config.output_dir, exist_ok=True)  # an --eval_only run removes it if empty
     # What to rename: everything of another run; of this run, what came after the checkpoint
     page, checkpoints = [f"{config.output_dir}/rollouts.html"], list_checkpoints(config.output_dir)
-    if checkpoint and os.path.samefile(f"{checkpoint}/..", config.output_dir):
+    around = os.path.dirname(
+        os.path.abspath(checkpoint)
+    )  # not f"{checkpoint}/..": it may be a link
+    if checkpoint and os.path.samefile(around, config.output_dir):
         page, checkpoints = [], [path for path in checkpoints if step_of(path) > run.step]
     for path in [*filter(os.path.exists, run.files + page), *checkpoints]:
-        shutil.rmtree(f"{path}.old", ignore_errors=True)
+        remove(f"{path}.old")
         os.replace(path, f"{path}.old")
     # What takes its place
     for path in run.files:
@@ -2996,8 +3021,11 @@ def interrupt(number, _):
 def on_signals(act):
     """A block in which act handles the signals below; under nohup SIGHUP stays ignored."""
     before = {}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()  # Python handles signals in the main thread only
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in numbers:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, act)
         yield
@@ -3746,6 +3774,7 @@ def draw_report(runs):
     """Accuracy against tokens and seconds, overlap by position, a colour per method -> figure"""
     from matplotlib.figure import Figure
 
+    warnings.filterwarnings("ignore", "Glyph")  # of a name that the font cannot show
     # Not pyplot, which would look for a display
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     by_tokens, by_position, by_seconds = figure.subplots(1, 3)
@@ -3770,12 +3799,17 @@ def draw_report(runs):
 
 def report(folder):
     """Print the table of all runs below a folder, and draw its report.png -> {name: results}"""
-    runs = []
-    for path in sorted(glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)):
-        # Not the copies in checkpoints, whole, half or old
-        if not re.search(r"(\A|/)checkpoint(-\d+(\.old)?|\.partial)/metrics", path):
-            runs.append(read_run(folder, os.path.dirname(path)))
-    runs = [run for run in runs if run]
+    runs, seen = [], set()
+    paths = glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)
+    for path in sorted(paths, key=lambda path: (path.count("/"), path)):
+        # Not the copies in checkpoints, whole, half, old or renamed; and what links lead to once
+        copied = re.search(r"(\A|/)checkpoint(-\d+(\.old)?|\.partial)/metrics", path)
+        name, place = os.path.dirname(path), os.path.realpath(f"{folder}/{path}")
+        if copied or place in seen or os.path.exists(f"{folder}/{name}/trainer_state.pt"):
+            continue
+        seen.add(place)
+        runs.append(read_run(folder, name))
+    runs = sorted(filter(None, runs), key=operator.itemgetter("name"))
     if not runs:
         raise ValueError(f"--report {folder}: no run below it has a metrics.jsonl with steps")
     say(*report_table(runs))
@@ -3848,6 +3882,8 @@ def open_run(config):
 def work(config, run):
     """All that a run does once it is open -> dict of the final metrics"""
     if config.eval_only:
+        first = next(iter(run.evals.values()))[0]["prompt_ids"]
+        say(f"first prompt: {run.tokenizer.decode(first)!r}")
         return evaluate_files(config, run, "eval_only")
     if run.step == 0:
         say(*preflight(config, run))
@@ -3885,7 +3921,8 @@ def main(argv=None):
     try:
         held.enter_context(on_signals(interrupt))
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the tiny world takes one
-        config = argv if isinstance(argv, Config) else parse_args(argv)
+        # Not isinstance(argv, Config): after a reload of the module there are two such classes
+        config = argv if hasattr(argv, "method") else parse_args(argv)
         config = replace(config, **{name: plain(value) for name, value in vars(config).items()})
         check_config(config)
         if config.report:

@@ -1858,7 +1858,8 @@ def test_auroc_counts_a_tie_as_half_and_is_nan_if_one_kind_or_a_score_is_missing
     assert opd.auroc([0.1, 0.9], [True, False]) == 0
     assert math.isnan(opd.auroc([0.1, 0.2], [True, True]))
     assert math.isnan(opd.auroc([0.1, 0.2], [False, False]))
-    assert math.isnan(opd.auroc([0.1, math.nan], [True, False]))  # a score is missing
+    for missing in (math.nan, None):
+        assert math.isnan(opd.auroc([0.1, missing], [True, False]))
     assert opd.auroc([0.1, 0.9, 0.4], [0, 1, 0]) == 1  # `correct` may be numbers
 
 

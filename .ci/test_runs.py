@@ -103,6 +103,11 @@ def world(small_world):
     save_model(small_world / "window", tiny("Mistral", 0, sliding_window=8))
     shutil.copytree(small_world / "teacher", small_world / "broken")
     write(small_world / "broken" / "model.safetensors", text="cut off")
+    # Half of its layers: transformers would fill the others with random numbers
+    half = tiny("Qwen3", 3)
+    weights = {name: value for name, value in half.state_dict().items() if "layers.1" not in name}
+    half.save_pretrained(small_world / "half", state_dict=weights)
+    TOKENIZER.save_pretrained(small_world / "half")
     # An adapter, custom code, a template that raises, one with a token that the models lack
     write(small_world / "adapter" / "adapter_config.json", {"peft_type": "LORA", "r": 4})
     opd.tiny_tokenizer(WORDS).save_pretrained(small_world / "adapter")
@@ -803,6 +808,10 @@ MISTAKES = {
     "a model that is built another way": ({"teacher": "{world}/llama4"}, "llama4_text models are"),
     "an adapter as a student": ({"student": "{world}/adapter"}, "adapter is an adapter (LoRA)"),
     "an adapter as a teacher": ({"teacher": "{world}/adapter"}, "merge it into its base"),
+    "a teacher without all of its weights": (
+        {"teacher": "{world}/half"},
+        "half lacks 11 of its weights, such as model.layers.1.input_layernorm.weight",
+    ),
     "a model with code of its own": (
         {"student": "{world}/custom"},
         "models that come with code are not supported",
@@ -868,6 +877,14 @@ MISTAKES = {
     "a checkpoint in the folder of the run": (
         {"teacher": "{world}/checkpoint-3", "output_dir": "{world}/x/.."},
         "checkpoint-3 is a checkpoint of another run",
+    ),
+    "a student that the run would put aside": (
+        {"student": "{world}/checkpoint-3.old/", "output_dir": "{world}"},
+        "checkpoint-3.old/ is a checkpoint of another run",
+    ),
+    "a template from an unset variable of the shell": (
+        {"teacher_prompt_template": ""},
+        "--teacher_prompt_template is empty",
     ),
     "evaluation problems without answers": (
         {"eval_file": "{world}/unanswered.jsonl"},
@@ -947,6 +964,13 @@ def test_a_rank_without_a_world_size_is_not_one_of_several_processes(monkeypatch
     """The shell of a cluster may set RANK alone."""
     monkeypatch.setenv("RANK", "1")
     assert runpy.run_path(opd.__file__)["RANK"] == 0
+
+
+def test_an_empty_world_size_is_one_process(monkeypatch):
+    """As some container files export it."""
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, "")
+    assert runpy.run_path(opd.__file__)["NUM_RANKS"] == 1
 
 
 def test_a_single_process_joins_no_process_group(monkeypatch):
@@ -1457,6 +1481,13 @@ def test_grading_leaves_the_callers_alarm_alone():
     while not rang:
         time.sleep(0.01)
     signal.signal(signal.SIGALRM, before)
+
+
+def test_a_gold_answer_may_be_a_number_and_long_ones_are_compared_as_texts():
+    assert opd.is_correct(r"\boxed{5}", 5) and not opd.is_correct(r"\boxed{5}", 6)
+    long = "1" * 3000
+    assert opd.is_correct(rf"\boxed{{{long}}}", long)
+    assert not opd.is_correct(rf"\boxed{{{long}}}", long + "2")
 
 
 def test_an_answer_that_takes_for_ever_is_wrong_within_a_minute_and_the_next_is_graded():
@@ -2460,6 +2491,12 @@ def test_all_ids_of_the_generation_config_and_the_eos_end_a_response(listed, exp
     assert opd.stop_ids(model, TOKENIZER) == expected
 
 
+def test_an_end_of_minus_one_is_no_token():
+    """So some models say that nothing ends their responses."""
+    model = types.SimpleNamespace(generation_config=types.SimpleNamespace(eos_token_id=-1))
+    assert opd.stop_ids(model, TOKENIZER) == {END}
+
+
 def test_a_tokenizer_without_an_eos_adds_none():
     model = types.SimpleNamespace(generation_config=types.SimpleNamespace(eos_token_id=5))
     assert opd.stop_ids(model, types.SimpleNamespace(eos_token_id=None)) == {5}
@@ -2522,6 +2559,18 @@ def test_code_that_comes_with_a_model_is_not_run_and_the_user_is_not_asked(
     for who in ("student", "teacher"):
         stopped(command(world, tmp_path / "out", **{who: world / "custom"}), capfd)
     assert os.listdir(tmp_path) == [] and not asked
+
+
+def test_a_tokenizer_without_a_chat_template_is_not_told_to_leave_it_out(
+    world, tmp_path, capfd, monkeypatch
+):
+    def bare(_, tokenizer):
+        tokenizer.chat_template = None
+
+    student = changed_copy(world, "student", tmp_path / "bare", bare)
+    monkeypatch.setattr(opd, "encode_prompt", throw(ValueError("no such word")))
+    _, line = stopped(command(world, tmp_path / "out", student=student), capfd)
+    assert "the tokenizer fails on " in line and line.endswith("no such word")
 
 
 def test_an_adapter_that_from_pretrained_merges_by_itself_is_refused_too(monkeypatch):
@@ -3802,6 +3851,29 @@ def test_a_resumed_run_samples_as_many_rows_at_once_as_before_unless_a_flag_is_g
         assert metrics[-1]["rollout_batch_size"] == expected
 
 
+def test_a_step_without_a_token_to_train_on_changes_no_weight(world, tmp_path, monkeypatch):
+    """As a rule of one's own may have it."""
+    real = opd.token_weights
+
+    def none(config, out):
+        weight, mask = real(config, out)
+        return weight, mask & False
+
+    monkeypatch.setattr(opd, "token_weights", none)
+    _, steps, _ = train(world, tmp_path, max_steps=1, eval_file=None)
+    assert steps[0]["loss"] is None and steps[0]["trained_tokens"] == 0
+    assert same_weights(tmp_path / "checkpoint-1", world / "student")
+
+
+def test_grading_shows_how_it_asks(world, tmp_path, capsys):
+    """With a template that it was not trained with, a model may have no right answer."""
+    flags = {"eval_only": True, "teacher": None, "train_file": None}
+    opd.main(command(world, tmp_path, **flags, prompt_template="a {problem} b"))
+    first = test_opd.read(world / "eval.jsonl")[0]["problem"]
+    prompt = f"<user> a {first} b <solve>"
+    assert capsys.readouterr().out.splitlines()[0] == f"first prompt: {prompt!r}"
+
+
 def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(world, tmp_path):
     first = train(world, tmp_path, max_steps=1)[1]
     train(world, tmp_path, max_steps=2)
@@ -3963,6 +4035,42 @@ def test_a_run_that_is_refused_leaves_the_empty_folder_of_the_one_that_just_bega
                 pass
         assert folder.is_dir()
     assert not folder.exists()  # it stayed empty
+
+
+def test_a_run_removes_the_empty_folders_that_it_made_and_no_others(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new/deep", "mine/new"):
+        with opd.own_folder(test_opd.flags(output_dir=str(tmp_path / name))):
+            assert (tmp_path / name).is_dir()
+    assert os.listdir(tmp_path) == ["mine"] and os.listdir(tmp_path / "mine") == []
+
+
+def test_a_checkpoint_that_is_a_link_is_removed_without_what_it_leads_to(world, tmp_path):
+    """One that was moved to another disk: by later saves, and by a new run that puts it aside."""
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    flags = {"save_every": 1, "keep_checkpoints": 1, "eval_file": None}
+    train(world, out, **flags, max_steps=1)
+    shutil.move(out / "checkpoint-1", disk)
+    (out / "checkpoint-1").symlink_to(disk)
+    (out / "checkpoint-1.old").symlink_to(disk)
+    before = contents(disk)
+    opd.prepare_files(test_opd.flags(output_dir=str(out)), opd.Run({}, []), "")
+    os.replace(out / "checkpoint-1.old", out / "checkpoint-1")
+    train(world, out, **flags, max_steps=2, resume=True)
+    assert checkpoints(out) == ["checkpoint-2"] and contents(disk) == before
+
+
+def test_a_run_in_another_thread_than_the_main_one_is_as_any_other(world, tmp_path):
+    """Where Python allows no signal handlers."""
+    results = []
+
+    def job():
+        results.append(train(world, tmp_path, max_steps=1, eval_file=None)[0])
+
+    thread = threading.Thread(target=job)
+    thread.start()
+    thread.join()
+    assert results[0]["generated_tokens"] > 0 and checkpoints(tmp_path) == ["checkpoint-1"]
 
 
 def test_a_run_also_works_on_a_file_system_without_locks(world, tmp_path, monkeypatch):
@@ -5593,11 +5701,28 @@ def test_runs_in_folders_of_odd_names_are_reported_each_in_one_line(tmp_path):
     for name in ODD:
         made_run(tmp_path / name, 0.5)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a character that the font lacks
+        warnings.simplefilter("error")  # a character that the font lacks is no news
         assert set(opd.main(["--report", str(tmp_path)])) == set(ODD)
     lines = opd.report_table(read_runs(tmp_path))
     assert not [line for line in lines if "\n" in line]
     assert [line for line in lines if "two lines" in line]
+
+
+def test_a_report_counts_no_run_twice(tmp_path):
+    """Not by a link to it, not by a loop of links, not by a renamed checkpoint of it."""
+    made_run(tmp_path / "runs/opd", 0.5)
+    made_run(tmp_path / "runs/opd/best", 0.5)
+    write(tmp_path / "runs/opd/best/trainer_state.pt", text="")
+    (tmp_path / "runs/latest").symlink_to(tmp_path / "runs/opd")
+    (tmp_path / "runs/loop").symlink_to(tmp_path / "runs")
+    assert set(opd.main(["--report", str(tmp_path / "runs")])) == {"latest"}
+
+
+def test_a_config_of_a_module_that_was_loaded_again_is_one(tmp_path):
+    made_run(tmp_path, 0.5)
+    other = runpy.run_path(opd.__file__)["TINY"]
+    assert not isinstance(other, opd.Config)
+    assert opd.main(dataclasses.replace(other, report=str(tmp_path))) != {}
 
 
 def test_a_report_of_no_run_with_steps_is_refused(tmp_path, capfd):
@@ -5619,6 +5744,15 @@ def test_a_terminal_with_ascii_only_shows_question_marks(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
     opd.say("60.0±5.8", "\u4e16\udcff!")
     assert shown.getvalue() == b"60.0?5.8\n??!\n"
+
+
+def test_a_standard_output_without_an_encoding_will_do(monkeypatch):
+    """As a class that writes to the screen and to a file, of which users write their own."""
+    shown = []
+    tee = types.SimpleNamespace(write=shown.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", tee)
+    opd.say("60.0±5.8")
+    assert "".join(shown) == "60.0±5.8\n"
 
 
 def test_a_closed_pipe_does_not_end_a_run(world, tmp_path):
