@@ -887,14 +887,9 @@ def train(config, run):
     for step in range(run.step + 1, config.max_steps + 1):
         run.phase = f"the rollout of step {step}"
         problems = draw_prompts(config, run, config.cold_start_steps + step)
-        prompts = [problem["prompt_ids"] for problem in problems]
         plan = plan_rollout(config, step, run.cap)
-        settings = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
-        settings["for_teacher"] = [teacher_prompt(problem) for problem in problems]
-        size = run.rows_at_once["rollout_batch_size"]
-        out = rollout_in_groups(
-            run.sampler, run.teacher, prompts, plan, size, **settings, **run.sampling
-        )
+        settings = rollout_settings(config, run, problems)
+        out = rollout_in_groups(run.sampler, run.teacher, plan=plan, **settings)
 
         run.phase = f"the update of step {step}"
         began = clock(run.device)
@@ -2753,14 +2748,9 @@ def preflight(config, run):
     golds = [problem["answer"] for problem in run.answered[:500]]
     readable = sum(gold.isdigit() or ask_math_verify(gold, None) for gold in golds)
     problems = draw_prompts(config, run, step=1)[: run.rows_at_once["rollout_batch_size"]]
-    prompts = [problem["prompt_ids"] for problem in problems]
-    asked = [teacher_prompt(problem) for problem in problems]
     plan = Plan(min(32, config.max_new_tokens))
-    began = clock(run.device)
-    out = rollout(
-        run.sampler, run.teacher, prompts, plan, asked, overlap_k=config.overlap_k, **run.sampling
-    )
-    out["seconds"] = clock(run.device) - began
+    settings = rollout_settings(config, run, problems)
+    out = rollout_in_groups(run.sampler, run.teacher, plan=plan, **settings)
     log_q = torch.cat(response_log_probs(run.teacher, out, name="teacher_prompt", **run.sampling))
     overlap = out["overlap"][out["response_mask"]].mean()
 
@@ -3119,6 +3109,18 @@ STEP_LINE = (
     "kept {kept_fraction:4.0%} | length {response_length:7.1f} | stopped {stopped_fraction:4.0%} | "
     "norm {grad_norm:6.2f} | {generated_tokens:11,} tokens"
 )
+
+
+def rollout_settings(config, run, problems):
+    """The arguments of rollout_in_groups: the prompts of both models, sizes, how to sample"""
+    return {
+        "prompts": [problem["prompt_ids"] for problem in problems],
+        "for_teacher": [teacher_prompt(problem) for problem in problems],
+        "rows_at_once": run.rows_at_once["rollout_batch_size"],
+        "num_generations": config.num_generations,
+        "overlap_k": config.overlap_k,
+        **run.sampling,
+    }
 
 
 def update_settings(config, run):

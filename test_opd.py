@@ -1729,10 +1729,11 @@ def test_each_step_samples_from_the_weights_the_last_one_left(world, tmp_path, m
     rollout = opd.rollout_in_groups
 
     def watched(sampler, *args, **settings):
-        sampled_with.append(copy.deepcopy(sampler.state_dict()))
-        for name, value in runs[0].student.state_dict().items():
-            assert value.dtype == torch.float32
-            assert torch.equal(sampled_with[-1][name], value.bfloat16()), name
+        if runs:  # not yet in the preflight
+            sampled_with.append(copy.deepcopy(sampler.state_dict()))
+            for name, value in runs[0].student.state_dict().items():
+                assert value.dtype == torch.float32
+                assert torch.equal(sampled_with[-1][name], value.bfloat16()), name
         return rollout(sampler, *args, **settings)
 
     def jump(weights, anchor, validate):

@@ -2021,7 +2021,7 @@ def unusual(world, tmp_path_factory):
         train(world, out, **UNUSUAL, extrapolate=True)
     calls["validation"] = [call for call in calls["evaluate"] if len(call["problems"]) == 2]
     calls["probes"] = [call for call in calls["evaluate"] if "begun" in call["problems"][0]]
-    calls["groups"] = calls.pop("rollout_in_groups")
+    calls["groups"] = calls.pop("rollout_in_groups")[1:]  # the first is the preflight's
     return calls
 
 
@@ -2940,15 +2940,16 @@ def test_gradients_and_the_teachers_states_are_freed_before_the_next_rollout(
     rollout = opd.rollout_in_groups
 
     def watched(*args, **settings):
-        held.append([p.grad for p in runs[0].student.parameters() if p.grad is not None])
-        held.append([one() for one in states if one() is not None])
+        for run in runs:  # not yet in the preflight
+            held.append([p.grad for p in run.student.parameters() if p.grad is not None])
+            held.append([one() for one in states if one() is not None])
         out = rollout(*args, **settings)
         states.extend(map(weakref.ref, out["teacher_hidden"]))
         return out
 
     monkeypatch.setattr(opd, "rollout_in_groups", watched)
     train(world, tmp_path, max_steps=3, eval_file=None)
-    assert held == 3 * [[], []] and len(states) == 3 * 4
+    assert held == 3 * [[], []] and len(states) == 4 * 4
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
@@ -3050,18 +3051,18 @@ def test_seconds_at_most_by_hand(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rows, cold, warm",
-    [(None, [8], [8]), (4, [4, 4], [4, 4]), (3, [2] * 4, [2] * 4)],
+    "rows, first, cold, warm",
+    [(None, [8], [8], [8]), (4, [4], [4, 4], [4, 4]), (3, [2, 1], [2] * 4, [2] * 4)],
 )
 def test_the_rows_sampled_at_once_are_those_of_the_flag_in_the_cold_start_too(
-    rows, cold, warm, world, tmp_path, monkeypatch
+    rows, first, cold, warm, world, tmp_path, monkeypatch
 ):
     """The candidates of a prompt stay together."""
     calls = watch(monkeypatch, "rollout")["rollout"]
     flags = {"rollout_batch_size": rows, "batch_size": 4, "cold_start_steps": 1, "max_steps": 1}
     _, (step,), _ = train(world, tmp_path, **flags, eval_file=None)
-    seen = [len(call["prompts"]) for call in calls[1:]]  # after that of the preflight
-    assert seen == cold + warm and step["rollout_batch_size"] == (rows or 8)
+    seen = [len(call["prompts"]) for call in calls]  # first: of the preflight
+    assert seen == first + cold + warm and step["rollout_batch_size"] == (rows or 8)
 
 
 def test_all_ranks_sample_as_many_rows_at_once_as_the_smallest_rank(world, tmp_path, monkeypatch):
@@ -4018,7 +4019,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_running(
         opd.main(["--report", str(tmp_path)])
         opd.main(grading)
 
-    moment = (opd, "rollout_in_groups", 2, with_a_teacher, "before")
+    moment = (opd, "rollout_in_groups", 3, with_a_teacher, "before")  # the first: the preflight
     monkeypatch.setitem(MOMENTS, "step 2", moment)
     at("step 2", meanwhile, monkeypatch.setattr)
     train(world, tmp_path)
