@@ -2582,7 +2582,7 @@ def rows_that_fit(config, run):
     free = math.inf
     if run.device.type == "cuda":
         free = torch.cuda.mem_get_info(run.device)[0]
-    rows, less = {}, []
+    rows = {}
     for flag, (phase, fits, sizes) in plan_phases(config, run).items():
 
         def left(count, phase=phase, sizes=sizes):
@@ -2609,9 +2609,8 @@ def rows_that_fit(config, run):
             )
         rows[flag] = min(gather([count]))
         if rows[flag] < before and not given:
-            less.append(f"--{flag.removeprefix('teacher_')} was {before} and is {rows[flag]}")
-    if less:
-        note(f"fewer rows fit on this GPU: {'; '.join(less)}")
+            told = f"--{flag.removeprefix('teacher_')} was {before} and is {rows[flag]}"
+            note(f"fewer rows fit on this GPU: {told}")
     return rows
 
 
