@@ -2564,7 +2564,7 @@ def plan_phases(config, run):
     }
 
 
-def use_less(flags, flag, count, cap):
+def use_less(flags, flag, count):
     """What to change if count rows at once, set by this flag, need too much memory -> str"""
     # The candidates of a prompt are sampled together
     least = flags["num_generations"] if flag == "rollout_batch_size" else 1
@@ -2572,7 +2572,10 @@ def use_less(flags, flag, count, cap):
         return f"halve --{flag.removeprefix('teacher_')}, now {count}"
     if flag == "micro_batch_size" and flags["no_gradient_checkpointing"]:
         return "leave out --no_gradient_checkpointing"
-    return f"a single prompt is too long for it: lower --{cap}"
+    cap = "--max_new_tokens"
+    if "eval" in flag:
+        cap = "--eval_max_new_tokens, in an extrapolation --max_new_tokens"
+    return f"a single prompt is too long for it: lower {cap}"
 
 
 def rows_that_fit(config, run):
@@ -2600,8 +2603,7 @@ def rows_that_fit(config, run):
         least = config.num_generations if flag == "rollout_batch_size" else 1
         count = max(given or fits, least)
         if left(count) < 0:
-            cap = "eval_max_new_tokens" if "eval" in flag else "max_new_tokens"
-            instead = use_less(vars(config), flag, count, cap)
+            instead = use_less(vars(config), flag, count)
             lacks = f"lacks {tqdm.format_sizeof(-left(count))}B of GPU memory"
             raise ValueError(
                 f"{count} rows of {sizes['columns']} tokens do not fit: by the plan the {phase} "
@@ -3072,16 +3074,14 @@ def explain(error, phase, flags):
             return f"{told}: {text}" if text else told, 2
         if "rollouts.html" in phase:
             return f"{told}; there is --no_view", 2
-        flag, cap = "rollout_batch_size", "max_new_tokens"
+        flag = "rollout_batch_size"
         if "update" in phase:
             flag = "micro_batch_size"
-        elif "extrapolation" in phase:
-            flag = "eval_batch_size"
         elif "by the teacher" in phase:
-            flag, cap = "teacher_eval_batch_size", "eval_max_new_tokens"
-        elif "evaluation" in phase:
-            flag, cap = "eval_batch_size", "eval_max_new_tokens"
-        return f"{told}; {use_less(flags, flag, flags[flag], cap)}", 2
+            flag = "teacher_eval_batch_size"
+        elif re.match("evaluation|extrapolation", phase):
+            flag = "eval_batch_size"
+        return f"{told}; {use_less(flags, flag, flags[flag])}", 2
     # Sampling from NaN raises a RuntimeError in torch; on a GPU it is a device-side assert
     if isinstance(error, FloatingPointError) or re.search("probability tensor|device-side", text):
         return f"{phase} is not finite: {text}", 2

@@ -4354,7 +4354,8 @@ SIZES_NOW |= {"no_gradient_checkpointing": False}
         (
             "evaluation after step 1",
             {"eval_batch_size": 1},
-            "; a single prompt is too long for it: lower --eval_max_new_tokens",
+            "; a single prompt is too long for it: lower --eval_max_new_tokens, in an "
+            "extrapolation --max_new_tokens",
         ),
         ("evaluation after step 1 by the teacher", {}, "; halve --eval_batch_size, now 3"),
         (
@@ -4367,7 +4368,8 @@ SIZES_NOW |= {"no_gradient_checkpointing": False}
         (
             "extrapolation",
             {"eval_batch_size": 1},
-            "; a single prompt is too long for it: lower --max_new_tokens",
+            "; a single prompt is too long for it: lower --eval_max_new_tokens, in an "
+            "extrapolation --max_new_tokens",
         ),
     ],
 )
