@@ -3352,24 +3352,22 @@ def evaluate_files(config, run, who):
     return results
 
 
-def gap_lines(graded):
-    """How far the teacher with its own prompt is ahead of the student -> lines, one per file.
+def say_gaps(graded):
+    """Print how far the teacher with its own prompt is ahead of the student, a line per file.
     graded: {who: {file: metrics}}, from before the first step
     """
-    lines = []
     for name, informed in graded.get("prompted_teacher", {}).items():
         student = graded["student"][name]
         if informed["num_problems"] < student["num_problems"]:
             continue  # the problems that it has prompts for may be easier
         gap = 100 * (informed["avg_at_n"] - student["avg_at_n"])
-        lines.append(
+        say(
             f"{name}: the teacher with its own prompt is {gap:+.1f} points ahead of the student; "
             "the gain is said to be linear in this gap (2605.30070); "
             # Their lengths: a shortcut that only a solution allows is learned, too
             f"its answers have {informed['mean_length']:.0f} tokens, the student's "
             f"{student['mean_length']:.0f}"
         )
-    return lines
 
 
 def probe(config, run, answers, accuracy):
@@ -3891,8 +3889,7 @@ def work(config, run):
         if run.device.type == "cuda":
             try_update(config, run)
         graded = {who: evaluate_files(config, run, who) for who in evaluated_first(config, run)}
-        for line in gap_lines(graded):
-            say(line)
+        say_gaps(graded)
         for step in range(1, config.cold_start_steps + 1):
             right = cold_start_step(config, run, step)
             say(f"cold start: {right:.0%} of the solutions are right")
