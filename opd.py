@@ -3755,17 +3755,15 @@ def report_row(group, baseline):
 def report_table(runs):
     """Runs, as read_run gives them -> lines: a row per method, the baseline first"""
     # The baseline: the first group whose folder is named opd, else the first by name
-    names = {run["group"] for run in runs}
-    names = sorted(names, key=lambda name: (os.path.basename(name) != "opd", name))
-    groups = {name: [] for name in names}
+    runs = sorted(runs, key=lambda run: (os.path.basename(run["group"]) != "opd", run["group"]))
+    first, groups = runs[0]["group"], collections.defaultdict(list)
     for run in runs:
         groups[run["group"]].append(run)
-    baseline = groups[names[0]]
     return [
         *TITLES.splitlines(),
-        *[report_row(group, baseline) for group in groups.values()],
+        *[report_row(group, groups[first]) for group in groups.values()],
         f"accuracy in %; ±: standard error over the seeds; {len(runs)} runs",
-        f"opd: here {names[0]}, the first row; x: times its cost; seconds of training",
+        f"opd: here {first}, the first row; x: times its cost; seconds of training",
     ]
 
 
