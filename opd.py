@@ -2057,21 +2057,18 @@ def check_values(config):
     # argparse has not seen a Config from a notebook
     for name, kind in Config.__annotations__.items():
         value = getattr(config, name)
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise ValueError(f"--{name} {value}: one of {', '.join(get_args(kind))}")
+            continue
         # Its type, or that of each item of a list; bool is no int, but an int is as good as a float
-        items, of = [value], kind
-        several = ""
-        if get_origin(kind) is list:
-            items, of = value, get_args(kind)[0]
-            several = "list of "
-        elif get_origin(kind) is Literal:
-            of = str
+        (of,) = get_args(kind) or [kind]
+        items = value if get_args(kind) else [value]
         types = (int, float) if of is float else (of,)
         if not isinstance(items, (list, tuple)) or any(type(item) not in types for item in items):
-            raise ValueError(f"--{name} {value!r} must be a {several}{of.__name__}")
+            raise ValueError(f"--{name} {value!r} must be a {inspect.formatannotation(kind)}")
 
-        # Its choices, or its range
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise ValueError(f"--{name} {value}: one of {', '.join(get_args(kind))}")
+        # Its range
         zero_ok = name in may_be_zero
         most = 1 if name in ("keep_ratio", "eval_top_p") else 1e12
         if type(value) in (int, float) and not (0 <= value <= most and (value or zero_ok)):

@@ -1942,7 +1942,7 @@ def test_negative_infinite_and_nan_values_of_flags_are_refused(value):
     ],
 )
 def test_a_config_with_a_value_of_another_type_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"^--{name} .* must be a (list of )?(str|int|float|bool)"):
+    with pytest.raises(ValueError, match=f"^--{name} .* must be a (list.)?(str|int|float|bool)"):
         opd.check_config(dataclasses.replace(opd.TINY, **{name: value}))
 
 
