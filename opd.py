@@ -2176,9 +2176,9 @@ class Run:
     cap: int = 0  # prune: the current cap, in tokens
     misses: int = 0  # prune: misses in a row
     anchor: dict = field(default_factory=dict)  # EffOPD: the weights accepted last
-    counts: dict = field(default_factory=dict)  # tokens and FLOPs so far
+    counts: dict = None  # tokens and FLOPs so far
 
-    shown: dict = field(default_factory=dict)  # rows of the last step, for rollouts.html
+    shown: dict = None  # rows of the last step, for rollouts.html
 
     # For the error message and the last checkpoint
     phase: str = "set-up"
