@@ -3461,8 +3461,10 @@ def cold_start_step(config, run, step):
 
 def why_stopped(config, out, row):
     """Why a row of a rollout stops where it does -> str"""
-    if out["ended"][row] or out["kept"][row]:
-        return "ended" if out["ended"][row] else "cut"
+    if out["ended"][row]:
+        return "ended"
+    if out["kept"][row]:
+        return "cut"
     if config.method == "prune":
         bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
