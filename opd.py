@@ -2547,10 +2547,10 @@ def plan_phases(config, run):
     sampling = {**step, "columns": longer + most["response"], "cache": sum(run.cache_bytes)}
     sampling["segment"] = Plan(max(most["response"], 1), config.segment_length).borders()[0]
     update = {**step, "columns": most["prompt"] + most["response"], "kept": run.kept_bytes}
-    student_eval = {**evaluation, "columns": most["question"] + most["answer"]}
-    student_eval["cache"] = run.cache_bytes[0]
+    columns = most["question"] + most["answer"]
     if config.extrapolate:  # its tries are evaluations on training prompts
-        student_eval["columns"] = max(student_eval["columns"], update["columns"])
+        columns = max(columns, update["columns"])
+    student_eval = {**evaluation, "columns": columns, "cache": run.cache_bytes[0]}
     teacher_eval = {**evaluation, "columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
     update_rows, eval_rows = (most["rows"], 256) if run.device.type == "cuda" else (4, 32)
     return {
