@@ -2182,7 +2182,7 @@ class Run:
 
     # For the error message and the last checkpoint
     phase: str = "set-up"
-    halfway: bool = False  # inside whole_step, or failed there: the state must not be saved
+    halfway: bool = False  # a whole_step failed: the state must not be saved
 
     def count(self, **costs):
         for name, cost in costs.items():
@@ -3025,16 +3025,14 @@ def on_signals(act):
 @contextlib.contextmanager
 def whole_step(run):
     """A block that is done whole or not at all: signals wait for its end. If it fails, its lines
-    are removed from the run's files, and run.halfway stays True: the state must not be saved.
+    are removed from the run's files, and run.halfway is True: the state must not be saved.
     """
     waiting = []
     files = run.files if is_main() else []
     sizes = {path: os.path.getsize(path) for path in files if os.path.exists(path)}
     with on_signals(lambda number, _: waiting.append(number)):
-        run.halfway = True
         try:
             yield
-            run.halfway = False
         except BaseException as error:
             # optimizer_step raises it before any weight has changed: the state is still good
             run.halfway = not isinstance(error, FloatingPointError)
