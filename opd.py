@@ -66,7 +66,7 @@ import threading
 import time
 import traceback
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args, get_origin
 
 # Set before torch is imported. Without it the growing KV caches fragment a GPU's memory
@@ -3833,7 +3833,7 @@ def open_world(config):
 
 def open_run(config):
     """Load what the flags name, and prepare --output_dir -> run, new or as a checkpoint left it"""
-    flags = {**asdict(config), "processes": NUM_RANKS}
+    flags = {**vars(config), "processes": NUM_RANKS}
     folder, state = config.resume, {}
     if folder == "latest":
         folder = last_checkpoint(config)
