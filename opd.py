@@ -2404,14 +2404,14 @@ def load_models(config, run, path):
 
 def check_tokens(run):
     """ValueError where a prompt, or the end of a response, needs a token that is cut off."""
-    used = set().union(*run.stops.values())
-    for problem in sum([*run.pools, *run.evals.values()], []):
-        used.update(problem["prompt_ids"], teacher_prompt(problem))
-    last = max(used, default=0)
-    if last >= run.vocab_size:
-        token = f"{run.tokenizer.convert_ids_to_tokens(last)!r} ({last})"
-        known = f"the models know only the first {run.vocab_size} tokens"
-        raise ValueError(f"prompts or stops need the token {token}, and {known}: use other models")
+    stops = set().union(*run.stops.values())
+    problems = sum([*run.pools, *run.evals.values()], [])
+    asked = set().union(*[problem["prompt_ids"] + teacher_prompt(problem) for problem in problems])
+    for what, ids in (("prompts have", asked), ("responses end in", stops)):
+        if max(ids, default=0) >= run.vocab_size:
+            token = f"{run.tokenizer.convert_ids_to_tokens(max(ids))!r} ({max(ids)})"
+            known = f"the models know only the first {run.vocab_size} tokens"
+            raise ValueError(f"{what} the token {token}, and {known}: use other models")
 
 
 def position_limit(model):
