@@ -234,7 +234,7 @@ def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
 
 
 def overlap_ratio(student_topk, teacher_topk):
-    """The share of the student's top k that is among the teacher's. (..., K), (..., K) -> (...)"""
+    """The share of the student's top k in the teacher's. (..., K) both -> (...). Needs is_among."""
     return is_among(student_topk, teacher_topk).float().mean(-1)
 
 
@@ -378,7 +378,9 @@ def drift_weights(overlap, response_mask, threshold, w_drop):
 
 
 def reliable_rows(length, overlap, mask, ended, *, threshold, w_drop):
-    """Prune-OPD's stop in flight, a goes_on for Plan: rows go on while w > 0         [Prune-OPD]"""
+    """Prune-OPD's stop in flight, a goes_on for Plan: rows go on while w > 0         [Prune-OPD]
+    Needs drift_weights.
+    """
     return drift_weights(overlap, mask, threshold, w_drop)[:, -1] > 1e-8
 
 
@@ -630,7 +632,8 @@ def rollout(
 
     teacher: None to sample without scoring, else overlap_k >= 1. for_teacher: the teacher's
     prompts, if they differ [OPSD]. sampling: vocab_size, stop_id, temperature, top_p of generate.
-    Both models must be in eval mode. -> dict, T the longest response:
+    Both models must be in eval mode. Needs sections 2, 5, 6 and 10, and clock.
+    -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
         log_probs   (B, T), before top_p, at the last token of each segment; NaN elsewhere
@@ -746,7 +749,8 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     micro_batch_size: rows per pass, if of the longest row's length, else as many as make as many
     tokens. It does not change the gradient. chunk: settings of backward_in_chunks.
     -> dict: loss, num_tokens, the means of what measure returns; {} if no token is to be trained.
-    FloatingPointError if the loss is not finite.
+    FloatingPointError if the loss is not finite. Needs backward_in_chunks, hidden_states,
+    learned_rows, concatenate, gather, sum_gradients.
     """
     rows = learned_rows(batch)
     # Over the whole step: a mean per micro-batch or process would give the tokens in batches of
@@ -943,7 +947,9 @@ def last_boxed(text):
 
 
 def is_correct(response_text, gold):
-    r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False."""
+    r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False.
+    Needs THOUGHTS, last_boxed, is_same and what that names (spellings, math-verify's process).
+    """
     rest = re.sub(THOUGHTS, "", response_text)
     answer = last_boxed(rest)
     return answer is not None and is_same(answer, str(gold), rest)
@@ -2039,12 +2045,8 @@ def parse_args(argv=None):
 
 
 def plain(value):
-    """A value of a Config as a checkpoint can hold it: without Path, tuple or number of numpy"""
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value.item() if isinstance(value, np.generic) else value
+    """What JSON does not know, such as a Path or a number of numpy -> a text or a number"""
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def check_values(config):
@@ -2965,7 +2967,7 @@ def read_checkpoint(folder, flags):
             return os.path.basename(os.path.normpath(value))
         if name in ("train_file", "eval_file"):
             return [os.path.basename(path) for path in value]
-        return plain(value)  # an older checkpoint may hold tuples
+        return json.dumps(value)  # an older checkpoint may hold tuples
 
     changed = []
     for name, value in flags.items():
@@ -3241,8 +3243,8 @@ def step_metrics(run, batch, rows, update):
     run.count(flops=3 * forward_flops(run.student, trained_context[trained > 0]))
     means = {name: fact.mean().item() for name, fact in rows.items()}
     # Over the rows of all processes, like the means
-    overlaps = [row[valid].cpu() for row, valid in zip(batch["overlap"], batch["response_mask"])]
-    overlap = pad_sequence(gather(overlaps), batch_first=True, padding_value=math.nan)
+    overlaps = batch["overlap"].where(batch["response_mask"], math.nan).cpu()
+    overlap = pad_sequence(gather([*overlaps]), batch_first=True, padding_value=math.nan)
     return {
         **update,
         **run.standing(),
@@ -3916,7 +3918,8 @@ def main(argv=None):
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the tiny world takes one
         # Not isinstance(argv, Config): after a reload of the module there are two such classes
         config = argv if hasattr(argv, "method") else parse_args(argv)
-        config = replace(config, **{name: plain(value) for name, value in vars(config).items()})
+        # Only what a checkpoint can hold: lists for tuples, texts for Paths
+        config = Config(**json.loads(json.dumps(vars(config), default=plain)))
         check_config(config)
         if config.report:
             return report(config.report) if is_main() else {}

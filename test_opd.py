@@ -1860,7 +1860,7 @@ def test_auroc_counts_a_tie_as_half_and_is_nan_if_one_kind_or_a_score_is_missing
     assert math.isnan(opd.auroc([0.1, 0.2], [True, True]))
     assert math.isnan(opd.auroc([0.1, 0.2], [False, False]))
     for missing in (math.nan, None):
-        assert math.isnan(opd.auroc([0.1, missing], [True, False]))
+        assert math.isnan(opd.auroc([0.1, 0.9, missing], [True, False, True]))
     assert opd.auroc([0.1, 0.9, 0.4], [0, 1, 0]) == 1  # `correct` may be numbers
 
 

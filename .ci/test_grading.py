@@ -197,6 +197,7 @@ def test_last_boxed_returns_the_content_of_the_last_whole_box_with_or_without_br
         (r"\boxed{6}, \boxed{7}, \boxed{8}", "6,8", False),
         (r"\boxed{6} or \boxed{9}", "6,8", False),
         (r"\boxed{6, 8}. Again: \boxed{6, 8}", "6,8", True),
+        (r"\boxed{6} or \boxed{8}, as I said \boxed{8}", "6,8", True),
         (r"\boxed{5}, no: \boxed{6, 8}", "6,8", True),
         (r"\boxed{6} or \boxed{8}", "8", True),
         (r"\boxed{8}, no: \boxed{6}", "8", False),

@@ -1844,6 +1844,14 @@ def test_help_names_every_flag_its_meaning_and_both_defaults_in_groups(capsys):
     assert not re.search(r"--\w+ ([A-Z_]+ |\[[A-Z_ .]+\] |\{\S*\} )*\(default", text)  # no meaning
     assert "(default 1e-06; tiny world 0.002)" in text and "[Prune-OPD]" in text
     assert "models and data: --student" in text and "evaluation: --eval_only" in text
+    assert "less weight and early stops after drift [Prune-OPD] (default opd)" in text  # 4 lines
+
+
+def test_a_checkpoint_of_the_run_in_its_folder_can_be_graded():
+    flags = {"student": "out/checkpoint-3", "output_dir": "out", "eval_file": ["a"]}
+    opd.check_config(opd.Config(**flags, eval_only=True))
+    with pytest.raises(ValueError, match="checkpoint-3 is a checkpoint of another run"):
+        opd.check_config(opd.Config(**flags, teacher="b", train_file=["c"]))
 
 
 def test_main_takes_a_config_as_well(world, tmp_path):
@@ -1937,12 +1945,14 @@ def test_negative_infinite_and_nan_values_of_flags_are_refused(value):
         ("eval_file", None),
         ("seed", "1"),
         ("max_steps", 2.0),
+        ("batch_size", True),
+        ("learning_rate", True),
         ("probe_depths", [0.5]),
         ("tail", 1),
     ],
 )
 def test_a_config_with_a_value_of_another_type_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"^--{name} .* must be a (list.)?(str|int|float|bool)"):
+    with pytest.raises(ValueError, match=rf"^--{name} .* must be a (list\[)?(str|int|float|bool)"):
         opd.check_config(dataclasses.replace(opd.TINY, **{name: value}))
 
 
