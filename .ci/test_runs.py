@@ -1752,11 +1752,14 @@ def test_only_the_tiny_student_slips_and_it_mumbles_most_and_no_prompt_is_traine
     assert mumbled.pop("student") > 40 and max(mumbled.values()) < 20 and mumbled["teacher"] == 0
 
 
-def test_a_tiny_world_of_another_seed_has_other_problems(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(opd, "imitate", lambda *_: None)
+def test_a_tiny_world_of_another_seed_has_other_problems_and_models(made, tmp_path, monkeypatch):
+    lessons = []
+    monkeypatch.setattr(opd, "imitate", lambda model, draw, *_: lessons.append(draw()))
     opd.make_world(str(tmp_path / "world"), 4)
     for name in ("train.jsonl", "eval.jsonl"):
         assert (tmp_path / "world" / name).read_text() != (made[0] / name).read_text()
+    for own, (_, _, others) in zip(lessons, made[1]):
+        assert own not in others  # what the models learn from
 
 
 def test_the_tiny_worlds_of_all_seeds_start_from_one_initialisation(tmp_path, monkeypatch):
@@ -3257,6 +3260,23 @@ def test_the_preflight_prints_what_a_run_is_about(world, tmp_path, monkeypatch):
     for part in ("plan for cpu: weights", "rollout: 12 rows at once", "update: 4 rows at once"):
         assert part in told
     assert "time at most" in told and "evaluated before step 1: teacher and student" in told
+
+
+def test_every_size_in_the_plan_is_that_of_the_rows_in_its_line(world, tmp_path, monkeypatch):
+    names = "weights gradient moments states caches judging activations logits rollout update"
+    size = {name: 90 * place for place, name in enumerate(names.split(), start=1)}
+
+    def memory_plan(*, rows, **_):
+        return {name: size[name] + rows for name in size}
+
+    monkeypatch.setattr(opd, "memory_plan", memory_plan)
+    monkeypatch.setattr(opd, "seconds_at_most", lambda *_: {})
+    config, run = opened(world, tmp_path, batch_size=6)
+    _, sampling, update, *_ = opd.plan_lines(config, run, {})
+    assert sampling.startswith("rollout: 12 rows at once")
+    assert sampling.endswith("caches 462B, judging 552B; total 822B")
+    assert update.startswith("update: 4 rows at once")
+    assert update.endswith("activations 634B, logits of a chunk 724B; total 904B")
 
 
 def test_the_preflights_numbers_are_those_of_a_plain_forward(world, tmp_path, monkeypatch):
