@@ -1930,7 +1930,7 @@ class Config:
     # -- optimisation
     learning_rate: float = 1e-6  # of AdamW [Rethinking-OPD, Prune-OPD, EffOPD]
     warmup_steps: int = 0  # steps of linear warm-up; then the rate is constant [EffOPD]
-    max_steps: int = 200  # training steps: DAPO-Math-17K once [Rethinking-OPD]
+    max_steps: int = 200  # training steps [Rethinking-OPD]
     max_grad_norm: float = 1.0  # gradient clipping (our choice)
     micro_batch_size: int = 0  # rows at once in the update, if of the longest length; more
     # of shorter ones. 0: what fits on a GPU, else 4
@@ -2030,7 +2030,8 @@ def parse_args(argv=None):
                 how = {"type": get_args(kind)[0], "nargs": "+"}
             elif name == "resume":
                 how = {"nargs": "?", "const": "latest"}
-            text = re.sub(r"\n +#", "", comment) + f" (default {default or repr(default)}"
+            shown = "none" if default in ("", ()) else default
+            text = re.sub(r"\n +#", "", comment) + f" (default {shown}"
             if getattr(TINY, name) != default:
                 text += f"; tiny world {getattr(TINY, name)}"
             how["help"] = text.replace("%", "%%") + ")"
@@ -2056,7 +2057,7 @@ def check_values(config):
         "drift_threshold w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every "
         "micro_batch_size eval_every eval_temperature eval_batch_size"
     ).split()
-    # argparse has not seen a Config from a notebook
+    # argparse has seen nothing of a Config that was made in a notebook
     for name, kind in Config.__annotations__.items():
         value = getattr(config, name)
         if get_origin(kind) is Literal:
@@ -2068,7 +2069,7 @@ def check_values(config):
         items = value if get_args(kind) else [value]
         types = (int, float) if of is float else (of,)
         if not isinstance(items, (list, tuple)) or any(type(item) not in types for item in items):
-            raise ValueError(f"--{name} {value!r} must be a {inspect.formatannotation(kind)}")
+            raise ValueError(f"--{name} {value!r} must be of type {inspect.formatannotation(kind)}")
 
         # Its range
         zero_ok = name in may_be_zero
@@ -2084,6 +2085,8 @@ def check_config(config):
     if not 0 < config.beta < 1:
         ends = "for the two KLs there are --loss reverse_kl and forward_kl"
         raise ValueError(f"--beta {config.beta} must lie between 0 and 1; {ends}")
+    if config.gradient_checkpointing and config.no_gradient_checkpointing:
+        raise ValueError("--gradient_checkpointing and --no_gradient_checkpointing: give one")
     for name, loss in (("tail", "topk"), ("baseline", "sampled")):
         if getattr(config, name) and config.loss != loss:
             raise ValueError(f"--{name} is of --loss {loss} alone, and --loss is {config.loss}")
@@ -2210,7 +2213,7 @@ class Run:
 
 
 def compare_vocabularies(student_vocab, teacher_vocab):
-    """Two dicts, token: id -> how many ids they share. The ids beyond these are cut off.
+    """Two dicts, token: id -> the size of the vocabulary they share. The ids beyond are cut off.
     ValueError, naming up to three tokens, if they differ below that or a token has two ids.
     """
     # All ids up to the last one that is the same token in both
@@ -2310,6 +2313,9 @@ def read_files(config, run):
                 fitting.append(problem)
         if not fitting:
             raise ValueError(f"{path}: all prompts are longer than --max_prompt_length {longest}")
+        if len(fitting) < len(pool):
+            long = f"{len(pool) - len(fitting)} of {len(pool)} prompts are longer"
+            note(f"{path}: {long} than --max_prompt_length {longest}, and are left out")
         run.pools.append(fitting)
     run.answered = [problem for problem in sum(run.pools, []) if problem["answer"] is not None]
     if config.extrapolate and len(run.answered) < config.validation_size:
@@ -2368,7 +2374,7 @@ def load_models(config, run, path):
         run.stops["teacher"] = stop_ids(run.teacher, run.teacher_tokenizer)
     eos_ids, stop_id = run.stops["student"], None
     all_stops = set().union(*run.stops.values())
-    if config.cold_start_steps:  # its solutions end in the teacher's stop tokens, too
+    if config.cold_start_steps:  # the student learns from it to stop as the teacher does
         eos_ids = all_stops
     if len(all_stops) > 1 and not config.no_merge_stops:
         # Into the student tokenizer's EOS if it has one: it is among all_stops
@@ -2397,7 +2403,7 @@ def load_models(config, run, path):
         warnings.filterwarnings("ignore", ".*checkpointing.* is deprecated")  # its name changed
         run.student.gradient_checkpointing_enable({"use_reentrant": False})
         for module in run.student.modules():
-            # backward puts recomputed layers into training mode: OPT's would apply their own rates
+            # backward puts recomputed layers into training mode, where OPT's would drop out
             for name, rate in list(vars(module).items()):
                 if "drop" in name and type(rate) is float:
                     setattr(module, name, 0.0)
@@ -2434,10 +2440,11 @@ def position_limit(model):
 
 def work_at_most(config, run):
     """Upper bounds for this process, lengths in tokens -> dict. Of a step: rows, and the longest
-    prompt and response. Of an evaluation: answers, and the longest question and answer. And the
-    longest prompt and question that the teacher reads
+    prompt and response. Of an evaluation: answers per file, the longest question and answer. And
+    the longest prompt and question that the teacher reads
     """
-    trained, graded = sum(run.pools, []), sum(run.evals.values(), [])
+    trained, files = sum(run.pools, []), run.evals.values()
+    graded = sum(files, [])
     cap = plan_rollout(config, config.max_steps, config.cap_max).max_length
     if config.extrapolate or config.cold_start_steps:  # both always sample to --max_new_tokens
         cap = config.max_new_tokens
@@ -2446,7 +2453,7 @@ def work_at_most(config, run):
         "prompt": max(map(prompt_length, trained), default=0),
         "teacher_prompt": max(map(len, map(teacher_prompt, trained)), default=0),
         "response": cap if run.pools else 0,
-        "answers": math.ceil(len(graded) * config.eval_samples / NUM_RANKS),
+        "answers": [math.ceil(len(file) * config.eval_samples / NUM_RANKS) for file in files],
         "question": max(map(prompt_length, graded), default=0),
         "teacher_question": max(map(len, map(teacher_prompt, graded)), default=0),
         "answer": config.eval_max_new_tokens if graded else 0,
@@ -2509,7 +2516,7 @@ def memory_plan(
     segment: columns that the teacher scores at once. Bytes per token: cache, in the caches; judged,
     in a pass of the teacher; kept, for backward. states: bytes of the teacher's states of a step.
     """
-    copy = 2 * student if bf16 else 0  # the sampler; again in the update: autocast's casts
+    copy = 2 * student if bf16 else 0  # the sampler; as many bytes in the update: autocast's casts
     read = min(rows * segment, 2**15)  # tokens per pass of hidden_states
     judged_logits = min(read * vocab, LOGITS_AT_ONCE)
     learned_logits = min(rows * columns * vocab, LOGITS_AT_ONCE)
@@ -2530,7 +2537,7 @@ def memory_plan(
 
 
 def plan_phases(config, run):
-    """The arguments of memory_plan -> {batch-size flag: (phase, most rows, arguments)}"""
+    """What memory_plan is to be called with -> {batch-size flag: (phase, most rows, arguments)}"""
     most, bf16 = run.most, run.sampler is not run.student
     step = {"student": 0, "teacher": 0, "bf16": bf16, "vocab": run.vocab_size}
     evaluation = {**step}
@@ -2592,7 +2599,7 @@ def rows_that_fit(config, run):
             plan = memory_plan(**sizes, rows=count)
             return free - (plan[phase] - plan["weights"])
 
-        # Keep a fifth in reserve for what is not planned
+        # Keep a fifth of what is free in reserve for what is not planned
         while fits > 1 and left(fits) < 0.2 * left(0):
             fits -= 1
         before = run.rows_at_once.get(flag, 0)  # of a run that is resumed
@@ -2639,14 +2646,18 @@ def try_update(config, run):
 
 
 def columns_at_most(run):
-    """How many columns, decoding steps in a row, a step and an evaluation take at most -> dict"""
+    """The columns, sampled one after another, that a step and an evaluation take at most -> dict"""
     rows, most = run.rows_at_once, run.most
     G = run.flags["num_generations"]
     together = max(1, rows["rollout_batch_size"] // G) * G  # as rollout_in_groups does
+
+    def answering(flag):
+        return sum(math.ceil(count / rows[flag]) for count in most["answers"]) * most["answer"]
+
     return {
         "step": math.ceil(most["rows"] / together) * most["response"],
-        "student": math.ceil(most["answers"] / rows["eval_batch_size"]) * most["answer"],
-        "teacher": math.ceil(most["answers"] / rows["teacher_eval_batch_size"]) * most["answer"],
+        "student": answering("eval_batch_size"),
+        "teacher": answering("teacher_eval_batch_size"),
     }
 
 
@@ -2673,12 +2684,12 @@ def seconds_at_most(config, run, out):
     per_column = (out["seconds"] - out["teacher_seconds"]) / T  # per column, the student
     per_judged = out["teacher_seconds"] / (B * T)  # per token, the teacher
     size = run.teacher.num_parameters() / run.student.num_parameters()
-    per_learned = 4 * per_judged / size  # per token: four forwards of the student
+    per_learned = 4 * per_judged / size  # per token: forward, again if recomputed, backward is two
     columns, most = columns_at_most(run), run.most
 
     def column_seconds(flag):
         """Seconds per column of an evaluation; on a GPU they are taken not to depend on its rows"""
-        rows = min(run.rows_at_once[flag], most["answers"])
+        rows = min(run.rows_at_once[flag], max(most["answers"], default=0))
         return per_column * max(1, rows / B) if run.device.type == "cpu" else per_column
 
     tokens = most["response"] * (per_judged + per_learned) + most["prompt"] * per_learned
@@ -2789,7 +2800,8 @@ def preflight(config, run):
             f"warning: student stops at {sorted(run.stops['student'])}, "
             f"teacher at {sorted(run.stops['teacher'])}: the student may unlearn to stop"
         )
-    if run.tokenizer.chat_template != run.teacher_tokenizer.chat_template:
+    templates = [run.tokenizer.chat_template, run.teacher_tokenizer.chat_template]
+    if templates[0] != templates[1] and not config.no_chat_template:
         lines.append("warning: the chat templates differ; both models are given the student's")
     return lines + plan_lines(config, run, out)
 
@@ -2799,7 +2811,7 @@ def preflight(config, run):
 
 
 def note(text):
-    """Tell the user. main prints it as "note: ..."; once per text and place in the code"""
+    """Tell the user. main prints it as "note: ...", and each text once"""
     warnings.warn(text, stacklevel=3)
 
 
@@ -2889,7 +2901,7 @@ def last_checkpoint(config):
 
 
 def remove(path):
-    """Remove a folder, or a link to one, if it exists"""
+    """Remove a folder or a link, if it exists; a file stays"""
     if os.path.islink(path):
         os.unlink(path)
     shutil.rmtree(path, ignore_errors=True)
@@ -2904,9 +2916,9 @@ STANDING = "step graded rows_at_once cap misses anchor counts flags".split()
 
 
 def save_checkpoint(config, run):
-    """Save the run's state and files to checkpoint-<step>/, unless that exists, and remove the
-    oldest. It is whole or not there: it gets its name when complete. OSError, with nothing left
-    behind, if it cannot be written or a number in it is not finite.
+    """Save the run's state and files to checkpoint-<step>/, unless that exists; of the others only
+    the latest stay. It is whole or not there: it gets its name when complete. OSError, with nothing
+    left behind, if it cannot be written or a number in it is not finite.
     """
     folder = f"{config.output_dir}/checkpoint-{run.step}"
     partial = f"{config.output_dir}/checkpoint.partial"
@@ -2986,9 +2998,8 @@ def prepare_files(config, run, checkpoint):
     os.makedirs(config.output_dir, exist_ok=True)  # an --eval_only run removes it if empty
     # What to rename: everything of another run; of this run, what came after the checkpoint
     page, checkpoints = [f"{config.output_dir}/rollouts.html"], list_checkpoints(config.output_dir)
-    around = os.path.dirname(
-        os.path.abspath(checkpoint)
-    )  # not f"{checkpoint}/..": it may be a link
+    # Not f"{checkpoint}/..": it may be a link
+    around = os.path.dirname(os.path.abspath(checkpoint))
     if checkpoint and os.path.samefile(around, config.output_dir):
         page, checkpoints = [], [path for path in checkpoints if step_of(path) > run.step]
     for path in [*filter(os.path.exists, run.files + page), *checkpoints]:
@@ -3049,9 +3060,11 @@ def whole_step(run):
 def suspect(run):
     """Which model's logits are not finite, and on which problem, for the error message."""
     for problem in sum([*run.pools, *run.evals.values()], [])[:8]:
-        ids = torch.tensor([problem["prompt_ids"]], device=run.device)
-        for role in ("student", "teacher"):
-            model = getattr(run, role)
+        for role, asked in (
+            ("student", problem["prompt_ids"]),
+            ("teacher", teacher_prompt(problem)),
+        ):
+            ids, model = torch.tensor([asked], device=run.device), getattr(run, role)
             if model and model(input_ids=ids).logits[0, -1].softmax(-1).isnan().any():
                 return f"; the {role}'s logits are not, on the problem {problem['problem'][:60]!r}"
     return ""
@@ -3468,7 +3481,7 @@ def why_stopped(config, out, row):
     if config.method == "prune":
         bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
-    # Compared to rows kept for their score, not as their prompt's best, nor as already ended
+    # Rows kept for their score, not as their prompt's best, nor as already ended
     score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
     selected = out["kept"] & (out["response_mask"].sum(-1) > config.prefix)
     on_merit = score[selected & (score >= score[~out["kept"]].max())]
@@ -3479,7 +3492,7 @@ def why_stopped(config, out, row):
 
 
 def first_rows(config, problems, plan, out, prompts=4):
-    """What the page shows of a step: the rows of its first prompts -> dict; {}: no page"""
+    """The rows of a step's first prompts, for the page -> dict; {}: no page"""
     if config.no_view or not is_main():
         return {}
     own = slice(prompts * config.num_generations)
@@ -3507,7 +3520,7 @@ def ask_both(run, out, k=5):
 
 
 def token_texts(tokenizer, ids, before):
-    """The text of each token -> list. A character of several tokens is at the last, ◌ before it"""
+    """The text of each token -> list. A character of several tokens is at the last, ◌ at others"""
     # Decoded after another token: many tokenizers drop the space in front of the first one
     start = len(tokenizer.decode([before]))
     texts, part = [], [before]
@@ -3530,10 +3543,9 @@ def row_html(config, run, row):
         asked = f"{run.tokenizer.decode(problem['prompt_ids'])} (answer: {problem['answer']})"
         parts.append(f"<h2>{html.escape(asked)}</h2>")
     # Right or wrong, its length, why it stopped
-    verdict = ""
-    if problem["answer"] is not None:
+    verdict, stopped = "", shown["stopped"][row]
+    if problem["answer"] is not None and stopped in ("ended", "cut"):  # others could not finish
         verdict = "right" if is_solved(run.tokenizer, problem, ids) else "wrong"
-    stopped = shown["stopped"][row]
     parts.append(f'<h3><b class="{verdict}">{verdict}</b> {len(ids)} tokens, {stopped}</h3>')
     parts.append('<div class="row">')
     # Its tokens, each escaped: what a model writes is never markup
@@ -3572,8 +3584,8 @@ p::after { content: attr(data-share); float: right; }
 </style><h1>What the student wrote, and what both models say of it</h1>
 <p>Step %(step)s of <code>%(run)s</code>, method %(method)s <code>%(flags)s</code></p>
 <p>Point at a token, or walk with ← and →, to see what each model would have said there, the student
-after this step. <b class="right">High</b>: they agree, <b class="wrong">low</b>: they part.
-│ is a segment border, ✂ a row that was stopped, a wavy line a bad event of prune.</p>
+after this step. Values are <b class="right">high</b> or <b class="wrong">low</b>; where overlap is
+high, they agree. │ is a segment border, ✂ no end token, a wavy line a bad event of prune.</p>
 <nav>Colour by <label><input type="radio" name="by" value="overlap" checked> top-k overlap, 0 to 1
 </label><label><input type="radio" name="by" value="advantage"> log q − log p, −2 to 2</label>
 <label><input type="radio" name="by" value="weight"> loss weight, 0 to %(top)s</label></nav>
@@ -3622,7 +3634,9 @@ paint();
 
 
 def write_view(config, run):
-    """Write rollouts.html of run.shown, with what both models predict now. OSError: no half page"""
+    """Write rollouts.html of run.shown, with what both models predict now. The page before it stays
+    until it is whole.
+    """
     if not run.shown:
         return
     run.phase, path = f"rollouts.html of step {run.step}", f"{config.output_dir}/rollouts.html"
@@ -3670,7 +3684,7 @@ ROW = (
 
 
 def read_run(root, name):
-    """The complete lines of a run's metrics.jsonl -> what a report needs, None without a step"""
+    """A run's metrics.jsonl, but for half lines -> what a report needs, None without a step"""
     # out/compare/prefix/seed-2 is a run of prefix with seed 2. A folder's name may have a newline
     line = name.replace("\n", " ")
     group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", line).groups()
@@ -3702,7 +3716,7 @@ def read_run(root, name):
                     run["final"] = record["eval"]
             elif record["model"].endswith("teacher"):
                 run["teacher"] = accuracy  # prompted_teacher, the one that teaches, comes last
-    run["pair"] = (seed, *sorted(run["final"]))  # runs with equal pairs may be compared
+    run["pair"] = (seed, *sorted(run["final"]))  # seed and files: runs with equal ones are paired
     return run if "last" in run else None
 
 
@@ -3761,7 +3775,7 @@ def report_table(runs):
     return [
         *TITLES.splitlines(),
         *[report_row(group, groups[first]) for group in groups.values()],
-        f"accuracy in %; ±: standard error over the seeds; {len(runs)} runs",
+        f"accuracy in %; ±: standard error over the seeds; opd: at most its end; runs: {len(runs)}",
         f"opd: here {first}, the first row; x: times its cost; seconds of training",
     ]
 
@@ -3798,7 +3812,7 @@ def report(folder):
     runs, seen = [], set()
     paths = glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)
     for path in sorted(paths, key=lambda path: (path.count("/"), path)):
-        # Not the copies in checkpoints, whole, half, old or renamed; and what links lead to once
+        # Skip copies in checkpoints, whole, half, old or renamed; take what links lead to once
         copied = re.search(r"(\A|/)checkpoint(-\d+(\.old)?|\.partial)/metrics", path)
         name, place = os.path.dirname(path), os.path.realpath(f"{folder}/{path}")
         if copied or place in seen or os.path.exists(f"{folder}/{name}/trainer_state.pt"):
