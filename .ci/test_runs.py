@@ -882,6 +882,10 @@ MISTAKES = {
         {"student": "{world}/checkpoint-3.old/", "output_dir": "{world}"},
         "checkpoint-3.old/ is a checkpoint of another run",
     ),
+    "a switch and its opposite": (
+        {"gradient_checkpointing": True, "no_gradient_checkpointing": True},
+        "--gradient_checkpointing and --no_gradient_checkpointing: give one",
+    ),
     "a template from an unset variable of the shell": (
         {"teacher_prompt_template": ""},
         "--teacher_prompt_template is empty",
@@ -3089,10 +3093,10 @@ def test_all_ranks_sample_as_many_rows_at_once_as_the_smallest_rank(world, tmp_p
     assert set(opened(world, tmp_path)[1].rows_at_once.values()) == {3}
 
 
-def warnings_of(world, folder, change=None):
+def warnings_of(world, folder, change=None, **flags):
     """The warnings of the preflight if the teacher is a changed copy of the student."""
     teacher = changed_copy(world, "student", folder, change or (lambda *_: None))
-    config, run = opened(world, folder / "out", teacher=teacher, no_merge_stops=True)
+    config, run = opened(world, folder / "out", teacher=teacher, no_merge_stops=True, **flags)
     return [line for line in opd.preflight(config, run) if line.startswith("warning: ")]
 
 
@@ -3119,6 +3123,10 @@ def no_template(_, tokenizer):
 def test_the_preflight_warns_of_what_silently_ruins_runs(change, says, world, tmp_path):
     (warning,) = warnings_of(world, tmp_path, change)
     assert says in warning
+
+
+def test_other_chat_templates_are_no_matter_where_none_is_used(world, tmp_path):
+    assert warnings_of(world, tmp_path, no_template, no_chat_template=True) == []
 
 
 def test_there_is_no_warning_if_the_teacher_equals_the_student(world, tmp_path):
@@ -4505,6 +4513,14 @@ def test_without_training_problems_the_suspect_is_found_on_evaluation_problems(w
     run.student.lm_head.weight.data.fill_(math.nan)
     first = test_opd.read(world / "eval.jsonl")[0]["problem"]
     assert opd.suspect(run) == f"; the student's logits are not, on the problem {first!r}"
+
+
+def test_the_suspect_teacher_is_asked_with_its_own_prompt(world, tmp_path, monkeypatch):
+    _, run = opened(world, tmp_path)
+    for problem in run.pools[0]:
+        problem["teacher_prompt_ids"] = [3, 20]
+    run.teacher.get_input_embeddings().weight.data[20] = math.nan
+    assert opd.suspect(run).startswith("; the teacher's logits are not")
 
 
 # --------------------------------------------------------------------------------------------------

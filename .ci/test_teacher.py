@@ -304,9 +304,14 @@ def test_if_every_problem_has_a_solution_there_is_no_note(world, tmp_path):
 
 
 def test_a_problem_whose_teachers_prompt_is_too_long_is_left_out(world, tmp_path):
-    _, run = opened(world, tmp_path, **informed(max_prompt_length=9))
+    with pytest.warns(UserWarning, match="solved.jsonl: ") as notes:
+        _, run = opened(world, tmp_path, **informed(max_prompt_length=9))
     lengths = [len(opd.teacher_prompt(problem)) for problem in run.pools[0]]
     assert max(lengths) == 9 and 0 < len(lengths) < 9
+    told = (
+        f"{9 - len(lengths)} of 9 prompts are longer than --max_prompt_length 9, and are left out"
+    )
+    assert told in str(notes[0].message)
 
 
 HINTED = {"student": "{world}/hinted", "teacher": None, "teacher_prompt_template": "{problem} hint"}

@@ -372,6 +372,14 @@ def test_right_or_wrong_is_shown_if_the_gold_is_known(answer, text, verdict, tmp
     assert page_of(tmp_path).texts["h3"] == [f"{verdict} {len(ids)} tokens, ended"]
 
 
+@pytest.mark.parametrize("stopped, verdict", [("cut", "wrong"), ("not selected", "")])
+def test_a_response_that_a_method_stopped_is_not_called_wrong(stopped, verdict, tmp_path):
+    config, run = run_of(tmp_path, [], None)
+    run.shown = one_row([5, 6], {"prompt_ids": [5], "answer": "3"}) | {"stopped": [stopped]}
+    opd.write_view(config, run)
+    assert page_of(tmp_path).texts["h3"] == [f"{verdict} 2 tokens, {stopped}"]
+
+
 def test_the_first_four_prompts_have_all_their_candidates(finished):
     assert len(finished.page.texts["h2"]) == 4 and len(finished.page.rows) == 16
 
