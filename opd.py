@@ -3653,7 +3653,10 @@ def write_view(config, run):
     # Which run this is
     usual = Config() if config.student else TINY
     usual = replace(usual, output_dir=config.output_dir, method=config.method)
-    flags = [f"--{name} {x}" for name, x in vars(config).items() if x != getattr(usual, name)]
+    flags = []
+    for name, value in vars(config).items():
+        if value not in (getattr(usual, name), []):  # a list is empty by default
+            flags.append(f"--{name} {value}")
     page = PAGE % {
         "step": run.step,
         "run": html.escape(config.output_dir),
