@@ -1891,7 +1891,7 @@ class Config:
     tail: bool = False  # --loss topk: add the rest of the vocabulary as one class (TRL's form)
     baseline: bool = False  # --loss sampled: subtract the closed-form baseline [vOPD]
     overlap_k: int = 16  # the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]
-    cold_start_steps: int = 0  # SFT steps first, on correct teacher solutions [Rethinking-OPD]
+    cold_start_steps: int = 0  # SFT steps first, on the teacher's right answers [Rethinking-OPD]
     cold_start_learning_rate: float = 1e-5  # learning rate of the cold start (our choice)
 
     # -- sampling
