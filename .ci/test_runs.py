@@ -5506,7 +5506,7 @@ def test_an_evaluation_records_enable_thinking(thinking, world, tmp_path):
 
 def test_runs_that_differ_only_in_their_seed_are_one_row_with_mean_and_standard_error(tmp_path):
     """.5 .6 .7: deviation .1, over the root of 3 .0577. The seed may be written in three ways."""
-    runs = (("opd/seed-0", 0.5), ("opd_seed_1", 0.6), ("opd/seed2", 0.7), ("b/opd-x/seed-0", 0.4))
+    runs = (("opd/seed-0", 0.5), ("opd_seed_10", 0.6), ("opd/seed2", 0.7), ("b/opd-x/seed-0", 0.4))
     for name, after in runs:
         made_run(tmp_path / name, after)
     rows, _ = table(tmp_path)

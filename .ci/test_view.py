@@ -391,6 +391,11 @@ def test_the_header_has_the_step_the_method_and_the_flags_that_differ(tmp_path):
     assert "--max_new_tokens 12" in told and "--seed" not in told
 
 
+def test_a_flag_is_never_markup(tmp_path):
+    page, _ = shown(tmp_path, prompt_template="<h1>{problem} &amp;")
+    assert len(page.texts["h1"]) == 1 and "<h1>{problem} &amp;" in " ".join(page.texts["p"])
+
+
 def test_the_header_has_no_list_that_was_not_given(finished):
     told = " ".join(finished.page.texts["p"])
     assert "--max_new_tokens 12" in told and "--mix" not in told and "[]" not in told
