@@ -5516,11 +5516,11 @@ def test_runs_that_differ_only_in_their_seed_are_one_row_with_mean_and_standard_
 
 
 def test_the_first_row_of_a_report_is_plain_opd_wherever_its_folder_is(tmp_path):
-    for name in ("a/x", "a/opd", "a/prefix-guided"):
+    for name in ("a/x", "b/opd", "b/prefix-guided"):
         made_run(tmp_path / name)
     rows, lines = table(tmp_path)
-    assert list(rows) == ["a/opd", "a/prefix-guided", "a/x"]
-    assert lines[-1].startswith("opd: here a/opd, the first row; x: times its cost")
+    assert list(rows) == ["b/opd", "a/x", "b/prefix-guided"]
+    assert lines[-1].startswith("opd: here b/opd, the first row; x: times its cost")
 
 
 def test_without_plain_opd_the_report_says_which_row_is_the_baseline(tmp_path):
