@@ -632,8 +632,7 @@ def rollout(
 
     teacher: None to sample without scoring, else overlap_k >= 1. for_teacher: the teacher's
     prompts, if they differ [OPSD]. sampling: vocab_size, stop_id, temperature, top_p of generate.
-    Both models must be in eval mode. Needs sections 2, 5, 6 and 10, and clock.
-    -> dict, T the longest response:
+    Both models in eval mode. Needs sections 2, 5, 6, 10, clock. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
         log_probs   (B, T), before top_p, at the last token of each segment; NaN elsewhere
@@ -3814,8 +3813,9 @@ def report(folder):
     """Print the table of all runs below a folder, and draw its report.png -> {name: results}"""
     runs, seen = [], set()
     paths = glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)
-    for path in sorted(paths, key=lambda path: (path.count("/"), path)):
-        # Skip copies in checkpoints, whole, half, old or renamed; take what links lead to once
+    for path in sorted(sorted(paths), key=len):
+        # Skip copies in checkpoints, whole, half, old or renamed; take what links lead to once, by
+        # its shortest name
         copied = re.search(r"(\A|/)checkpoint(-\d+(\.old)?|\.partial)/metrics", path)
         name, place = os.path.dirname(path), os.path.realpath(f"{folder}/{path}")
         if copied or place in seen or os.path.exists(f"{folder}/{name}/trainer_state.pt"):
