@@ -94,7 +94,7 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    The loss of a step is the mean of this over all its trained tokens: backward takes it. A v with
+    backward takes the mean of token_weight times this over all trained tokens of the step. A v with
     q = 0 and p > 0 costs about 1e30 p, not inf.
     """
     # Not F.kl_div(log_p, q): that is KL(q || p), which spreads the student over all that the
@@ -150,7 +150,7 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
     log_p_sampled = log_p.gather(-1, sampled).squeeze(-1)  # (B, T)
     advantage = log_q.gather(-1, sampled).squeeze(-1) - log_p_sampled
     if baseline:
-        # E[r] = -KL, exact over all of V. It changes the variance of the gradient, not its mean
+        # E[r] = -KL. Subtracting it changes the variance of the gradient, not its mean
         advantage = advantage + (log_p.exp() * (log_p - log_q)).sum(-1)
     return -advantage.detach() * log_p_sampled
 
@@ -1890,7 +1890,8 @@ class Config:
     tail: bool = False  # --loss topk: add the rest of the vocabulary as one class (TRL's form)
     baseline: bool = False  # --loss sampled: subtract the closed-form baseline [vOPD]
     overlap_k: int = 16  # the k of overlap and --loss topk [Rethinking-OPD, PG-OPD, Prune-OPD]
-    cold_start_steps: int = 0  # SFT steps first, on the teacher's right answers [Rethinking-OPD]
+    cold_start_steps: int = 0  # SFT steps first, on teacher solutions [Rethinking-OPD]; wrong ones
+    # are left out, where the answer is known
     cold_start_learning_rate: float = 1e-5  # learning rate of the cold start (our choice)
 
     # -- sampling
