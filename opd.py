@@ -94,8 +94,8 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    backward takes the mean of token_weight times this over all trained tokens of the step. A v with
-    q = 0 and p > 0 costs about 1e30 p, not inf.
+    A step's loss is token_weight times this, averaged over its trained tokens (backward). A v with
+    q = 0 and p > 0 costs about 1e30 p, not inf, and the norm of its gradient overflows.
     """
     # Not F.kl_div(log_p, q): that is KL(q || p), which spreads the student over all that the
     # teacher might say. bfloat16 is promoted to float32; float64 stays float64
@@ -156,8 +156,8 @@ def reverse_kl_sampled(student_logits, teacher_logits, response_ids, baseline=Fa
 
 
 def is_among(tokens, others):
-    """Whether each token is among the others. (..., K), (..., J) -> (..., K) bool. The only place
-    where top-k sets are compared: topk_support, alignment and overlap_ratio call it.
+    """Whether each token is among the others. (..., K), (..., J) -> (..., K) bool. All comparisons
+    of top-k sets are made here.
     """
     return (tokens[..., :, None] == others[..., None, :]).any(-1)
 
@@ -190,9 +190,9 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
         value       sum_S p_bar (log p - log q),    p_bar = p / P_S,   P_S = sum_S p
         gradient    by logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
 
-    support: see topk_support, which it needs. The loss is 0 where S is empty. The gradient is that
-    of the released code, not of the renormalised KL printed in the paper: it also moves mass into
-    and out of S.
+    support: see topk_support, which it needs. The value may be negative; it is 0 where S is empty.
+    The gradient is that of the released code, not of the renormalised KL printed in the paper: it
+    also moves mass into and out of S.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
@@ -200,8 +200,8 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     candidates, in_support = topk_support(log_p, log_q, k, support)
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
     p_bar = log_p.masked_fill(~in_support, -torch.inf).softmax(-1).nan_to_num(0)  # NaN: S is empty
-    # Only the ratio, which is 1, carries gradient. The gradient of p rho would be (rho + 1) grad p:
-    # the 1 adds grad P_S, 0 only if S is all of V: it would push mass out of S even at p = q
+    # Only the ratio, which is 1, carries gradient. Through rho, too, there would be grad P_S: it is
+    # 0 only if S is all of V, and else pushes mass out of S even at p = q
     ratio = (log_p - log_p.detach()).exp()
     return ((p_bar * (log_p - log_q)).detach() * ratio).sum(-1)
 
@@ -221,7 +221,7 @@ def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
     log_p = log_p.masked_fill(~in_support, -1e30)  # p = 0
     log_q = log_q.masked_fill(~in_support, -1e30)
-    # 1 - sum_S p is only accurate to eps: p_rest and q_rest are at least that, without gradient
+    # 1 - sum_S p is only accurate to eps: below that, the rest is eps and has no gradient
     least = torch.finfo(dtype).eps
     p_rest = (1 - log_p.exp().sum(-1)).clamp(min=least)
     q_rest = (1 - log_q.exp().sum(-1)).clamp(min=least)
@@ -242,8 +242,8 @@ def topk_overlap(student_logits, teacher_logits, k):
     """The share of the student's k likeliest tokens among the teacher's k.         [Rethinking-OPD]
     (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Needs overlap_ratio, is_among.
 
-    Rank within the top k does not count. Two unrelated models overlap by k / V on average. A run
-    calls overlap_ratio instead: generate has the student's top k, judge computes the teacher's.
+    Rank within the top k does not count. Two unrelated models overlap by k / V on average. For
+    unfiltered logits: -inf in both counts as agreement. In a run judge calls overlap_ratio.
     """
     student_topk = student_logits.topk(k, dim=-1).indices  # (B, T, K)
     teacher_topk = teacher_logits.topk(k, dim=-1).indices  # (B, T, K)
@@ -301,7 +301,25 @@ def overlap_by_position(overlap, response_mask, parts=8):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Which rows go on, and how far: horizon, selection, drift, cap
+# 3. Which rows go on, and how far: the plan of a step; horizon, selection, drift, cap
+
+
+@dataclass
+class Plan:
+    """How long the rollouts of a step may get, and which rows go on at each border."""
+
+    max_length: int  # cap of a response, in tokens
+    segment_length: int = 0  # tokens between borders; 0: an eighth of max_length, at most 512
+    look_at: int = 0  # one more border, at this many tokens; 0: none
+    # The rule, called at each border for all B rows, even those that left: (length, overlap
+    # (B, length), mask (B, length), ended (B,)) -> (B,) bool. A row once stopped stays stopped, and
+    # ended rows are complete anyway. None: all rows go on
+    goes_on: object = None
+
+    def borders(self):
+        length = self.segment_length or min(max(self.max_length // 8, 1), 512)
+        borders = {*range(length, self.max_length, length), self.look_at, self.max_length}
+        return sorted(border for border in borders if 0 < border <= self.max_length)
 
 
 def horizon(step, start, growth, every, max_length):
@@ -319,14 +337,13 @@ def select_prefixes(score, num_keep):
     """Which num_keep candidates go on past the prefix. score (P, G) -> (P, G) bool         [PG-OPD]
 
     First the best candidate of every prompt, then the best of all others; the first of equal ones.
-    So prompts only compete for the slots beyond P. ValueError unless P <= num_keep <= P * G.
+    So prompts only compete for the slots beyond P. ValueError unless P <= num_keep <= P * G and all
+    scores are finite.
     Example: [[.9, .8], [.2, .1]] with num_keep 3 -> .9, .8 and .2.
     """
     P, G = score.shape
-    if not P <= num_keep <= P * G:
-        raise ValueError(
-            f"num_keep must lie between {P} prompts and {P * G} candidates, got {num_keep}"
-        )
+    if not P <= num_keep <= P * G or not score.isfinite().all():
+        raise ValueError(f"needs {P} <= num_keep {num_keep} <= {P * G}, and finite scores")
     best = score.argmax(dim=1, keepdim=True)  # (P, 1)
     best_first = score.scatter(1, best, torch.inf).flatten()  # (P * G,)
     order = best_first.argsort(descending=True, stable=True)  # stable: the first wins a tie
@@ -340,11 +357,11 @@ def best_prefixes(
 ):
     """The rule of prefix-guided OPD, a goes_on for Plan. overlap (B, length) -> (B,) bool  [PG-OPD]
 
-    At length `at` (the prefix) keep_ratio * B of the running rows go on: the best of every prompt,
-    then the best of all others, by mean overlap over the first probe_window tokens; if random, by
-    chance (a control). The others leave both caches with kept False, and token_weights drops them
-    from the loss, unless --train_pruned_prefix. B: the rows of one group of rollout_in_groups, not
-    of the paper's batch. Needs select_prefixes.
+    At length `at` (the prefix, the plan's look_at) keep_ratio * B rows go on, of those not ended:
+    the best of every prompt, then the best of all others, by mean overlap over the first
+    probe_window tokens; if random, by chance (a control). The others leave both caches with kept
+    False, and token_weights drops them from the loss, unless --train_pruned_prefix. B: the rows of
+    one group of rollout_in_groups, not of the paper's batch. Needs select_prefixes.
     """
     if length != at:
         return torch.ones_like(ended)
@@ -354,7 +371,7 @@ def best_prefixes(
     # Ended rows are complete without a slot: a score below all others puts them last
     score = score.masked_fill(ended, -1).view(-1, num_generations)  # (P, G)
     slots = max(len(score), round(keep_ratio * len(ended)))
-    # But select_prefixes gives every prompt one: one more for each whose candidates have all ended
+    # But select_prefixes gives every prompt a slot: one more if all of its candidates have ended
     slots += int((score == -1).all(1).sum())
     return select_prefixes(score, min(len(ended), slots)).flatten()
 
@@ -365,7 +382,7 @@ def best_prefixes(
 
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
-    """The reliability w of each token. (B, T), (B, T) -> (B, T) in [0, 1], never rising, 0 off mask
+    """The reliability w of each token. (B, T), (B, T) -> (B, T), 0 off the mask, never rising on it
 
         w_t = max(0, 1 - w_drop * #{s <= t : overlap_s < threshold})                   [Prune-OPD]
 
@@ -373,7 +390,7 @@ def drift_weights(overlap, response_mask, threshold, w_drop):
     Example: threshold .75, w_drop .1: (1, .5, 0) -> (1, .9, .8).
     """
     bad = (overlap < threshold) & response_mask.bool()  # (B, T)
-    # Cumulative: the teacher scores a token given all before it, so nothing undoes a wrong turn
+    # Cumulative: all tokens after a wrong turn are scored given that wrong turn
     return (1 - w_drop * bad.cumsum(-1)).clamp(min=0) * response_mask
 
 
@@ -385,13 +402,12 @@ def reliable_rows(length, overlap, mask, ended, *, threshold, w_drop):
 
 
 def reliable_length(weights, response_mask):
-    """The number of reliable tokens (w > 1e-8) of each row. (B, T), (B, T) -> (B,)   [Prune-OPD]"""
+    """How many tokens of a row have w > 1e-8, w of drift_weights. (B, T), (B, T) -> (B,)"""
     return ((weights > 1e-8) & response_mask.bool()).sum(-1)
 
 
 def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, patience, low, high):
-    """The cap of the next rollouts, from the reliable lengths (B,) under this cap.      [Prune-OPD]
-    -> (max_length, misses)
+    """The next cap, from the reliable lengths (B,) under this one -> max_length, misses [Prune-OPD]
 
     It grows by step tokens if at least a share hit_ratio of the rows has max(low, max_length -
     margin) reliable tokens. It shrinks by step after `patience` misses in a row. It stays between
@@ -417,10 +433,11 @@ def extrapolate(weights, anchor, validate, max_tries=5):
         try weights + 2 * k * (weights - anchor), k = 1, ..., max_tries; stop at the first that is
         not strictly better than the one before
 
-    weights: the current tensors, a dict; anchor: the dict that the last call returned, be it these
-    (at first, the weights before step 1); validate: dict -> float. train calls it after steps 1, 2,
-    4, 8, ... and keeps Adam's moments. Example: anchor 1, weight 2 give the tries 4, 6, 8, 10, 12.
-    -> the accepted dict, the accepted k (0: weights), the scores of weights and of every try
+    weights: copies of the current tensors, a dict; anchor: the dict that the last call returned, be
+    it weights (at first, those before step 1); validate: dict -> float, which may load the dict.
+    Example: anchor 1, weight 2 give the tries 4, 6, 8, 10, 12. A run tries after steps 1, 2, 4, 8,
+    ... and keeps Adam's moments (extrapolate_student).
+    -> the accepted dict, to be loaded; its k (0: weights); the scores of weights and of every try
     """
     accepted, accepted_k = weights, 0
     scores = [validate(weights)]
@@ -508,11 +525,11 @@ def generate(
         within = head_scores[:, :vocab_size] / (temperature or 1)  # the head may have more rows
         if stop_id is not None:
             within = merge_stops(within, eos_ids, stop_id)
-        scores[:] = [*scores[-1:], within]  # the last two
+        scores[:] = [*scores[-1:], within]  # the last two, for mps: see below
         topk.append(within.topk(record_k).indices)  # (B, K)
         return within
 
-    # transformers inspects __call__ at every token; a function's default one is slow to inspect
+    # transformers takes the signature of __call__ at every token, which is fast for a function
     as_scored.__call__ = as_scored
     draw = {"do_sample": False}
     if temperature:
@@ -576,7 +593,7 @@ def head_logits(model, hidden, vocab_size, temperature=1.0, eos_ids=(), stop_id=
     """Hidden states (..., H) -> logits (..., vocab_size), in float32 or better.
 
     Divided by the temperature (0 counts as 1). Rows of the head that are not tokens are cut off
-    before any softmax; with a stop_id, all eos_ids are merged into it. Set-up refuses models that
+    before any softmax; with a stop_id, merge_stops merges all eos_ids. Set-up refuses models that
     do more than this after the last hidden state (Gemma 2's softcap, Cohere's logit scale).
     """
     # Call the module instead of multiplying by its weight, so that adapters on it count
@@ -587,23 +604,6 @@ def head_logits(model, hidden, vocab_size, temperature=1.0, eos_ids=(), stop_id=
 
 # --------------------------------------------------------------------------------------------------
 # 6. Rollout: write (sample), judge (score), choose which rows go on, leave (drop the others)
-
-
-@dataclass
-class Plan:
-    """How long the rollouts of a step may get, and which rows go on at each border."""
-
-    max_length: int  # cap of a response, in tokens
-    segment_length: int = 0  # tokens between borders; 0: an eighth of max_length, at most 512
-    look_at: int = 0  # one more border, at this many tokens; 0: none
-    # (length, overlap (B, length), mask (B, length), ended (B,)) -> (B,) bool, at each border,
-    # for all B rows, even those that left. Ended rows are complete anyway. None: all rows go on
-    goes_on: object = None
-
-    def borders(self):
-        length = self.segment_length or min(max(self.max_length // 8, 1), 512)
-        borders = {*range(length, self.max_length, length), self.look_at, self.max_length}
-        return sorted(border for border in borders if 0 < border <= self.max_length)
 
 
 def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
@@ -627,16 +627,16 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
 def rollout(
     student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=0, **sampling
 ):
-    """Sample responses to B prompts, lists of ids. No column passes through either model twice in
-    here: equal prompts are prefilled once; then each model computes what its cache lacks.
+    """Sample responses to B prompts, lists of ids. No column of a row passes through a model twice:
+    equal prompts are prefilled once; then each model computes what its cache lacks.
 
     teacher: None to sample without scoring, else overlap_k >= 1. for_teacher: the teacher's
     prompts, if they differ [OPSD]. sampling: vocab_size, stop_id, temperature, top_p of generate.
-    Both models in eval mode. Needs sections 2, 5, 6, 10, clock. -> dict, T the longest response:
+    Both models in eval mode. Needs sections 1, 2, 5, 6, 10. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
         log_probs   (B, T), before top_p, at the last token of each segment; NaN elsewhere
-        ended, kept   (B,) bool: has an EOS; goes_on never stopped it, the cap being a border, too
+        ended, kept   (B,) bool: has an EOS; goes_on stopped it at no border, the cap's included
         teacher_hidden   list of B tensors (length, H'), or of Nones;   teacher_seconds
     """
     device = student.device
@@ -671,8 +671,8 @@ def rollout(
         # Judge: the teacher scores new tokens. Keep its states, V / H' times smaller than logits
         if teacher:
             began = clock(device)
-            read = tokens_so_far(out, "teacher_prompt", running, length)
-            hidden, overlap = judge(teacher, teacher_cache, *read, new_topk, **head)
+            ids, mask = tokens_so_far(out, "teacher_prompt", running, length)
+            hidden, overlap = judge(teacher, teacher_cache, ids, mask, new_topk, **head)
             out["overlap"][running, new] = overlap
             for row, states, valid in zip(running.tolist(), hidden, new_mask):
                 out["teacher_hidden"][row].append(states[valid])  # a copy: hidden can be freed
@@ -717,7 +717,7 @@ def backward_in_chunks(
 
     hidden (N, H), teacher_hidden (N, H'); response_ids, log_probs (as sampled) and token_weight
     (divided by the step's number of tokens): (N,), N > 0; heads: hidden -> logits; token_loss: both
-    logits (n, V), ids (n,) -> (n,); measure: these and log_probs (n,) -> dict of (n,)
+    logits (n, V), ids (n,) -> (n,); measure: the same and log_probs -> dict of (n,)
     -> the gradient with respect to hidden (N, H), the weighted sum of losses, a list of measures
     """
     gradients, measured = [], []
@@ -740,13 +740,13 @@ def backward_in_chunks(
 
 
 def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
-    """Compute the gradients of a step's loss, in .grad; no weight changes.
+    """Compute the gradients of a step's loss, in .grad, which is cleared first; no weight changes.
 
         sum of token_weight * loss over the tokens in loss_mask / their number, of all processes
 
-    batch: a rollout with token_weight (B, T) and loss_mask (B, T) bool, which may have holes.
-    micro_batch_size: rows per pass, if of the longest row's length, else as many as make as many
-    tokens. It does not change the gradient. chunk: settings of backward_in_chunks.
+    batch: a rollout with token_weight (B, T) and loss_mask (B, T) bool, which may have holes; only
+    tokens in response_mask count. micro_batch_size: rows of the longest length per pass, more of
+    shorter ones; it does not change the gradient. chunk: settings of backward_in_chunks.
     -> dict: loss, num_tokens, the means of what measure returns; {} if no token is to be trained.
     FloatingPointError if the loss is not finite. Needs backward_in_chunks, hidden_states,
     learned_rows, concatenate, gather, sum_gradients.
@@ -805,7 +805,7 @@ def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0):
 
 
 def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **settings):
-    """backward, with these settings, then optimizer_step -> metrics. train calls the two itself"""
+    """backward, with these settings, then optimizer_step -> metrics. train calls both by itself"""
     metrics = backward(student, batch, **settings)
     if metrics:
         metrics["grad_norm"] = optimizer_step(student, optimizer, learning_rate, max_grad_norm)
@@ -915,8 +915,8 @@ def train(config, run):
                 run.cap, run.misses = next_cap(config, run, rows["reliable_length"])
             metrics = step_metrics(run, out, rows, {**update, "max_length": plan.max_length})
             run.shown = first_rows(config, problems, plan, out)
-            del out  # the teacher's states: the memory plan has room for those of one step
-            if config.extrapolate and step & (step - 1) == 0:  # 1, 2, 4, 8, ...
+            del out  # frees the teacher's states
+            if config.extrapolate and step.bit_count() == 1:  # 1, 2, 4, 8, ...
                 metrics |= extrapolate_student(config, run)
             run.step = step
             run.record(metrics)
@@ -946,8 +946,9 @@ def last_boxed(text):
 
 
 def is_correct(response_text, gold):
-    r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False.
-    Needs THOUGHTS, last_boxed, is_same and what that names (spellings, math-verify's process).
+    r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False. A
+    <think> at the prompt's end belongs to the text. Needs THOUGHTS, last_boxed, is_same and what
+    that names (spellings, math-verify's process).
     """
     rest = re.sub(THOUGHTS, "", response_text)
     answer = last_boxed(rest)
@@ -1003,12 +1004,12 @@ def evaluate(
     answers = []
     for index, problem in enumerate(problems):
         answers += [{**problem, "index": index, "sample": sample} for sample in range(num_samples)]
-    # Sorted by prompt length, so that batches have little padding, and equal prompts share one
+    # Sorted by prompt length: batches have little padding, and equal prompts are in one batch
     own = share(sorted(answers, key=prompt_length))
     seed_sampling(seed)  # not restored: every training step seeds anew
     starts = range(0, len(own), rows_per_batch)
     head = {name: sampling.get(name) for name in ("vocab_size", "eos_ids", "stop_id")}
-    # No bar without a terminal, which may be gone (None), or without a title (inside whole_step)
+    # A bar only with a title (not inside whole_step), on rank 0, and at a terminal (None)
     for start in tqdm(starts, title, leave=False, disable=None if title and is_main() else True):
         # Sample, and let the teacher score the samples
         batch = own[start : start + rows_per_batch]
@@ -1137,15 +1138,15 @@ def rollout_in_groups(
     # A multiple of num_generations, so that the candidates of a prompt stay together
     size = max(1, rows_at_once // num_generations) * num_generations
     began = clock(student.device)
-    groups = []
+    groups, teacher_seconds = [], 0.0
     for start in range(0, len(prompts), size):
         own = slice(start, start + size)
-        read = (for_teacher or prompts)[own]
-        groups.append(rollout(student, teacher, prompts[own], plan, read, **settings))
+        asked = (for_teacher or prompts)[own]
+        groups.append(rollout(student, teacher, prompts[own], plan, asked, **settings))
+        teacher_seconds += groups[-1].pop("teacher_seconds")
 
     # Join the groups row by row, and pad again
-    out = {"teacher_seconds": sum(group.pop("teacher_seconds") for group in groups)}
-    out["seconds"] = clock(student.device) - began
+    out = {"teacher_seconds": teacher_seconds, "seconds": clock(student.device) - began}
     for name in groups[0]:
         rows = [row for group in groups for row in group[name]]
         if name == "teacher_hidden":
@@ -1162,7 +1163,7 @@ def rollout_in_groups(
 @torch.no_grad()
 def response_logits(model, out, name, vocab_size, **head):
     """A model's logits on the responses of a rollout, some tokens at a time -> yields logits (n, V)
-    and the sampled tokens (n,); the split into chunks is the same for either kind of prompts
+    and the sampled tokens (n,); in equal chunks for both models, so that they can be zipped
 
     name: of the prompts to read, prompt or teacher_prompt; equal ones run once. head: for
     head_logits. Needs tokens_so_far, prefill, hidden_states, head_logits, tokens_at_once.

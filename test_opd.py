@@ -779,10 +779,11 @@ def test_the_first_candidate_wins_a_tie():
     assert keep.nonzero().tolist() == [[0, 0], [0, 1], [1, 0]]
 
 
-@pytest.mark.parametrize("num_keep", [1, 7])
-def test_select_prefixes_refuses_fewer_slots_than_prompts_or_more_than_candidates(num_keep):
-    with pytest.raises(ValueError, match=f"2 prompts and 6 candidates, got {num_keep}"):
-        opd.select_prefixes(torch.ones(2, 3), num_keep)
+@pytest.mark.parametrize("num_keep, last", [(1, 1), (7, 1), (4, math.nan), (4, math.inf)])
+def test_select_prefixes_refuses_too_few_or_too_many_slots_and_scores_not_finite(num_keep, last):
+    score = torch.tensor([[1, 1, 1], [1, 1, last]])
+    with pytest.raises(ValueError, match=f"needs 2 <= num_keep {num_keep} <= 6, and finite"):
+        opd.select_prefixes(score, num_keep)
 
 
 @pytest.mark.parametrize(
