@@ -804,14 +804,6 @@ def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0):
     return norm
 
 
-def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **settings):
-    """backward, with these settings, then optimizer_step -> metrics. train calls both by itself"""
-    metrics = backward(student, batch, **settings)
-    if metrics:
-        metrics["grad_norm"] = optimizer_step(student, optimizer, learning_rate, max_grad_norm)
-    return metrics
-
-
 # --------------------------------------------------------------------------------------------------
 # 8. The loop. The only section of part I that sees both the flags (config) and a run's state
 
@@ -886,7 +878,9 @@ def token_loss(config, student_logits, teacher_logits, response_ids):
 
 def train(config, run):
     """Every method, step by step: sample, score, update, and sample from the updated student."""
-    evaluate_and_save(config, run)  # after a resume: what had been cut short
+    if run.untried:  # after a resume: what had been cut short
+        extrapolate_student(config, run)
+    evaluate_and_save(config, run)
     for step in range(run.step + 1, config.max_steps + 1):
         run.phase = f"the rollout of step {step}"
         problems = draw_prompts(config, run, config.cold_start_steps + step)
@@ -901,7 +895,7 @@ def train(config, run):
         update |= backward(run.student, out, **update_settings(config, run))
         update["learning_rate"] = config.learning_rate * min(1, step / max(1, config.warmup_steps))
 
-        # From here to run.record the step is done whole or not at all: signals wait
+        # This part of the step is done whole or not at all: signals wait
         with whole_step(run):
             rate, clip = update["learning_rate"], config.max_grad_norm
             update["grad_norm"] = optimizer_step(run.student, run.optimizer, rate, clip)
@@ -916,10 +910,13 @@ def train(config, run):
             metrics = step_metrics(run, out, rows, {**update, "max_length": plan.max_length})
             run.shown = first_rows(config, problems, plan, out)
             del out  # frees the teacher's states
-            if config.extrapolate and step.bit_count() == 1:  # 1, 2, 4, 8, ...
-                metrics |= extrapolate_student(config, run)
             run.step = step
-            run.record(metrics)
+            if config.extrapolate and step.bit_count() == 1:  # 1, 2, 4, 8, ...
+                run.untried = metrics
+            else:
+                run.record(metrics)
+        if run.untried:  # the tries take long, so signals do not wait for them
+            metrics = extrapolate_student(config, run)
         say(STEP_LINE.format(step=step, **metrics))
         evaluate_and_save(config, run)
 
@@ -1009,7 +1006,7 @@ def evaluate(
     seed_sampling(seed)  # not restored: every training step seeds anew
     starts = range(0, len(own), rows_per_batch)
     head = {name: sampling.get(name) for name in ("vocab_size", "eos_ids", "stop_id")}
-    # A bar only with a title (not inside whole_step), on rank 0, and at a terminal (None)
+    # A bar only with a title, on rank 0, and at a terminal (None)
     for start in tqdm(starts, title, leave=False, disable=None if title and is_main() else True):
         # Sample, and let the teacher score the samples
         batch = own[start : start + rows_per_batch]
@@ -1214,6 +1211,14 @@ def learned_rows(batch):
         ids = torch.cat([prompt, batch["response_ids"][row][valid][:end]])
         rows.append((ids, F.pad(learned[:end], (len(prompt), 0)), columns))
     return sorted(rows, key=lambda row: len(row[0]), reverse=True)
+
+
+def train_step(student, optimizer, batch, learning_rate, max_grad_norm=1.0, **settings):
+    """backward, with these settings, then optimizer_step -> metrics. train calls both by itself"""
+    metrics = backward(student, batch, **settings)
+    if metrics:
+        metrics["grad_norm"] = optimizer_step(student, optimizer, learning_rate, max_grad_norm)
+    return metrics
 
 
 def concatenate(parts):
@@ -1423,7 +1428,6 @@ def load_problems(path, needs_answers=False):
     for number, record in enumerate(read_records(path), start=1):
         record = record if isinstance(record, dict) else {}
         problem, answer, solution, left_out = read_fields(record)
-        listed = SHORT.repr(record)
 
         # Refuse what cannot be used
         wrong = ""
@@ -1434,7 +1438,9 @@ def load_problems(path, needs_answers=False):
         elif needs_answers and not answer:
             wrong = f"evaluation needs an answer, in {', '.join(ANSWERS + LABELS)} or solution"
         if wrong:
-            raise ValueError(f"{path}, record {number}: {wrong}; its fields are {listed}")
+            raise ValueError(
+                f"{path}, record {number}: {wrong}; its fields are {SHORT.repr(record)}"
+            )
 
         # Note what the user should know of the rest
         problem = re.sub(INSTRUCTIONS, "", problem).strip() or problem
@@ -1445,9 +1451,11 @@ def load_problems(path, needs_answers=False):
         if left_out:
             notes["chats lose all before their last question"].append(left_out[0].get("content"))
         if not answer and len(record) > 1:
-            notes["records have no answer"].append(listed)
+            notes["records have no answer"].append(SHORT.repr(record))
         if problem in problems:
-            notes["duplicates are left out"].append(problem)
+            other = answer and problems[problem]["answer"] not in (None, answer)
+            what = "duplicates with another answer" if other else "duplicates"
+            notes[f"{what} are left out"].append(problem)
         kept = problems.setdefault(problem, {"problem": problem, "answer": None, "solution": None})
         kept["answer"] = kept["answer"] or answer
         kept["solution"] = kept["solution"] or solution
@@ -2182,6 +2190,7 @@ class Run:
     cap: int = 0  # prune: the current cap, in tokens
     misses: int = 0  # prune: misses in a row
     anchor: dict = field(default_factory=dict)  # EffOPD: the weights accepted last
+    untried: dict = field(default_factory=dict)  # EffOPD: the step's metrics, until its tries end
     counts: dict = None  # tokens and FLOPs so far
 
     shown: dict = None  # rows of the last step, for rollouts.html
@@ -2859,7 +2868,7 @@ def own_folder(config):
 def append_json(path, *records):
     """Append lines to a jsonl file. NaN, the mean of nothing, becomes null: JSON has no NaN."""
     records = json.loads(json.dumps(records), parse_constant=lambda _: None)
-    # In one write: a kill must not leave half of the lines, or half a line
+    # In one write: a kill hardly ever leaves half of the lines, or half a line
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
 
@@ -2913,7 +2922,7 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-STANDING = "step graded rows_at_once cap misses anchor counts flags".split()
+STANDING = "step graded rows_at_once cap misses anchor untried counts flags".split()
 
 
 def save_checkpoint(config, run):
@@ -3399,33 +3408,48 @@ def probe(config, run, answers, accuracy):
 
 
 def extrapolate_student(config, run):
-    """Extrapolate the student's update since the last try, if that helps -> metrics     [EffOPD]"""
+    """Extrapolate the student's update since the last tries, if that helps, and record the step,
+    the metrics of which are in run.untried -> all its metrics                              [EffOPD]
+    """
     run.phase = "extrapolation"
     began = clock(run.device)
     # The same problems and the same seed every time: only the weights differ
     problems = random.Random(config.seed).sample(run.answered, config.validation_size)
+    sampled = []
+
+    def load(weights):
+        for model in (run.student, run.sampler):
+            model.load_state_dict(weights, strict=False)
 
     def validate(weights):
         run.sampler.load_state_dict(weights, strict=False)
         # Sampled as in training
         settings = {"max_length": config.max_new_tokens, "temperature": config.temperature}
-        metrics, answers = grade(config, run, run.sampler, problems, top_p=1.0, **settings)
-        # Its samples count towards the cost
-        sampled = sum(answer["length"] for answer in answers)
-        columns = [prompt_length(answer) + answer["length"] for answer in answers]
-        run.count(validation_tokens=sampled, generated_tokens=sampled)
-        run.count(flops=forward_flops(run.student, torch.tensor(columns)))
+        settings |= {"top_p": 1.0, "title": "extrapolation"}
+        metrics, answers = grade(config, run, run.sampler, problems, **settings)
+        sampled.extend(answers)
         return metrics["avg_at_n"]
 
-    run.anchor, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
-    for model in (run.student, run.sampler):  # load what was accepted, the next anchor
-        model.load_state_dict(run.anchor, strict=False)
-    return {
-        **run.standing(),
-        "extrapolation_k": tried,
-        "validation_scores": scores,
-        "time_validation": clock(run.device) - began,
-    }
+    weights = movable_weights(run.student)
+    try:
+        accepted, tried, scores = extrapolate(weights, run.anchor, validate)
+    except BaseException:  # a signal, say: the resumed run tries again
+        load(weights)
+        raise
+    with whole_step(run):
+        load(accepted)
+        run.anchor = accepted
+        # The samples count towards the cost
+        tokens = sum(answer["length"] for answer in sampled)
+        columns = [prompt_length(answer) + answer["length"] for answer in sampled]
+        run.count(validation_tokens=tokens, generated_tokens=tokens)
+        run.count(flops=forward_flops(run.student, torch.tensor(columns)))
+        tries = {"extrapolation_k": tried, "validation_scores": scores}
+        tries["time_validation"] = clock(run.device) - began
+        metrics = {**run.untried, **run.standing(), **tries}
+        run.untried = {}
+        run.record(metrics)
+    return metrics
 
 
 def cold_start_step(config, run, step):
@@ -3691,7 +3715,7 @@ def read_run(root, name):
     """A run's metrics.jsonl, but for half lines -> what a report needs, None without a step"""
     # out/compare/prefix/seed-2 is a run of prefix with seed 2. A folder's name may have a newline
     line = name.replace("\n", " ")
-    group, seed = re.fullmatch(r"(.*?)(?:[/_-]?seed[_-]?(\d+))?", line).groups()
+    group, seed = re.fullmatch(r"(.*?)(?:(?:\A|[/_-])seed[_-]?(\d+))?", line).groups()
     run = {"name": name, "group": group or ".", "curve": [], "final": {}}
     run |= dict.fromkeys(("teacher", "before", "after"), math.nan)
     seconds = 0.0  # of training
@@ -3933,6 +3957,7 @@ def main(argv=None):
     run = Run({}, [])  # in set-up
     held = contextlib.ExitStack()
     try:
+        held.enter_context(warnings.catch_warnings())  # each run of a process shows its notes
         held.enter_context(on_signals(interrupt))
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the tiny world takes one
         # Not isinstance(argv, Config): after a reload of the module there are two such classes

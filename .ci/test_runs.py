@@ -333,7 +333,7 @@ MOMENTS = {
     "a cold start": (opd, "cold_start_step", 2, any_call, "after"),
     "a backward pass": (opd, "backward_in_chunks", 4, any_call, "before"),
     "an update": (opd, "optimizer_step", 4, any_call, "after"),
-    "an extrapolation": (opd, "extrapolate", 3, any_call, "before"),  # of step 4
+    "an extrapolation": (opd, "extrapolate", 3, any_call, "after"),  # of step 4
     "an evaluation": (opd, "evaluate", 3, of_two_problems, "before"),
     "the teacher's evaluation": (opd, "evaluate", 1, any_call, "before"),
     "what the teacher makes of answers": (opd, "evaluate", 4, any_call, "before"),  # of two files
@@ -1228,6 +1228,16 @@ def test_of_duplicates_the_first_answer_found_is_kept(answers, tmp_path):
     path = write(tmp_path / "a.jsonl", *records)
     (problem,) = opd.load_problems(path)
     assert (problem["problem"], problem["answer"]) == ("2+3?", "5")
+
+
+def test_duplicates_with_another_answer_are_counted_apart(tmp_path):
+    records = [{"problem": "2+3?", "answer": answer} for answer in ("5", "6", None, "5", 7)]
+    path = write(tmp_path / "a.jsonl", *records)
+    with pytest.warns() as notes:
+        opd.load_problems(path)
+    told = " ".join(str(note.message) for note in notes)
+    assert "2 duplicates are left out" in told
+    assert "2 duplicates with another answer are left out, such as '2+3?'" in told
 
 
 def test_a_file_without_duplicates_is_read_without_a_note(tmp_path):
@@ -3704,6 +3714,18 @@ def test_resume_takes_no_checkpoint_of_an_earlier_run(world, tmp_path, monkeypat
     assert checkpoints(out) == ["checkpoint-2"]
 
 
+def test_each_run_of_a_process_shows_its_notes(world, tmp_path, monkeypatch):
+    """Python shows equal warnings of a process once."""
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    flags = {"train_file": "{world}/double.jsonl", "max_steps": 1, "eval_file": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for _ in range(2):
+            train(world, tmp_path, **flags)
+    assert len([text for text in shown if "1 duplicates are left out" in text]) == 2
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_resume_without_a_checkpoint_starts_from_the_beginning_with_a_note(
     exists, world, tmp_path, after_one_step
@@ -3999,21 +4021,24 @@ def test_control_c_saves_the_last_whole_step_whatever_save_every_is(
     assert same_weights(tmp_path / "checkpoint-1", after_one_step)
 
 
-def test_control_c_during_an_extrapolation_still_logs_that_step(
-    world, tmp_path, monkeypatch, capfd
+def test_control_c_does_not_wait_for_the_tries_of_an_extrapolation(
+    world, tmp_path, monkeypatch, capfd, after_one_step
 ):
-    """Until the end of the step the weights are those of a try, and no metrics describe them."""
-    extrapolate = opd.extrapolate
+    """The weights of the step are saved, not of a try; its line is written with the tries."""
+    tries = []
 
-    def interrupted(weights, anchor, validate):
-        os.kill(os.getpid(), signal.SIGINT)
-        return extrapolate(weights, anchor, validate)
+    def interrupted(model, tokenizer, problems, **_):
+        tries.append(model)
+        if len(tries) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"avg_at_n": len(tries)}, []
 
-    monkeypatch.setattr(opd, "extrapolate", interrupted)
-    status, line = stopped(command(world, tmp_path, loss="reverse_kl", extrapolate=True), capfd)
-    assert status == 130 and "checkpoint-1" in line
-    steps = [line for line in test_opd.read(tmp_path / "metrics.jsonl") if "loss" in line]
-    assert len(steps) == 1 and "extrapolation_k" in steps[0]
+    monkeypatch.setattr(opd, "evaluate", interrupted)
+    flags = {"loss": "reverse_kl", "extrapolate": True, "eval_first": "none"}
+    status, line = stopped(command(world, tmp_path, **flags), capfd)
+    assert status == 130 and "checkpoint-1" in line and len(tries) == 2
+    assert same_weights(tmp_path / "checkpoint-1", after_one_step)
+    assert test_opd.read(tmp_path / "metrics.jsonl") == []
 
 
 @pytest.mark.parametrize("number", ALL_SIGNALS)
@@ -4321,7 +4346,7 @@ MEMORY = {
     ),
     "an extrapolation": (
         "out of memory in extrapolation; halve --eval_batch_size, now 5",
-        "checkpoint-2",
+        "checkpoint-4",
     ),
 }
 
@@ -4330,7 +4355,7 @@ MEMORY = {
 def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
     moment, world, tmp_path, monkeypatch, capfd, further
 ):
-    """And saves the weights after a whole step, of which an extrapolation is a part."""
+    """And saves the weights after the last update."""
     told, checkpoint = MEMORY[moment]
     flags = {**LONG, "micro_batch_size": 6, "eval_batch_size": 5}
     if "cold" in moment:
@@ -5507,10 +5532,10 @@ def test_an_evaluation_records_enable_thinking(thinking, world, tmp_path):
 def test_runs_that_differ_only_in_their_seed_are_one_row_with_mean_and_standard_error(tmp_path):
     """.5 .6 .7: deviation .1, over the root of 3 .0577. The seed may be written in three ways."""
     runs = (("opd/seed-0", 0.5), ("opd_seed_10", 0.6), ("opd/seed2", 0.7), ("b/opd-x/seed-0", 0.4))
-    for name, after in runs:
+    for name, after in (*runs, ("linseed3", 0.1)):  # a word that ends so names no seed
         made_run(tmp_path / name, after)
     rows, _ = table(tmp_path)
-    assert list(rows) == ["opd", "b/opd-x"]  # the baseline first
+    assert list(rows) == ["opd", "b/opd-x", "linseed3"]  # the baseline first
     assert rows["opd"]["after"] == "60.0±5.8"
     assert rows["b/opd-x"]["after"] == "40.0"
 
