@@ -1128,9 +1128,9 @@ def trim_rollout(out, length):
 def rollout_in_groups(
     student, teacher, prompts, plan, rows_at_once, num_generations=1, for_teacher=None, **settings
 ):
-    """rollout in groups of at most rows_at_once rows, or one prompt's candidates -> its dict, of
-    all rows, and seconds. Rows are padded to the longest; a group's prompts to the longest in the
-    group, so sort them by length. The plan's rule sees one group at a time.
+    """rollout, at most rows_at_once rows at a time, a prompt's candidates together -> its dict, and
+    seconds. Rows are padded to the longest; a group's prompts to the longest in the group, so sort
+    them by length. The plan's rule sees one group at a time.
     """
     # A multiple of num_generations, so that the candidates of a prompt stay together
     size = max(1, rows_at_once // num_generations) * num_generations
@@ -1201,7 +1201,9 @@ def learned_rows(batch):
         if not learned.any():
             continue
         states = batch["teacher_hidden"][row]
-        columns = {"teacher_hidden": states if learned.all() else states[learned]}  # seldom a copy
+        columns = {
+            "teacher_hidden": states if learned.all() else states[learned]
+        }  # no copy if all are learned
         for name in ("response_ids", "log_probs", "token_weight"):
             columns[name] = batch[name][row][valid][learned]
 
@@ -1358,8 +1360,8 @@ def first_of(values):
 
 
 def read_fields(record):
-    """A record of any data set -> its problem, its answer and its worked solution, each None if it
-    is missing; the turns of a chat that are left out
+    """A record of any data set -> problem, answer and worked solution, each None if it is missing;
+    the turns of a chat that are left out
     """
     fields, left_out = dict(record), []
     if isinstance(record.get("reward_model"), dict):
@@ -1379,8 +1381,8 @@ def read_fields(record):
     def values(names):
         return [fields[name] for name in names if fields.get(name) is not None]
 
-    # In this order: a label may be something else than the answer. If there is any such field, even
-    # one that says "no answer", a solution counts only for its box
+    # Labels come last: they may be no answers. If a record has an answer field or a label, even one
+    # that says "no answer", its solution counts only for a box
     given, labels, worked = map(values, (ANSWERS, LABELS, WORKED))
     boxed = [text for text in worked if re.search(r"\\boxed|####", str(text))]
     golds = (given + boxed + labels) or worked
@@ -1534,8 +1536,8 @@ def draw_prompts(config, run, step):
     pools, shares = [sum(run.pools, [])], [1]  # all files are one pool; with --mix, one each
     if config.mix:
         pools, shares = run.pools, config.mix
-    # Borders are rounded to whole prompts, so that the counts add up. A half rounds up, and so does
-    # 6.4999999: else a share worth one prompt might get none
+    # Borders are rounded to whole prompts, so that the counts add up; the 1e-6 is for 6.4999999: a
+    # share worth one prompt must not get none
     borders = np.cumsum([0, *shares]) * config.batch_size + 0.500001
     counts = np.diff(borders.astype(int)).tolist()
     drawn = []
@@ -2060,7 +2062,7 @@ def plain(value):
 
 
 def check_values(config):
-    """ValueError for a flag whose value cannot be, whatever the others are."""
+    """ValueError for a flag whose value is wrong by itself."""
     may_be_zero = (
         "seed cold_start_steps rollout_batch_size segment_length prefix_length horizon_growth "
         "drift_threshold w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every "
@@ -2224,7 +2226,7 @@ class Run:
 
 def compare_vocabularies(student_vocab, teacher_vocab):
     """Two dicts, token: id -> the size of the vocabulary they share. The ids beyond are cut off.
-    ValueError, naming up to three tokens, if they differ below that or a token has two ids.
+    ValueError, naming up to three tokens, if an id in it has two tokens, or any token two ids.
     """
     # All ids up to the last one that is the same token in both
     shared = student_vocab.items() & teacher_vocab.items()
@@ -2334,8 +2336,8 @@ def read_files(config, run):
 
 
 def check_model(model, only_sampled):
-    """Check a model -> the bytes that its cache keeps per token. ValueError if its head does more
-    than head_logits, unless it is only_sampled, or if its cache holds more than keys and values
+    """Check a model -> the bytes that its cache keeps per token. ValueError if the cache holds more
+    than keys and values or, unless it is only_sampled, if its head does more than head_logits
     """
     ids = torch.arange(16, device=model.device)[None] % 2  # any text: all vocabularies have 0 and 1
     try:
@@ -2433,7 +2435,7 @@ def check_tokens(run):
 
 
 def position_limit(model):
-    """The length that a model has positions for; why a run must not exceed it, "" if it may"""
+    """A model -> the length that it has positions for; what breaks beyond it, "" if nothing does"""
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
     limit = next(filter(None, [getattr(config, name, None) for name in names]), math.inf)
@@ -2496,7 +2498,7 @@ def check_lengths(run):
 
 def kept_for_backward(student, autocast, checkpointed):
     """The bytes per token that the student's forward keeps for backward."""
-    # At two widths: what does not grow with the tokens, the weights, cancels in the difference
+    # At two widths: the weights, which do not grow with the tokens, cancel in the difference
     sizes, kept = [], {}
 
     def keep(tensor):  # by address: several operations may keep the same tensor
@@ -2526,7 +2528,7 @@ def memory_plan(
     segment: columns that the teacher scores at once. Bytes per token: cache, in the caches; judged,
     in a pass of the teacher; kept, for backward. states: bytes of the teacher's states of a step.
     """
-    copy = 2 * student if bf16 else 0  # the sampler; as many bytes in the update: autocast's casts
+    copy = 2 * student if bf16 else 0  # the sampler's weights; in the update autocast's casts
     read = min(rows * segment, 2**15)  # tokens per pass of hidden_states
     judged_logits = min(read * vocab, LOGITS_AT_ONCE)
     learned_logits = min(rows * columns * vocab, LOGITS_AT_ONCE)
@@ -2595,8 +2597,8 @@ def use_less(flags, flag, count):
 
 
 def rows_that_fit(config, run):
-    """Rows at once for each batch-size flag -> dict: its value; if 0, what a resumed run had or the
-    most in plan_phases, on a GPU what fits of that. ValueError if they do not fit.
+    """Rows at once for each batch-size flag -> dict: the flag's value; if 0, as before a resume, or
+    else the most that plan_phases allows and that fits. ValueError if they do not fit.
     """
     free = math.inf
     if run.device.type == "cuda":
@@ -2832,14 +2834,14 @@ def say(*lines, file=None):
     try:
         tqdm.write("\n".join(lines).encode(encoding, "replace").decode(encoding), file=file)
         file.flush()
-    except OSError:  # a closed pipe (| head -1), a full disk: else the flush at exit fails, too
+    except OSError:  # a closed pipe (| head -1), a full disk: the flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 @contextlib.contextmanager
 def own_folder(config):
-    """Create --output_dir, lock it for this run, and remove what stays empty of it. ValueError if
-    another run has locked it. The lock ends with its process, however that ends.
+    """Create --output_dir, lock it for this run, and afterwards remove the folders made that are
+    empty. ValueError if another run has locked it. The lock ends with the process.
     """
     path, made = os.path.abspath(config.output_dir), []
     while not os.path.exists(path):
@@ -2968,7 +2970,7 @@ def read_checkpoint(folder, flags):
     """The state in a checkpoint -> dict. ValueError if any of its files has changed since it was
     saved, or if it was made with other flags.
     """
-    # rollout_batch_size changes the samples, and the groups to select in: still the user's choice
+    # Even rollout_batch_size, though it changes the samples, and the groups to select in
     may_change = (
         "resume output_dir max_steps save_every keep_checkpoints device micro_batch_size report_to "
         "eval_batch_size rollout_batch_size gradient_checkpointing no_gradient_checkpointing "
@@ -3506,7 +3508,7 @@ def why_stopped(config, out, row):
     if config.method == "prune":
         bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
-    # Rows kept for their score, not as their prompt's best, nor as already ended
+    # on_merit: the rows kept for their score, not as the best of their prompt or because they ended
     score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
     selected = out["kept"] & (out["response_mask"].sum(-1) > config.prefix)
     on_merit = score[selected & (score >= score[~out["kept"]].max())]
@@ -3712,7 +3714,7 @@ ROW = (
 
 
 def read_run(root, name):
-    """A run's metrics.jsonl, but for half lines -> what a report needs, None without a step"""
+    """A run's metrics.jsonl, its whole lines -> what a report needs, None without a step"""
     # out/compare/prefix/seed-2 is a run of prefix with seed 2. A folder's name may have a newline
     line = name.replace("\n", " ")
     group, seed = re.fullmatch(r"(.*?)(?:(?:\A|[/_-])seed[_-]?(\d+))?", line).groups()
@@ -3803,7 +3805,7 @@ def report_table(runs):
     return [
         *TITLES.splitlines(),
         *[report_row(group, groups[first]) for group in groups.values()],
-        f"accuracy in %; ±: standard error over the seeds; opd: at most its end; runs: {len(runs)}",
+        f"accuracy in %; ±: standard error over seeds; opd up to its last step; runs: {len(runs)}",
         f"opd: here {first}, the first row; x: times its cost; seconds of training",
     ]
 
