@@ -1078,6 +1078,13 @@ def prefill(model, ids, mask):
     return cache
 
 
+def clock(device):
+    """The time in seconds, once a CUDA device has finished its queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def empty_rollout(prompts, for_teacher, max_length, pad_id, device):
     """An empty rollout of B prompts, with room up to max_length; all that is blank is masked out"""
     B = len(prompts)
@@ -1288,13 +1295,6 @@ def join_processes(device):
     if RANK:
         sys.stdout = open(os.devnull, "w")  # only rank 0 prints
         warnings.simplefilter("ignore")
-
-
-def clock(device):
-    """The time in seconds, once a CUDA device has finished its queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def peak_memory(device):

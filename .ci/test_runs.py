@@ -8,6 +8,7 @@ import torch
 
 torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
 
+import ast
 import collections
 import contextlib
 import copy
@@ -917,6 +918,56 @@ MISTAKES = {
         "no run below it has a metrics.jsonl with steps",
     ),
 }
+
+
+# --------------------------------------------------------------------------------------------------
+# What a function needs that is copied
+
+
+SOURCE = inspect.getsource(opd)
+
+
+def own_names():
+    """{name: (section, the names of opd.py that it uses, docstring)} of all top-level names."""
+    tree = ast.parse(SOURCE)
+    titles = re.finditer(r"(?m)^#(?: Part II\.)? (\d+)\. ", SOURCE)
+    starts = [(SOURCE[: title.start()].count("\n"), int(title[1])) for title in titles]
+    nodes = {node.name: node for node in tree.body if hasattr(node, "name")}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            nodes[node.targets[0].id] = node
+    found = {}
+    for name, node in nodes.items():
+        inside = {argument.arg for argument in ast.walk(node) if isinstance(argument, ast.arg)}
+        used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & set(nodes)
+        section = max([number for line, number in starts if line < node.lineno], default=0)
+        doc = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+        found[name] = section, used - inside - {name}, doc or ""
+    return found
+
+
+OWN = own_names()
+COPIED = []
+for name, (section, _, doc) in OWN.items():
+    of_the_papers = section in range(1, 6) and inspect.isfunction(getattr(opd, name))
+    if of_the_papers or re.search(r"Needs\s+\w+[,.]", doc):
+        COPIED.append(name)
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_a_docstring_names_all_of_opd_py_that_its_function_uses(name):
+    _, used, doc = OWN[name]
+    assert used <= set(re.findall(r"\w+", doc))
+
+
+def test_the_docstring_of_rollout_names_all_sections_that_it_needs():
+    names, needed = ["rollout"], set()
+    for name in names:
+        section, used, _ = OWN[name]
+        needed.add(section)
+        names += used - set(names)
+    told = re.search(r"Needs sections ([\d, ]+)\.", opd.rollout.__doc__)[1]
+    assert needed == set(map(int, told.split(", ")))
 
 
 # --------------------------------------------------------------------------------------------------
