@@ -1578,6 +1578,8 @@ SPELLINGS = {
     r'(?<=\d) *+(""|(?<= )) *+([a-zA-Z.]{3,}( [a-z]+)*|[A-Z]{2}|[ckm]m|[ap]\.?m)\b(/[a-z]+)?': (
         r' "\2\4"'
     ),
+    # the same after a fraction, a root or \pi: 2\pi inches
+    r"(\\pi|\}) ([a-z]{4,}( [a-z]+)*|[ckm]m)\b(?!\()": r'\1 "\2"',
     # or a short unit: 5m
     r"^ *(-?[\d.,]*\d) *((sq |cu )?(kg|lbs?|oz|ft|in|mi|hrs?|[gmshL])(/[a-z]+)?)\.?$": r'\1 "\2"',
     # a word, or letters in order: north, ABC
