@@ -2979,6 +2979,23 @@ def test_the_table_of_plans_has_a_row_for_a_pair_of_models_and_a_gpu(family, mon
     assert "does not fit" in plans.plan("small", "small", 1)[3]
 
 
+def test_bytes_kept_for_backward_are_those_that_each_token_more_lets_autograd_save():
+    def saved(width):
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        ids = torch.ones(1, width + 1, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            STUDENT.model(input_ids=ids[:, :width], use_cache=False)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    kept = opd.kept_for_backward(STUDENT, contextlib.nullcontext(), False)
+    assert kept == pytest.approx((saved(80) - saved(40)) / 40, rel=0.02)
+
+
 def test_bytes_kept_for_backward_by_layer_and_with_recomputed_layers_by_hand():
     """If recomputed: the input of every layer, 4 bytes a number, and all of one layer."""
     kept = []
