@@ -3421,7 +3421,7 @@ def extrapolate_student(config, run):
     problems = random.Random(config.seed).sample(run.answered, config.validation_size)
     sampled = []
 
-    def load(weights):
+    def load_weights(weights):
         for model in (run.student, run.sampler):
             model.load_state_dict(weights, strict=False)
 
@@ -3438,10 +3438,10 @@ def extrapolate_student(config, run):
     try:
         accepted, tried, scores = extrapolate(weights, run.anchor, validate)
     except BaseException:  # a signal, say: the resumed run tries again
-        load(weights)
+        load_weights(weights)
         raise
     with whole_step(run):
-        load(accepted)
+        load_weights(accepted)
         run.anchor = accepted
         # The samples count towards the cost
         tokens = sum(answer["length"] for answer in sampled)
