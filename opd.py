@@ -943,8 +943,8 @@ def last_boxed(text):
 
 
 def is_correct(response_text, gold):
-    r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False. A
-    <think> at the prompt's end belongs to the text. Needs THOUGHTS, last_boxed, is_same and what
+    r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False. If
+    the prompt ends with <think>, so must the text begin. Needs THOUGHTS, last_boxed, is_same and what
     that names (spellings, math-verify's process).
     """
     rest = re.sub(THOUGHTS, "", response_text)
@@ -1208,9 +1208,8 @@ def learned_rows(batch):
         if not learned.any():
             continue
         states = batch["teacher_hidden"][row]
-        columns = {
-            "teacher_hidden": states if learned.all() else states[learned]
-        }  # no copy if all are learned
+        # Mostly all are learned: then no copy
+        columns = {"teacher_hidden": states if learned.all() else states[learned]}
         for name in ("response_ids", "log_probs", "token_weight"):
             columns[name] = batch[name][row][valid][learned]
 
@@ -1440,9 +1439,8 @@ def load_problems(path, needs_answers=False):
         elif needs_answers and not answer:
             wrong = f"evaluation needs an answer, in {', '.join(ANSWERS + LABELS)} or solution"
         if wrong:
-            raise ValueError(
-                f"{path}, record {number}: {wrong}; its fields are {SHORT.repr(record)}"
-            )
+            fields = SHORT.repr(record)
+            raise ValueError(f"{path}, record {number}: {wrong}; its fields are {fields}")
 
         # Note what the user should know of the rest
         problem = re.sub(INSTRUCTIONS, "", problem).strip() or problem
