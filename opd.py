@@ -944,8 +944,8 @@ def last_boxed(text):
 
 def is_correct(response_text, gold):
     r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False. If
-    the prompt ends with <think>, so must the text begin. Needs THOUGHTS, last_boxed, is_same and what
-    that names (spellings, math-verify's process).
+    the prompt ends with <think>, so must the text begin. Needs THOUGHTS, last_boxed, is_same and
+    what that names (spellings, math-verify's process).
     """
     rest = re.sub(THOUGHTS, "", response_text)
     answer = last_boxed(rest)
