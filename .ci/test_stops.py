@@ -85,8 +85,10 @@ def test_the_stop_token_that_all_are_merged_into_may_have_id_0(world, tmp_path):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
 
     student = changed_copy(world, "student", tmp_path / "student", ends_with_0)
-    _, run = opened(world, tmp_path / "out", student=student)
+    config, run = opened(world, tmp_path / "out", student=student)
     assert run.sampling["stop_id"] == 0
+    told = f"stops: [0, {END}] count as one, written as 0; see --no_merge_stops"
+    assert told in opd.preflight(config, run)
 
 
 @pytest.mark.parametrize("method", ["opd", "prefix-guided"])

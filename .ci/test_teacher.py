@@ -574,6 +574,16 @@ def test_eval_first_auto_counts_the_evaluation_of_the_prompted_teacher(world, tm
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_plan_of_a_rollout_has_room_for_the_teachers_longer_prompt(
+    world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(opd, "seconds_at_most", lambda *_: {})
+    config, run = opened(world, tmp_path, **informed())
+    longest = max(len(problem["teacher_prompt_ids"]) for problem in run.pools[0])
+    assert longest > max(len(problem["prompt_ids"]) for problem in run.pools[0])
+    assert f"rows at once of {longest} + 12 tokens" in opd.plan_lines(config, run, {})[1]
+
+
 def test_the_preflight_prints_the_teachers_log_probs_after_both_prompts_and_its_first_prompt(
     temperature, world, tmp_path, monkeypatch
 ):
