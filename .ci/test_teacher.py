@@ -573,7 +573,6 @@ def test_eval_first_auto_counts_the_evaluation_of_the_prompted_teacher(world, tm
         assert opd.evaluated_first(config, run) == whom
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_plan_of_a_rollout_has_room_for_the_teachers_longer_prompt(
     world, tmp_path, monkeypatch
 ):
@@ -584,6 +583,7 @@ def test_the_plan_of_a_rollout_has_room_for_the_teachers_longer_prompt(
     assert f"rows at once of {longest} + 12 tokens" in opd.plan_lines(config, run, {})[1]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_preflight_prints_the_teachers_log_probs_after_both_prompts_and_its_first_prompt(
     temperature, world, tmp_path, monkeypatch
 ):
