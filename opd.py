@@ -969,10 +969,12 @@ def auroc(scores, correct):
     [0, 1], or NaN if one kind or a score is missing. Example: .9, .4 right, .4, .1 wrong -> .875
     """
     scores, correct = np.array(scores, dtype=float), np.array(correct, dtype=bool)
-    if correct.all() or not correct.any():
+    if correct.all() or not correct.any() or np.isnan(scores).any():
         return math.nan
-    wins = np.sign(scores[correct][:, None] - scores[~correct])  # 1, 0 a tie, -1
-    return float((wins.mean() + 1) / 2)
+    wrong = np.sort(scores[~correct])
+    # For each right answer the wrong ones below it, and those not above it: a tie is in one of them
+    below, up_to = (np.searchsorted(wrong, scores[correct], side) for side in ("left", "right"))
+    return float((below + up_to).mean() / 2 / len(wrong))
 
 
 def evaluate(
@@ -1362,13 +1364,14 @@ def read_fields(record):
     """A record of any data set -> problem, answer and worked solution, each None if it is missing;
     the turns of a chat that are left out
     """
-    fields, left_out = dict(record), []
-    if isinstance(record.get("reward_model"), dict):
-        fields = record["reward_model"] | record
+    fields = {name.lower(): value for name, value in record.items()}  # some have Problem, Answer
+    left_out = []
+    if isinstance(fields.get("reward_model"), dict):
+        fields = fields["reward_model"] | fields
     # In a chat the last user turn is the problem, and what follows it is an answer
-    chat = record.get("prompt")
+    chat = fields.get("prompt")
     if not isinstance(chat, list):
-        chat = record.get("messages")
+        chat = fields.get("messages")
     if isinstance(chat, list):
         turns = [turn for turn in chat if isinstance(turn, dict)]
         last = max((at for at, turn in enumerate(turns) if turn.get("role") == "user"), default=0)
@@ -1448,6 +1451,8 @@ def load_problems(path, needs_answers=False):
         if form:
             what = "problems ask for a form of the answer, and boxes alone are graded"
             notes[what].append(problem[max(0, form.start() - 60) :])
+        if record.get("choices") or record.get("options"):
+            notes["records have choices, which no model is shown"].append(problem)
         if left_out:
             notes["chats lose all before their last question"].append(left_out[0].get("content"))
         if not answer and len(record) > 1:
@@ -1659,13 +1664,16 @@ for line in sys.stdin:
     print(verify(*read, timeout_seconds=None, **options) if len(read) > 1 else len(read[0]) > 1)"""
 
 
-def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noqa: B006, kept
+OF_THREAD = threading.local()  # with one process, threads would read each other's replies
+
+
+def ask_math_verify(gold, answer, seconds=3.0):
     """
     Whether math-verify accepts answer for gold, both bare LaTeX; answer None: whether it can parse
     gold. False after `seconds`: 2003^{2002^{2001}} keeps sympy in one C call, which ends only
     when its process is killed. ImportError if math-verify is missing.
     """
-    process = worker["process"]
+    process = getattr(OF_THREAD, "process", None)
     if process is None or process.poll() is not None:
         pipe = subprocess.PIPE
         process = subprocess.Popen(
@@ -1678,7 +1686,7 @@ def ask_math_verify(gold, answer, seconds=3.0, worker={"process": None}):  # noq
         )
         if process.stdout.readline() != "ready\n":  # start-up does not count towards seconds
             raise ImportError("math-verify cannot be imported", name="math-verify")
-        worker["process"] = process
+        OF_THREAD.process = process
     reply = ""
     try:
         print(json.dumps([gold, answer]), file=process.stdin, flush=True)
@@ -2048,8 +2056,8 @@ def parse_args(argv=None):
             how["help"] = text.replace("%", "%%") + ")"
             group.add_argument(f"--{name}", *ALIASES.get(name, []), **how)
 
-    given = vars(parser.parse_args(argv))
-    for name in ("resume", "report", "student", "teacher", "teacher_prompt_template"):
+    given = vars(parser.parse_args(argv if argv is None else list(map(str, argv))))
+    for name in ("resume", "report", "student", "teacher", "teacher_prompt_template", "output_dir"):
         if given.get(name) == "":
             fail(f"--{name} is empty, as from an unset variable of the shell")
     named = given.get("student") or given.get("teacher")
@@ -2112,6 +2120,11 @@ def check_config(config):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
         raise ValueError("--prompt_template must say {problem} where the problem goes")
+    for name, filled in (("prompt_template", ""), ("teacher_prompt_template", "answer solution")):
+        # A word in braces, but not of a LaTeX command, as in \boxed{answer}
+        for word in re.findall(r"(?<![\w\\}^_])\{(\w+)\}", getattr(config, name)):
+            if word not in ("problem", *filled.split()):
+                note(f"--{name}: {{{word}}} is not filled in")
     if config.teacher_prompt_template:
         if "{problem}" not in config.teacher_prompt_template:
             raise ValueError("--teacher_prompt_template must say {problem} where the problem goes")
@@ -3014,7 +3027,11 @@ def prepare_files(config, run, checkpoint):
     around = os.path.dirname(os.path.abspath(checkpoint))
     if checkpoint and os.path.samefile(around, config.output_dir):
         page, checkpoints = [], [path for path in checkpoints if step_of(path) > run.step]
-    for path in [*filter(os.path.exists, run.files + page), *checkpoints]:
+    # Without a line of metrics it is a start that failed: what an earlier one put aside stays
+    files, metrics = [], run.files[0]
+    if os.path.exists(metrics) and os.path.getsize(metrics):
+        files = filter(os.path.exists, run.files + page)
+    for path in [*files, *checkpoints]:
         remove(f"{path}.old")
         os.replace(path, f"{path}.old")
     # What takes its place
@@ -3964,6 +3981,8 @@ def main(argv=None):
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the tiny world takes one
         # Not isinstance(argv, Config): after a reload of the module there are two such classes
         config = argv if hasattr(argv, "method") else parse_args(argv)
+        for name in vars(config).keys() - Config.__annotations__.keys():
+            raise ValueError(f"Config has no field {name}: see python opd.py --help")
         # Only what a checkpoint can hold: lists for tuples, texts for Paths
         config = Config(**json.loads(json.dumps(vars(config), default=plain)))
         check_config(config)

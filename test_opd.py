@@ -1863,6 +1863,7 @@ def test_auroc_counts_a_tie_as_half_and_is_nan_if_one_kind_or_a_score_is_missing
     for missing in (math.nan, None):
         assert math.isnan(opd.auroc([0.1, 0.9, missing], [True, False, True]))
     assert opd.auroc([0.1, 0.9, 0.4], [0, 1, 0]) == 1  # `correct` may be numbers
+    assert opd.auroc(range(100_000), [0, 1] * 50_000) > 0.5  # a pair at a time would take 20 GB
 
 
 def test_the_standard_error_is_over_problems_and_one_right_answer_passes_a_problem():

@@ -7,8 +7,10 @@ import torch
 
 torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
 
+import concurrent.futures
 import os
 import sys
+import threading
 import time
 
 import pytest
@@ -328,11 +330,18 @@ def test_a_unit_may_be_abbreviated_and_a_long_text_is_searched_for_one_in_two_se
 
 
 def test_a_lone_surrogate_leaves_the_process_of_math_verify_alive():
-    (worker,) = [value for value in opd.ask_math_verify.__defaults__ if isinstance(value, dict)]
-    before = worker["process"].pid
+    opd.ask_math_verify("1", "1")
+    before = opd.OF_THREAD.process.pid
     opd.ask_math_verify("\ud800", "\udfff5")
     assert opd.ask_math_verify("0.5", r"\frac{2}{4}")
-    assert worker["process"].pid == before
+    assert opd.OF_THREAD.process.pid == before
+
+
+def test_threads_get_the_verdicts_of_their_own_answers():
+    pairs = [("0.5", rf"\frac{{{index % 3}}}{{2}}") for index in range(60)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        verdicts = list(pool.map(opd.ask_math_verify, *zip(*pairs)))
+    assert verdicts == 20 * [False, True, False]
 
 
 @pytest.mark.parametrize("gold", ['{"a": 1}', "NaN", "\ud800", "}{", '""', "", "None", "\\", "0/0"])
@@ -343,6 +352,6 @@ def test_an_odd_gold_does_not_raise_and_does_not_equal_5(gold):
 def test_a_module_of_the_folder_does_not_stand_in_for_math_verify(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    worker = {"process": None}
-    assert opd.ask_math_verify("1", "1", worker=worker)
-    worker["process"].kill()
+    monkeypatch.setattr(opd, "OF_THREAD", threading.local())
+    assert opd.ask_math_verify("1", "1")
+    opd.OF_THREAD.process.kill()

@@ -887,6 +887,7 @@ MISTAKES = {
         {"gradient_checkpointing": True, "no_gradient_checkpointing": True},
         "--gradient_checkpointing and --no_gradient_checkpointing: give one",
     ),
+    "a folder from an unset variable of the shell": ({"output_dir": ""}, "--output_dir is empty"),
     "a template from an unset variable of the shell": (
         {"teacher_prompt_template": ""},
         "--teacher_prompt_template is empty",
@@ -1291,6 +1292,20 @@ def test_duplicates_with_another_answer_are_counted_apart(tmp_path):
     assert "2 duplicates with another answer are left out, such as '2+3?'" in told
 
 
+@pytest.mark.parametrize("name", ["choices", "options"])
+def test_a_note_says_that_choices_are_not_shown_to_a_model(name, tmp_path):
+    """MMLU's answer is a place among them."""
+    record = {"question": "1 + 1 =", name: ["1", "2"], "answer": 1}
+    with pytest.warns(UserWarning, match="1 records have choices, which no model is shown, such"):
+        opd.load_problems(write(tmp_path / "a.jsonl", record))
+
+
+def test_the_names_of_fields_may_be_capitalised(tmp_path):
+    record = {"ID": 7, "Problem": "2+3?", "Solution": "So it is 5.", "Answer": 5}
+    (problem,) = opd.load_problems(write(tmp_path / "a.jsonl", record))
+    assert problem == {"problem": "2+3?", "answer": "5", "solution": "So it is 5."}
+
+
 def test_a_file_without_duplicates_is_read_without_a_note(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -1564,9 +1579,8 @@ def test_an_answer_that_takes_for_ever_is_wrong_within_a_minute_and_the_next_is_
 
 def test_grading_continues_after_its_process_has_died():
     assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
-    (worker,) = [value for value in opd.ask_math_verify.__defaults__ if isinstance(value, dict)]
-    worker["process"].kill()
-    worker["process"].wait()
+    opd.OF_THREAD.process.kill()
+    opd.OF_THREAD.process.wait()
     assert opd.is_correct(r"\boxed{0.5}", r"\frac{1}{2}")
 
 
@@ -1585,16 +1599,15 @@ def test_a_grading_process_interrupted_while_it_starts_is_not_used(monkeypatch):
     starting = types.SimpleNamespace(readline=throw(KeyboardInterrupt()))
     process = types.SimpleNamespace(stdout=starting, poll=lambda: None)
     monkeypatch.setattr(opd.subprocess, "Popen", lambda *_, **__: process)
-    worker = {"process": None}
+    monkeypatch.setattr(opd, "OF_THREAD", threading.local())
     with pytest.raises(KeyboardInterrupt):
-        opd.ask_math_verify("1", "1", worker=worker)
-    assert worker["process"] is None
+        opd.ask_math_verify("1", "1")
+    assert not vars(opd.OF_THREAD)
 
 
 def test_the_grading_process_has_its_own_process_group_so_control_c_does_not_reach_it():
     opd.ask_math_verify("1", None)
-    (worker,) = [value for value in opd.ask_math_verify.__defaults__ if isinstance(value, dict)]
-    assert os.getpgid(worker["process"].pid) != os.getpgid(os.getpid())
+    assert os.getpgid(opd.OF_THREAD.process.pid) != os.getpgid(os.getpid())
 
 
 @pytest.mark.parametrize(
@@ -1607,11 +1620,8 @@ def test_without_an_answer_ask_math_verify_says_whether_the_gold_can_be_read(gol
 
 def test_without_math_verify_a_line_says_what_to_install(world, tmp_path, monkeypatch, capfd):
     """At the start, before anything is written, and not in the first evaluation."""
-    ask = opd.ask_math_verify
     monkeypatch.setattr(opd, "MATH_VERIFY", "raise ImportError")
-    monkeypatch.setattr(
-        opd, "ask_math_verify", lambda gold, answer: ask(gold, answer, worker={"process": None})
-    )
+    monkeypatch.setattr(opd, "OF_THREAD", threading.local())
     status, line = stopped(command(world, tmp_path / "out"), capfd)
     assert status == 2 and line.endswith("pip install math-verify")
     assert os.listdir(tmp_path) == []
@@ -1950,6 +1960,36 @@ def test_a_config_is_checked_like_a_command_line(world, tmp_path, capfd):
     config = opd.parse_args(command(world, tmp_path / "out"))
     status, line = stopped(dataclasses.replace(config, batch_size=0), capfd)
     assert status == 2 and "--batch_size 0" in line and os.listdir(tmp_path) == []
+
+
+def test_a_config_with_a_misspelt_field_is_refused(world, tmp_path, capfd):
+    config = opd.parse_args(command(world, tmp_path / "out"))
+    config.max_step = 3
+    status, line = stopped(config, capfd)
+    assert status == 2 and "Config has no field max_step" in line and os.listdir(tmp_path) == []
+
+
+def test_the_flags_of_a_list_may_be_numbers_and_paths():
+    config = opd.parse_args(["--max_steps", 2, "--output_dir", pathlib.Path("x")])
+    assert (config.max_steps, config.output_dir) == (2, "x")
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ({"teacher_prompt_template": "{problem} Hint: {soluton}"}, ["soluton"]),
+        ({"teacher_prompt_template": "{problem} {answer} {solution}"}, []),
+        ({"prompt_template": "{problem} {answer}"}, ["answer"]),
+        ({"prompt_template": r"{problem} \boxed{answer} x^{n} \frac{a}{b} \{k\}"}, []),
+    ],
+)
+def test_a_note_says_which_word_in_braces_is_not_filled_in(flags, told):
+    config = dataclasses.replace(opd.TINY, student="a", teacher="b", train_file=["c"], **flags)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        opd.check_config(config)
+    noted = [str(note.message).split(": ", 1)[1] for note in notes]
+    assert noted == [f"{{{word}}} is not filled in" for word in told]
 
 
 def test_an_unknown_choice_is_refused_in_a_config_too():
@@ -4029,6 +4069,17 @@ def test_files_put_aside_replace_those_put_aside_before(world, tmp_path):
     assert [line for line in old if "loss" in line] == lines[1] != lines[0]
     names = {"metrics.jsonl", "samples.jsonl", "checkpoint-1"}
     assert set(os.listdir(tmp_path)) == names | {f"{name}.old" for name in names}
+
+
+def test_starts_that_fail_do_not_replace_what_was_put_aside(world, tmp_path, capfd, monkeypatch):
+    """Though each of them makes new, empty files."""
+    train(world, tmp_path, max_steps=1)
+    before = test_opd.read(tmp_path / "metrics.jsonl"), test_opd.read(tmp_path / "samples.jsonl")
+    monkeypatch.setattr(opd, "preflight", throw(KeyboardInterrupt()))
+    for _ in range(2):
+        stopped(command(world, tmp_path), capfd)
+    after = [test_opd.read(tmp_path / f"{name}.jsonl.old") for name in ("metrics", "samples")]
+    assert tuple(after) == before and len(before[1]) > 0
 
 
 def test_no_view_writes_no_rollouts_html(world, tmp_path):
