@@ -2208,6 +2208,7 @@ class Run:
     untried: dict = field(default_factory=dict)  # EffOPD: the step's metrics, until its tries end
     counts: dict = None  # tokens and FLOPs so far
 
+    saved: list = None  # step, graded and whether untried, of the last checkpoint
     shown: dict = None  # rows of the last step, for rollouts.html
 
     # For the error message and the last checkpoint
@@ -2941,17 +2942,27 @@ STANDING = "step graded rows_at_once cap misses anchor untried counts flags".spl
 
 
 def save_checkpoint(config, run):
-    """Save the run's state and files to checkpoint-<step>/, unless that exists; of the others only
-    the latest stay. It is whole or not there: it gets its name when complete. OSError, with nothing
-    left behind, if it cannot be written or a number in it is not finite.
+    """Save the run's state and files to checkpoint-<step>/, unless they are there already; of the
+    others only the latest stay. It gets its name when complete. OSError, with nothing left behind,
+    if it cannot be written or a number in it is not finite.
     """
     folder = f"{config.output_dir}/checkpoint-{run.step}"
     partial = f"{config.output_dir}/checkpoint.partial"
     if not is_main():
         return
     remove(partial)  # left by an interrupted save or removal
-    if os.path.exists(folder):
-        return
+    # One that was saved by a signal lacks the tries or the evaluation after its step
+    now = [run.step, run.graded, bool(run.untried)]
+    if run.saved != now or not os.path.exists(folder):
+        write_checkpoint(run, folder, partial)
+        run.saved = now
+    for old in list_checkpoints(config.output_dir)[: -config.keep_checkpoints]:
+        os.replace(old, partial)  # rename first: a kill must not leave half a checkpoint
+        remove(partial)
+
+
+def write_checkpoint(run, folder, partial):
+    """Write a checkpoint under the name partial, then rename it to folder. OSError if it fails."""
     try:
         parts = [run.student.state_dict(), run.anchor, *run.optimizer.state.values()]
         if not all(tensor.isfinite().all() for part in parts for tensor in part.values()):
@@ -2973,10 +2984,13 @@ def save_checkpoint(config, run):
     except Exception as error:  # torch and safetensors raise their own errors for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
+    earlier = f"{folder}.old" if os.path.exists(folder) else ""
+    if earlier:
+        remove(earlier)
+        os.replace(folder, earlier)
     os.replace(partial, folder)  # from here on it is a checkpoint
-    for old in list_checkpoints(config.output_dir)[: -config.keep_checkpoints]:
-        os.replace(old, partial)  # rename first: a kill must not leave half a checkpoint
-        remove(partial)
+    if earlier:
+        remove(earlier)
 
 
 def read_checkpoint(folder, flags):
@@ -3027,11 +3041,10 @@ def prepare_files(config, run, checkpoint):
     around = os.path.dirname(os.path.abspath(checkpoint))
     if checkpoint and os.path.samefile(around, config.output_dir):
         page, checkpoints = [], [path for path in checkpoints if step_of(path) > run.step]
-    # Without a line of metrics it is a start that failed: what an earlier one put aside stays
-    files, metrics = [], run.files[0]
-    if os.path.exists(metrics) and os.path.getsize(metrics):
-        files = filter(os.path.exists, run.files + page)
-    for path in [*files, *checkpoints]:
+    files = list(filter(os.path.exists, run.files + page))
+    if not any(map(os.path.getsize, files)):  # of a start that failed: what is put aside stays
+        files = []
+    for path in files + checkpoints:
         remove(f"{path}.old")
         os.replace(path, f"{path}.old")
     # What takes its place
@@ -3434,29 +3447,25 @@ def extrapolate_student(config, run):
     began = clock(run.device)
     # The same problems and the same seed every time: only the weights differ
     problems = random.Random(config.seed).sample(run.answered, config.validation_size)
+    # Not the student itself: a signal may end the tries, and the student is saved then
+    tried_model = run.sampler
+    if run.sampler is run.student:
+        tried_model = copy.deepcopy(run.student)
     sampled = []
 
-    def load_weights(weights):
-        for model in (run.student, run.sampler):
-            model.load_state_dict(weights, strict=False)
-
     def validate(weights):
-        run.sampler.load_state_dict(weights, strict=False)
+        tried_model.load_state_dict(weights, strict=False)
         # Sampled as in training
         settings = {"max_length": config.max_new_tokens, "temperature": config.temperature}
         settings |= {"top_p": 1.0, "title": "extrapolation"}
-        metrics, answers = grade(config, run, run.sampler, problems, **settings)
+        metrics, answers = grade(config, run, tried_model, problems, **settings)
         sampled.extend(answers)
         return metrics["avg_at_n"]
 
-    weights = movable_weights(run.student)
-    try:
-        accepted, tried, scores = extrapolate(weights, run.anchor, validate)
-    except BaseException:  # a signal, say: the resumed run tries again
-        load_weights(weights)
-        raise
+    accepted, tried, scores = extrapolate(movable_weights(run.student), run.anchor, validate)
     with whole_step(run):
-        load_weights(accepted)
+        for model in (run.student, run.sampler):
+            model.load_state_dict(accepted, strict=False)
         run.anchor = accepted
         # The samples count towards the cost
         tokens = sum(answer["length"] for answer in sampled)
@@ -3932,6 +3941,7 @@ def open_run(config):
     run.rows_at_once = rows_that_fit(config, run)  # before loading the moments: it plans for them
     if state:
         run.optimizer.load_state_dict(state["optimizer"])
+        run.saved = [run.step, run.graded, bool(run.untried)]
     if is_main() and not config.eval_only:
         prepare_files(config, run, folder)
     return run

@@ -4123,6 +4123,52 @@ def test_an_interrupted_run_names_its_checkpoint_and_resumes_from_there(
     assert outcome(tmp_path) == outcome(whole)
 
 
+def test_tries_after_the_last_step_that_were_cut_short_are_in_the_resumed_runs_checkpoint(
+    world, tmp_path, monkeypatch, capfd, further
+):
+    """The checkpoint that the signal left has the same name."""
+    flags, out = {**LONG, "max_steps": 4}, tmp_path / "out"
+    train(world, tmp_path / "whole", **flags)
+    with monkeypatch.context() as patch:
+        at("an extrapolation", send(signal.SIGTERM), patch.setattr)
+        stopped(command(world, out, **flags), capfd)
+    assert not same_weights(out / "checkpoint-4", tmp_path / "whole" / "checkpoint-4")
+    train(world, out, **flags, resume=True)
+    assert outcome(out) == outcome(tmp_path / "whole")
+    assert [name for name in os.listdir(out) if "check" in name] == ["checkpoint-4"]
+
+
+def test_during_the_tries_the_student_keeps_its_weights(world, tmp_path, monkeypatch):
+    """Whenever a signal comes, they are what is saved."""
+    config, run = opened(world, tmp_path, extrapolate=True)
+    before = copy.deepcopy(run.student.state_dict())
+    run.anchor = {name: 0 * weight for name, weight in opd.movable_weights(run.student).items()}
+    run.untried = {"loss": 0.0}
+
+    def graded(model, *_, **__):
+        assert_same(run.student.state_dict(), before, tolerance=0)
+        tried.append(model.state_dict()["model.layers.0.mlp.up_proj.weight"].clone())
+        return {"avg_at_n": len(tried) == 2}, []
+
+    tried = []
+    monkeypatch.setattr(opd, "evaluate", graded)
+    opd.extrapolate_student(config, run)
+    weight = before["model.layers.0.mlp.up_proj.weight"]
+    close(tried[1], 3 * weight)
+    close(run.student.state_dict()["model.layers.0.mlp.up_proj.weight"], 3 * weight)
+
+
+def test_old_checkpoints_go_even_if_the_last_one_was_complete_before_a_kill(
+    world, tmp_path, every_step, further
+):
+    """Killed between the naming of the last checkpoint and the removal of the older ones."""
+    out = tmp_path / "out"
+    shutil.copytree(every_step, out)
+    assert len(checkpoints(out)) == 5
+    resume(world, out, save_every=1, keep_checkpoints=2)
+    assert checkpoints(out) == ["checkpoint-4", "checkpoint-5"]
+
+
 def test_control_c_saves_the_last_whole_step_whatever_save_every_is(
     world, tmp_path, monkeypatch, capfd, after_one_step
 ):
