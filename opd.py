@@ -3055,16 +3055,20 @@ def prepare_files(config, run, checkpoint):
             open(path, "w").close()
 
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+
+
 def interrupt(number, _):
     """The signal handler: stop at once. whole_step replaces it with one that waits."""
+    for another in SIGNALS:  # a second one must not disturb the last checkpoint
+        signal.signal(another, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
 def on_signals(act):
-    """A block in which act handles the signals below; under nohup SIGHUP stays ignored."""
-    before = {}
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    """A block in which act handles SIGNALS; under nohup SIGHUP stays ignored."""
+    before, numbers = {}, SIGNALS
     if threading.current_thread() is not threading.main_thread():
         numbers = ()  # Python handles signals in the main thread only
     try:

@@ -4206,6 +4206,16 @@ def test_control_c_does_not_wait_for_the_tries_of_an_extrapolation(
     assert test_opd.read(tmp_path / "metrics.jsonl") == []
 
 
+def test_a_second_signal_right_after_the_first_changes_nothing():
+    with opd.on_signals(opd.interrupt):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        for number in ALL_SIGNALS:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", ALL_SIGNALS)
 def test_a_signal_while_models_are_loaded_is_one_line_with_nothing_written(
     number, world, tmp_path, monkeypatch, capfd
