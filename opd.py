@@ -2838,7 +2838,8 @@ def preflight(config, run):
 
 def note(text):
     """Tell the user. main prints it as "note: ...", and each text once"""
-    warnings.warn(text, stacklevel=3)
+    if is_main():
+        warnings.warn(text, stacklevel=3)
 
 
 def say(*lines, file=None):

@@ -3822,6 +3822,14 @@ def test_resume_takes_no_checkpoint_of_an_earlier_run(world, tmp_path, monkeypat
     assert checkpoints(out) == ["checkpoint-2"]
 
 
+def test_only_the_first_rank_shows_a_note(monkeypatch):
+    """Even one about the flags, before the ranks have met."""
+    monkeypatch.setattr(opd, "RANK", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opd.note("it")
+
+
 def test_each_run_of_a_process_shows_its_notes(world, tmp_path, monkeypatch):
     """Python shows equal warnings of a process once."""
     shown = []
