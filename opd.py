@@ -2847,8 +2847,8 @@ def say(*lines, file=None):
     file = file or sys.stdout or open(os.devnull, "w")  # None: it was closed before the start
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
-        tqdm.write("\n".join(lines).encode(encoding, "replace").decode(encoding), file=file)
-        file.flush()
+        # Not tqdm.write: a signal while it takes its lock would end in a traceback
+        print("\n".join(lines).encode(encoding, "replace").decode(encoding), file=file, flush=True)
     except OSError:  # a closed pipe (| head -1), a full disk: the flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 

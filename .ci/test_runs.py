@@ -4214,6 +4214,13 @@ def test_control_c_does_not_wait_for_the_tries_of_an_extrapolation(
     assert test_opd.read(tmp_path / "metrics.jsonl") == []
 
 
+def test_a_line_is_printed_without_the_lock_of_progress_bars(monkeypatch, capsys):
+    """A signal while that lock is taken would end in a traceback."""
+    monkeypatch.setattr(opd.tqdm, "get_lock", throw(AssertionError("the lock")))
+    opd.say("a", "b")
+    assert capsys.readouterr().out == "a\nb\n"
+
+
 def test_a_second_signal_right_after_the_first_changes_nothing():
     with opd.on_signals(opd.interrupt):
         with pytest.raises(KeyboardInterrupt):
