@@ -781,9 +781,8 @@ def test_the_first_candidate_wins_a_tie():
 
 @pytest.mark.parametrize("num_keep, last", [(1, 1), (7, 1), (4, math.nan), (4, math.inf)])
 def test_select_prefixes_refuses_too_few_or_too_many_slots_and_scores_not_finite(num_keep, last):
-    score = torch.tensor([[1, 1, 1], [1, 1, last]])
     with pytest.raises(ValueError, match=f"needs 2 <= num_keep {num_keep} <= 6, and finite"):
-        opd.select_prefixes(score, num_keep)
+        opd.select_prefixes(torch.tensor([[1, 1, 1], [1, 1, last]]), num_keep)
 
 
 @pytest.mark.parametrize(
@@ -1055,12 +1054,13 @@ def test_hidden_states_are_those_that_predict_the_last_columns():
         close(row, STUDENT(ids[:, :column]).logits[0, -1], rtol=1e-4, atol=1e-5)
 
 
-def test_head_logits_are_cut_to_the_vocabulary_divided_by_temperature_and_in_float32():
-    wide = tiny_llama(0, vocab_size=V + 8).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_head_logits_are_cut_divided_by_temperature_and_in_float32_or_better(dtype):
+    wide = tiny_llama(0, vocab_size=V + 8).to(dtype)
     ids, _ = prompts(6)
     cut = opd.head_logits(wide, wide.base_model(ids).last_hidden_state, V, temperature=2.0)
-    assert cut.dtype == torch.float32
-    close(cut, wide(ids).logits[..., :V].float() / 2)
+    assert cut.dtype == torch.promote_types(dtype, torch.float32)
+    close(cut, wide(ids).logits[..., :V].to(cut.dtype) / 2)
 
 
 # Several stop tokens merged into one class
