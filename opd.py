@@ -3726,9 +3726,13 @@ def write_view(config, run):
         "data": json.dumps(data, separators=(",", ":")).replace("<", r"\u003c"),
     }
     # While it is written, a reader still sees the previous one
-    with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
-        file.write(page)
-    os.replace(f"{path}.partial", path)  # whole or not at all
+    try:
+        with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
+            file.write(page)
+        os.replace(f"{path}.partial", path)  # whole or not at all
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # after a full disk or a signal it is there
+            os.remove(f"{path}.partial")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -329,6 +329,12 @@ def test_a_unit_may_be_abbreviated_and_a_long_text_is_searched_for_one_in_two_se
     assert not opd.is_correct(r"\boxed{5 \text{ allons}}", r"5 \text{ gallons}")
 
 
+def test_what_stands_before_the_last_end_of_thoughts_does_not_count():
+    thoughts = r"</think> \boxed{5} is what I thought first </think> "
+    assert not opd.is_correct(thoughts + "so I do not know", "5")
+    assert opd.is_correct(thoughts + r"\boxed{6}", "6")
+
+
 def test_a_lone_surrogate_leaves_the_process_of_math_verify_alive():
     opd.ask_math_verify("1", "1")
     before = opd.OF_THREAD.process.pid

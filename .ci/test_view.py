@@ -604,6 +604,7 @@ def test_a_full_disk_ends_with_status_2_and_leaves_the_last_page_whole(tmp_path,
     with pytest.raises(OSError, match="No space") as error:
         opd.write_view(config, run)
     assert opd.explain(error.value, run.phase, {"a": 1})[1] == 2
+    assert [path.name for path in tmp_path.glob("rollouts*")] == ["rollouts.html"]
     assert (tmp_path / "rollouts.html").read_bytes() == before
 
 
