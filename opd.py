@@ -2837,7 +2837,7 @@ def preflight(config, run):
 
 
 def note(text):
-    """Tell the user. main prints it as "note: ...", and each text once"""
+    """Tell the user. main prints it as "note: ...", each text once in a run"""
     if is_main():
         warnings.warn(text, stacklevel=3)
 
@@ -2985,6 +2985,7 @@ def write_checkpoint(run, folder, partial):
     except Exception as error:  # torch and safetensors raise their own errors for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
+    # An earlier one of this step: a kill between the two renamings leaves it as .old, for --resume
     earlier = f"{folder}.old" if os.path.exists(folder) else ""
     if earlier:
         remove(earlier)

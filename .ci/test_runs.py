@@ -4146,6 +4146,28 @@ def test_tries_after_the_last_step_that_were_cut_short_are_in_the_resumed_runs_c
     assert [name for name in os.listdir(out) if "check" in name] == ["checkpoint-4"]
 
 
+def test_a_checkpoint_that_a_kill_left_as_old_can_be_resumed(
+    world, tmp_path, monkeypatch, further, whole
+):
+    """Between the two renamings that replace one of the same step."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    config, run = opened(world, out, **LONG, resume=True)
+    run.saved, replace = None, os.replace
+
+    def killed(source, target):
+        replace(source, target)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(SystemExit):
+            opd.save_checkpoint(config, run)
+    assert checkpoints(out) == []
+    train(world, out, **LONG, resume=out / "checkpoint-5.old")
+    assert outcome(out) == outcome(whole)
+
+
 def test_during_the_tries_the_student_keeps_its_weights(world, tmp_path, monkeypatch):
     """Whenever a signal comes, they are what is saved."""
     config, run = opened(world, tmp_path, extrapolate=True)
