@@ -1451,7 +1451,7 @@ def load_problems(path, needs_answers=False):
         if form:
             what = "problems ask for a form of the answer, and boxes alone are graded"
             notes[what].append(problem[max(0, form.start() - 60) :])
-        if record.get("choices") or record.get("options"):
+        if {"choices", "options"} & {name.lower() for name in record if record[name]}:
             notes["records have choices, which no model is shown"].append(problem)
         if left_out:
             notes["chats lose all before their last question"].append(left_out[0].get("content"))

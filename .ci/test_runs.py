@@ -1292,7 +1292,7 @@ def test_duplicates_with_another_answer_are_counted_apart(tmp_path):
     assert "2 duplicates with another answer are left out, such as '2+3?'" in told
 
 
-@pytest.mark.parametrize("name", ["choices", "options"])
+@pytest.mark.parametrize("name", ["choices", "Options"])
 def test_a_note_says_that_choices_are_not_shown_to_a_model(name, tmp_path):
     """MMLU's answer is a place among them."""
     record = {"question": "1 + 1 =", name: ["1", "2"], "answer": 1}
