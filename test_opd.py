@@ -1117,7 +1117,7 @@ def test_losses_and_gradients_with_merged_stops_are_those_of_classes_summed_by_h
 
 
 def test_overlap_and_alignment_with_merged_stops_are_those_of_classes_summed_by_hand():
-    z, t = logits(3, 9, seed=1), logits(3, 9, seed=2)
+    z, t = logits(3, 9, seed=1).double(), logits(3, 9, seed=2).double()
     p, q = opd.merge_stops(z, STOPS, 7), opd.merge_stops(t, STOPS, 7)
     close(opd.topk_overlap(p, q, 4), opd.topk_overlap(by_hand(z), by_hand(t), 4))
     mask = torch.ones(3, 9)
