@@ -3540,14 +3540,14 @@ def why_stopped(config, out, row):
     if config.method == "prune":
         bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
-    # on_merit: the rows kept for their score, not as the best of their prompt or because they ended
-    score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
-    selected = out["kept"] & (out["response_mask"].sum(-1) > config.prefix)
-    on_merit = score[selected & (score >= score[~out["kept"]].max())]
     # With random selection, or a custom rule, there is no score to report
-    if config.method != "prefix-guided" or config.select == "random" or not len(on_merit):
+    if config.method != "prefix-guided" or config.select == "random":
         return "not selected"
-    return f"not selected: overlap {score[row]:.3f} at first, where {on_merit.min():.3f} was kept"
+    score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
+    # Not the rows that ended before: they needed no slot. The best of each prompt has one anyway
+    selected = out["kept"] & (out["response_mask"].sum(-1) > config.prefix)
+    least = min(score[selected].tolist(), default=math.nan)
+    return f"not selected: overlap {score[row]:.3f} at first; the least that was kept: {least:.3f}"
 
 
 def first_rows(config, problems, plan, out, prompts=4):
@@ -3561,60 +3561,70 @@ def first_rows(config, problems, plan, out, prompts=4):
     return {**shown, "problems": problems[own], "borders": plan.borders()}
 
 
-def ask_both(run, out, k=5):
-    """What both models predict at each of the N response tokens of a rollout -> dict: sampled, kl,
-    advantage (log q - log p) (N,); the k likeliest tokens of each model, and their probs (N, 2k)
+def ask_both(run, k=5):
+    """What both models predict at each of the N response tokens of run.shown, row by row -> dict of
+    lists: sampled, kl, advantage (log q - log p); the k likeliest tokens, their probs (N, 2, k)
     """
-    asked = response_logits(run.sampler, out, "prompt", **run.sampling)
-    asked_teacher = response_logits(run.teacher, out, "teacher_prompt", **run.sampling)
+    asked = response_logits(run.sampler, run.shown, "prompt", **run.sampling)
+    asked_teacher = response_logits(run.teacher, run.shown, "teacher_prompt", **run.sampling)
     chunks = []
     for (logits, sampled), (teacher_logits, _) in zip(asked, asked_teacher):
         columns = {"sampled": sampled, "kl": reverse_kl(logits, teacher_logits)}
         log_probs = torch.stack([logits, teacher_logits], dim=1).log_softmax(-1)  # (n, 2, V)
         of_sampled = log_probs.take_along_dim(sampled[:, None, None], dim=-1)  # (n, 2, 1)
-        values, tokens = log_probs.topk(k)  # (n, 2, k)
-        columns |= {"advantage": of_sampled.diff(dim=1).flatten(), "tokens": tokens.flatten(1)}
-        chunks.append({**columns, "probs": values.exp().flatten(1)})
-    return concatenate(chunks)
+        columns["advantage"] = of_sampled.diff(dim=1).flatten()
+        values, columns["tokens"] = log_probs.topk(k)
+        chunks.append({**columns, "probs": values.exp()})
+    return {name: values.tolist() for name, values in concatenate(chunks).items()}
 
 
-def token_texts(tokenizer, ids, before):
-    """The text of each token -> list. A character of several tokens is at the last, ◌ at others"""
-    # Decoded after another token: many tokenizers drop the space in front of the first one
+def token_text(tokenizer, before, token):
+    """The text of a token. Decoded after another one, else many tokenizers drop its first space"""
     start = len(tokenizer.decode([before]))
-    texts, part = [], [before]
-    for token in ids:
-        part.append(token)
-        text = tokenizer.decode(part, clean_up_tokenization_spaces=False)[start:]
-        whole = len(part) > 4 or not text.endswith("\ufffd")  # a character has at most 4 bytes
-        texts.append(text.replace("\n", "↵\n") if whole else "◌")
-        part = [before] if whole else part
-    return texts
+    return tokenizer.decode([before, token], clean_up_tokenization_spaces=False)[start:]
 
 
-def row_html(config, run, row):
-    """A row of run.shown as HTML, a span per token; above a first candidate its prompt -> str"""
+SPAN = (
+    '<span tabindex="0" style="--overlap:{overlap:.3f};--advantage:{advantage:.3f};'
+    '--weight:{weight:.3f}" data-tip="KL {kl:.3f}, overlap {overlap:.3f}, log q − log p '
+    '{advantage:.3f}, weight {weight:.3f}&#10;student: {student}&#10;teacher: {teacher}">'
+    "{text}</span>"
+)
+
+
+def token_spans(run):
+    """A span for each response token of run.shown, row by row -> list of HTML"""
+    shown, valid = run.shown, run.shown["response_mask"]
+    before = shown["problems"][0]["prompt_ids"][0]
+    text_of = functools.cache(functools.partial(token_text, run.tokenizer, before))
+    facts = ask_both(run)
+    facts["overlap"] = shown["overlap"][valid].tolist()
+    facts["weight"] = (shown["token_weight"] * shown["loss_mask"])[valid].tolist()
+    spans = []
+    for place in range(len(facts["sampled"])):
+        fact = {name: values[place] for name, values in facts.items()}
+        # Escaped: what a model writes is never markup
+        fact["text"] = html.escape(text_of(fact["sampled"])).replace("\n", "↵\n")
+        for who, tokens, probs in zip(("student", "teacher"), fact["tokens"], fact["probs"]):
+            likeliest = [f"‹{text_of(token)}› {p:.1%}" for token, p in zip(tokens, probs)]
+            fact[who] = html.escape("  ".join(likeliest))
+        spans.append(SPAN.format(**fact))
+    return spans
+
+
+def row_html(config, run, row, spans):
+    """A row of run.shown, above a first candidate its prompt -> HTML"""
     shown, problem = run.shown, run.shown["problems"][row]
-    ids = shown["response_ids"][row][shown["response_mask"][row]].tolist()
-    parts = []
-    # The prompt, above the first of its candidates
+    stopped = shown["stopped"][row]
+    prompt = verdict = ""
     if row % config.num_generations == 0:
         asked = f"{run.tokenizer.decode(problem['prompt_ids'])} (answer: {problem['answer']})"
-        parts.append(f"<h2>{html.escape(asked)}</h2>")
-    # Right or wrong, its length, why it stopped
-    verdict, stopped = "", shown["stopped"][row]
+        prompt = f"<h2>{html.escape(asked)}</h2>"
     if problem["answer"] is not None and stopped in ("ended", "cut"):  # others could not finish
+        ids = shown["response_ids"][row][shown["response_mask"][row]].tolist()
         verdict = "right" if is_solved(run.tokenizer, problem, ids) else "wrong"
-    parts.append(f'<h3><b class="{verdict}">{verdict}</b> {len(ids)} tokens, {stopped}</h3>')
-    parts.append('<div class="row">')
-    # Its tokens, each escaped: what a model writes is never markup
-    least = config.drift_threshold if config.method == "prune" else 0
-    bad = (shown["overlap"][row] < least).tolist()
-    for place, text in enumerate(token_texts(run.tokenizer, ids, problem["prompt_ids"][0])):
-        kind = "border " * (place in shown["borders"]) + "bad" * bad[place]
-        parts.append(" " * (place > 0 and text.startswith(" ")))  # in front of the span
-        parts.append(f'<span class="{kind}">{html.escape(text.removeprefix(" "))}</span>')
-    return "".join(parts) + " ✂" * (stopped != "ended") + "</div>"
+    head = f'<h3><b class="{verdict}">{verdict}</b> {len(spans)} tokens, {stopped}</h3>'
+    return f'{prompt}{head}<div class="row">{"".join(spans)}</div>'
 
 
 PAGE = """\
@@ -3623,117 +3633,59 @@ PAGE = """\
 :root { color-scheme: light dark; --paper: light-dark(#fbfbf9, #14161b);
   --ink: light-dark(#1b1d22, #eceef2); --soft: light-dark(#5a6070, #a4abb8);
   --warm: light-dark(#f3a24d, #a3540c); --cool: light-dark(#84b8ec, #1f64a8); }
-body { max-width: 1060px; margin: auto; padding: 16px; overflow-wrap: anywhere;
+body { max-width: 1060px; margin: auto; padding: 16px 16px 9em; overflow-wrap: anywhere;
   background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1, p { margin: 0; } p, h3 { color: var(--soft); } h3 { margin: 12px 0 0; font: 13px system-ui; }
-h2, code, .row, #tip { margin: 0; font: 14px/1.9 ui-monospace, monospace; }
-h2 { padding-top: 24px; font-weight: 700; } h2, .row, #tip p { white-space: pre-wrap; }
-nav, #tip { background: var(--paper); } nav { position: sticky; top: 0; padding: 10px 0; }
+p, h3 { margin: 12px 0 0; color: var(--soft); font: 14px system-ui, sans-serif; }
+h2, .row { margin: 24px 0 0; font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; }
+h2 { font-weight: 700; } .row { margin: 0; }
 b { padding: 1px 8px; border-radius: 9px; color: var(--ink); } b:empty { display: none; }
 .right { background: var(--cool); } .wrong { background: var(--warm); }
-.row span { padding: 3px 1px; margin: 1px; border-radius: 3px; scroll-margin: 90px 0 20px; }
-.row span:empty::after { content: "␣"; } .row .border { border-left: 2px solid var(--ink); }
-.row span:is(:focus, :hover) { outline: 2px solid; } .bad { text-decoration: wavy underline; }
-#tip { position: absolute; width: min(430px, 100vw - 46px); padding: 10px 14px; columns: 2;
-  border: 1px solid var(--soft); border-radius: 8px; box-shadow: 0 8px 30px #0006;
-  pointer-events: none; } #tip > p { column-span: all; font-size: 12px; }
-#tip div { break-inside: avoid; } #tip div p { margin-top: 2px; color: var(--ink);
-  line-height: 1.6; background: linear-gradient(to right, var(--cool) var(--p), transparent 0); }
-p::after { content: attr(data-share); float: right; }
+nav { position: sticky; top: 0; padding: 10px 0; background: var(--paper); }
+span { --at: var(--overlap); padding: 3px 0; margin: 1px; border-radius: 3px;
+  scroll-margin: 90px 0 9em;
+  background: linear-gradient(to right, var(--warm), transparent, var(--cool)) 0 / 9999%%;
+  background-position-x: clamp(0%%, 100%% * var(--at), 100%%); }
+:has([value=advantage]:checked) span { --at: (.5 + var(--advantage) / 4); }
+:has([value=weight]:checked) span { --at: var(--weight) / %(top)s; }
+:is(%(borders)s) { border-left: 2px solid; }
+span:is(:focus, :hover) { outline: 2px solid; }
+span:is(:focus, :hover)::after { content: attr(data-tip); position: fixed; inset: auto 0 0;
+  padding: 10px 20px; background: var(--paper); border-top: 1px solid; z-index: 1; }
+span:hover::after { z-index: 2; }
 </style><h1>What the student wrote, and what both models say of it</h1>
-<p>Step %(step)s of <code>%(run)s</code>, method %(method)s <code>%(flags)s</code></p>
-<p>Point at a token, or walk with ← and →, to see what each model would have said there, the student
-after this step. Values are <b class="right">high</b> or <b class="wrong">low</b>; where overlap is
-high, they agree. │ is a segment border, ✂ no end token, a wavy line a bad event of prune.</p>
+<p>Step %(step)s of %(run)s, method %(method)s, with %(flags)s</p>
+<p>Point at a token, or press Tab, to see what each model would have said there, the student after
+this step. Values are <b class="right">high</b> or <b class="wrong">low</b>; where overlap is high,
+they agree. │ is a segment border.</p>
 <nav>Colour by <label><input type="radio" name="by" value="overlap" checked> top-k overlap, 0 to 1
 </label><label><input type="radio" name="by" value="advantage"> log q − log p, −2 to 2</label>
 <label><input type="radio" name="by" value="weight"> loss weight, 0 to %(top)s</label></nav>
-%(rows)s<div id="tip" role="status" hidden><p></p>
-<div>student<p></p><p></p><p></p><p></p><p></p></div>
-<div>teacher<p></p><p></p><p></p><p></p><p></p></div></div><script>
-const data = %(data)s;
-const ends = {overlap: [0, 1], advantage: [-2, 2], weight: [0, %(top)s]};
-const spans = [...document.querySelectorAll(".row span")], tip = document.querySelector("#tip");
-const [numbers, ...likeliest] = tip.querySelectorAll("p");
-function paint() {
-  const by = document.querySelector("input:checked").value, [low, high] = ends[by];
-  spans.forEach((span, i) => {
-    const x = 200 * (data[by][i] - low) / (high - low) - 100, colour = x < 0 ? "warm" : "cool";
-    const share = Math.min(100, Math.abs(x));
-    span.style.background = `color-mix(in srgb, transparent, var(--${colour}) ${share}%%)`;
-  });
-}
-function show(span) {
-  const i = spans.indexOf(span);
-  tip.hidden = i < 0;
-  if (tip.hidden) return;
-  numbers.textContent = `KL ${data.kl[i]}, overlap ${data.overlap[i]}, `
-    + `log q − log p ${data.advantage[i]}, weight ${data.weight[i]}`;
-  likeliest.forEach((line, n) => {
-    const token = data.tokens[i][n], share = (100 * data.probs[i][n]).toFixed(1) + "%%";
-    line.textContent = (token == data.sampled[i] ? "▸" : " ") + data.words[token];
-    line.dataset.share = share;
-    line.style.setProperty("--p", share);
-  });
-  const {left, top, bottom} = span.getBoundingClientRect(), height = tip.offsetHeight + 8;
-  tip.style.left = Math.max(8, Math.min(left, innerWidth - tip.offsetWidth - 24)) + "px";
-  tip.style.top = scrollY + (bottom + height < innerHeight ? bottom + 8 : top - height) + "px";
-}
-spans.forEach((span, i) => span.tabIndex = i ? -1 : 0);
-for (const name of ["mouseover", "focusin"]) addEventListener(name, e => show(e.target));
-addEventListener("change", paint);
-addEventListener("keydown", e => {
-  if (e.key == "Escape") tip.hidden = true;
-  const step = {ArrowLeft: -1, ArrowRight: 1}[e.key], i = spans.indexOf(e.target);
-  if (step && i >= 0) spans[i + step]?.focus();
-});
-paint();
-</script>
 """
 
 
 def write_view(config, run):
-    """Write rollouts.html of run.shown, with what both models predict now. The page before it stays
-    until it is whole.
-    """
+    """Write rollouts.html of run.shown, with what both models predict now"""
     if not run.shown:
         return
     run.phase, path = f"rollouts.html of step {run.step}", f"{config.output_dir}/rollouts.html"
-    # The numbers of all tokens, end to end, for the script
-    predictions, valid = ask_both(run, run.shown), run.shown["response_mask"]
-    data = {name: predictions.pop(name).tolist() for name in ("sampled", "tokens")}
-    predictions["overlap"] = run.shown["overlap"][valid]
-    predictions["weight"] = (run.shown["token_weight"] * run.shown["loss_mask"])[valid]
-    data |= {name: x.cpu().double().round(decimals=3).tolist() for name, x in predictions.items()}
-    # A token's text once, not at every place where it is likely
-    used = sorted(set().union(*data["tokens"]))
-    before = run.shown["problems"][0]["prompt_ids"][0]
-    data["words"] = {token: token_texts(run.tokenizer, [token], before)[0] for token in used}
-    # Which run this is
-    usual = Config() if config.student else TINY
-    usual = replace(usual, output_dir=config.output_dir, method=config.method)
-    flags = []
-    for name, value in vars(config).items():
-        if value not in (getattr(usual, name), []):  # a list is empty by default
-            flags.append(f"--{name} {value}")
-    page = PAGE % {
+    usual = vars(Config() if config.student else TINY)
+    flags = [f"--{name} {x}" for name, x in vars(config).items() if x not in (usual[name], [])]
+    head = {
         "step": run.step,
-        "run": html.escape(config.output_dir),
+        "run": config.output_dir,
         "method": config.method,
-        "flags": html.escape(" ".join(flags)),
+        "flags": " ".join(flags),
+        "borders": ", ".join(f"span:nth-child({border + 1})" for border in run.shown["borders"]),
         "top": 1 + config.w_base if config.method == "prune" else 1,
-        "rows": "".join(row_html(config, run, row) for row in range(len(valid))),
-        # Without "<" nothing in it can end the script
-        "data": json.dumps(data, separators=(",", ":")).replace("<", r"\u003c"),
     }
-    # While it is written, a reader still sees the previous one
-    try:
-        with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
-        os.replace(f"{path}.partial", path)  # whole or not at all
-    finally:
-        with contextlib.suppress(FileNotFoundError):  # after a full disk or a signal it is there
-            os.remove(f"{path}.partial")
+    page = PAGE % {name: html.escape(str(x)) for name, x in head.items()}
+    spans = token_spans(run)
+    for row, length in enumerate(run.shown["response_mask"].sum(-1).tolist()):
+        page += row_html(config, run, row, spans[:length])
+        spans = spans[length:]
+    with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
+        file.write(page)
+    os.replace(f"{path}.partial", path)  # while it is written, a reader sees the previous one
 
 
 # --------------------------------------------------------------------------------------------------
