@@ -3717,8 +3717,6 @@ def read_run(root, name):
             record = json.loads(line)
         except ValueError:  # half a line, from a run that was killed
             continue
-        if not isinstance(record, dict) or "generated_tokens" not in record:
-            continue  # it is of another program
         if "overlap_by_position" in record:
             seconds += sum(record[key] for key in record if key.startswith("time_"))
             run.setdefault("first", record)
@@ -3802,7 +3800,6 @@ def draw_report(runs):
     """Accuracy against tokens and seconds, overlap by position, a colour per method -> figure"""
     from matplotlib.figure import Figure
 
-    warnings.filterwarnings("ignore", "Glyph")  # of a name that the font cannot show
     # Not pyplot, which would look for a display
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     by_tokens, by_position, by_seconds = figure.subplots(1, 3)
@@ -3827,17 +3824,11 @@ def draw_report(runs):
 
 def report(folder):
     """Print the table of all runs below a folder, and draw its report.png -> {name: results}"""
-    runs, seen = [], set()
-    paths = glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)
-    for path in sorted(sorted(paths), key=len):
-        # Skip copies in checkpoints, whole, half, old or renamed; take what links lead to once, by
-        # its shortest name
-        copied = re.search(r"(\A|/)checkpoint(-\d+(\.old)?|\.partial)/metrics", path)
-        name, place = os.path.dirname(path), os.path.realpath(f"{folder}/{path}")
-        if copied or place in seen or os.path.exists(f"{folder}/{name}/trainer_state.pt"):
-            continue
-        seen.add(place)
-        runs.append(read_run(folder, name))
+    runs = []
+    for path in glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True):
+        # Not the copies in checkpoints, whole, half or old
+        if not re.search(r"(\A|/)checkpoint(-\d+(\.old)?|\.partial)/metrics", path):
+            runs.append(read_run(folder, os.path.dirname(path)))
     runs = sorted(filter(None, runs), key=operator.itemgetter("name"))
     if not runs:
         raise ValueError(f"--report {folder}: no run below it has a metrics.jsonl with steps")
