@@ -56,7 +56,6 @@ import operator
 import os
 import random
 import re
-import reprlib
 import select
 import shutil
 import signal
@@ -1398,13 +1397,13 @@ def read_fields(record):
 
 def read_solution(value):
     """A field -> the text of a worked solution, "" if it holds none. GSM8K's <<1+1=2>> and "####"
-    line are removed; lone surrogates become U+FFFD
+    line are removed.
     """
     text = value.strip() if isinstance(value, str) else ""
     before, mark, last = text.rpartition("####")
     if mark and "\n" not in last:
         text = before
-    return re.sub(HALF, "\ufffd", re.sub(r"<<[^<>\n]*>>", "", text)).strip()
+    return re.sub(r"<<[^<>\n]*>>", "", text).strip()
 
 
 # Instructions that data sets add to a problem. They conflict with the prompt template, and with
@@ -1418,8 +1417,6 @@ INSTRUCTIONS = (
 # Other requests for an answer format; lone surrogates, half characters that UTF-8 cannot encode
 FORMAT = r"(?i)\\boxed|####|answer:|</?(?:answer|think)>|step[ -]by[ -]step"
 HALF = "[\ud800-\udfff]"
-SHORT = reprlib.Repr()  # shows all fields of a record, the long ones cut in the middle
-SHORT.maxdict = 99
 
 
 def load_problems(path, needs_answers=False):
@@ -1437,12 +1434,12 @@ def load_problems(path, needs_answers=False):
         wrong = ""
         if not isinstance(problem, str) or not problem.strip():
             wrong = "needs a text in problem, question, prompt or messages"
-        elif re.search(HALF, f"{problem}{answer}"):
+        elif re.search(HALF, f"{problem}{answer}{solution}"):
             wrong = "has half a character, a lone surrogate"
         elif needs_answers and not answer:
             wrong = f"evaluation needs an answer, in {', '.join(ANSWERS + LABELS)} or solution"
+        fields = ", ".join(record)
         if wrong:
-            fields = SHORT.repr(record)
             raise ValueError(f"{path}, record {number}: {wrong}; its fields are {fields}")
 
         # Note what the user should know of the rest
@@ -1451,16 +1448,12 @@ def load_problems(path, needs_answers=False):
         if form:
             what = "problems ask for a form of the answer, and boxes alone are graded"
             notes[what].append(problem[max(0, form.start() - 60) :])
-        if {"choices", "options"} & {name.lower() for name in record if record[name]}:
-            notes["records have choices, which no model is shown"].append(problem)
         if left_out:
             notes["chats lose all before their last question"].append(left_out[0].get("content"))
         if not answer and len(record) > 1:
-            notes["records have no answer"].append(SHORT.repr(record))
+            notes["records have no answer"].append(f"one with the fields {fields}")
         if problem in problems:
-            other = answer and problems[problem]["answer"] not in (None, answer)
-            what = "duplicates with another answer" if other else "duplicates"
-            notes[f"{what} are left out"].append(problem)
+            notes["duplicates are left out"].append(problem)
         kept = problems.setdefault(problem, {"problem": problem, "answer": None, "solution": None})
         kept["answer"] = kept["answer"] or answer
         kept["solution"] = kept["solution"] or solution
@@ -3421,10 +3414,7 @@ def say_gaps(graded):
         gap = 100 * (informed["avg_at_n"] - student["avg_at_n"])
         say(
             f"{name}: the teacher with its own prompt is {gap:+.1f} points ahead of the student; "
-            "the gain is said to be linear in this gap (2605.30070); "
-            # Their lengths: a shortcut that only a solution allows is learned, too
-            f"its answers have {informed['mean_length']:.0f} tokens, the student's "
-            f"{student['mean_length']:.0f}"
+            "the gain is said to be linear in this gap (2605.30070)"
         )
 
 
@@ -3797,24 +3787,22 @@ def report_table(runs):
 
 
 def draw_report(runs):
-    """Accuracy against tokens and seconds, overlap by position, a colour per method -> figure"""
+    """Accuracy against sampled tokens, and overlap by position, a colour per method -> figure"""
     from matplotlib.figure import Figure
 
     # Not pyplot, which would look for a display
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    by_tokens, by_position, by_seconds = figure.subplots(1, 3)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    by_tokens, by_position = figure.subplots(1, 2)
     by_tokens.set(xlabel="generated tokens", ylabel="accuracy (a line per seed)")
     by_position.set(xlabel="start to end of the longest response", ylim=(0, 1))
     by_position.set_ylabel("overlap (dotted: first step)")
-    by_seconds.set(xlabel="seconds of training", ylabel="accuracy")
     names = sorted({run["group"] for run in runs})
     legend = {}
     for run in runs:
         look = {"color": f"C{names.index(run['group'])}", "linewidth": 1}
         if run["curve"]:
-            tokens, seconds, accuracy = zip(*run["curve"])
+            tokens, _, accuracy = zip(*run["curve"])
             by_tokens.plot(tokens, accuracy, "o-", markersize=3, **look)
-            by_seconds.plot(seconds, accuracy, "o-", markersize=3, **look)
         by_position.plot(run["first"]["overlap_by_position"], ":", **look)
         (line,) = by_position.plot(run["last"]["overlap_by_position"], **look)
         legend[run["group"].replace("$", r"\$")] = line  # a dollar would begin a formula

@@ -755,7 +755,7 @@ FORMATS = [
 UNREADABLE = [
     ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3: not JSON"),
     ('[{"problem": "a"},\n{"problem": \n', "line 3: not JSON"),
-    ('{"text": "a", "id": 1}\n', "fields are {'id': 1, 'text': 'a'}"),
+    ('{"text": "a", "id": 1}\n', "fields are text, id"),
     ('"just a string"\n', "record 1"),
     ("", "empty"),
     ("\n\n", "empty"),
@@ -765,6 +765,7 @@ UNREADABLE = [
     ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "record 1"),
     ('{"problem": "a"}\n{"problem": "\\ud800"}\n', "record 2: has half a character"),
     ('{"problem": "a", "answer": "\\udfff"}\n', "record 1: has half a character"),
+    ('{"problem": "a", "solution": "\\udfff"}\n', "record 1: has half a character"),
     ('{"problem": "a"}\n' + "[" * 100_000 + "]" * 100_000, "line 2: not JSON"),
     ('{"problem": ' + '{"a": ' * 100_000 + "1" + "}" * 100_001, "line 1: not JSON"),
 ]
@@ -796,7 +797,7 @@ MISTAKES = {
     "a line that is not JSON": ({"train_file": "{world}/bad.jsonl"}, "line 2"),
     "a record without a problem": (
         {"train_file": "{world}/keys.jsonl"},
-        "fields are {'label': 2, 'text': '1'}",
+        "fields are text, label",
     ),
     "a model that is nowhere": ({"student": "{world}/nowhere"}, "nowhere"),
     "a model folder that does not load": ({"teacher": "{world}/broken"}, "broken does not load"),
@@ -832,7 +833,7 @@ MISTAKES = {
     ),
     "evaluation answers in an unknown field": (
         {"eval_file": "{world}/value.jsonl"},
-        "solution; its fields are {'problem': '1', 'value': 2}",
+        "solution; its fields are problem, value",
     ),
     "prompts that are all too long": ({"max_prompt_length": 2}, "--max_prompt_length 2"),
     "a share of a mixture that is no number": ({"mix": ["nan"]}, "--mix"),
@@ -1249,11 +1250,10 @@ def test_a_chat_beside_a_problem_gives_no_note_and_beside_a_text_prompt_the_answ
 
 def test_a_note_about_missing_answers_lists_the_fields_of_one_such_record(tmp_path):
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "value": 5}, {"problem": "1", "x": 5})
-    fields = "{'problem': '2+3?', 'value': 5}"
-    assert noted(path) == [f'2 records have no answer, such as "{fields}"']
+    told = "records have no answer, such as 'one with the fields"
+    assert noted(path) == [f"2 {told} problem, value'"]
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": "proof"})
-    fields = "{'answer': 'proof', 'problem': '2+3?'}"
-    assert noted(path) == [f'1 records have no answer, such as "{fields}"']
+    assert noted(path) == [f"1 {told} problem, answer'"]
 
 
 @pytest.mark.parametrize("text", [*INSTRUCTIONS, " a", "\n \t", "\\boxed{", "Answer", "step "])
@@ -1280,24 +1280,6 @@ def test_of_duplicates_the_first_answer_found_is_kept(answers, tmp_path):
     path = write(tmp_path / "a.jsonl", *records)
     (problem,) = opd.load_problems(path)
     assert (problem["problem"], problem["answer"]) == ("2+3?", "5")
-
-
-def test_duplicates_with_another_answer_are_counted_apart(tmp_path):
-    records = [{"problem": "2+3?", "answer": answer} for answer in ("5", "6", None, "5", 7)]
-    path = write(tmp_path / "a.jsonl", *records)
-    with pytest.warns() as notes:
-        opd.load_problems(path)
-    told = " ".join(str(note.message) for note in notes)
-    assert "2 duplicates are left out" in told
-    assert "2 duplicates with another answer are left out, such as '2+3?'" in told
-
-
-@pytest.mark.parametrize("name", ["choices", "Options"])
-def test_a_note_says_that_choices_are_not_shown_to_a_model(name, tmp_path):
-    """MMLU's answer is a place among them."""
-    record = {"question": "1 + 1 =", name: ["1", "2"], "answer": 1}
-    with pytest.warns(UserWarning, match="1 records have choices, which no model is shown, such"):
-        opd.load_problems(write(tmp_path / "a.jsonl", record))
 
 
 def test_the_names_of_fields_may_be_capitalised(tmp_path):
@@ -5887,7 +5869,7 @@ def test_runs_without_evaluations_are_listed_but_have_no_accuracy_curve(tmp_path
     assert [row[name] for name in ("teacher", "before", "after", "gap")] == ["-"] * 4
     figure = opd.draw_report(read_runs(tmp_path))
     curves = [len(axes.lines) for axes in figure.axes]
-    assert curves == [1, 4, 1]  # by position: the first and the last step of both
+    assert curves == [1, 4]  # by position: the first and the last step of both
 
 
 def test_a_report_uses_the_mean_over_evaluation_files(tmp_path):
@@ -5919,7 +5901,7 @@ def test_one_group_is_a_table_of_one_row_without_ratios(tmp_path, capsys):
     assert {label: facts[label] for label in expected} == expected and not rows
 
 
-def test_the_picture_has_three_panels_with_a_line_per_seed(tmp_path):
+def test_the_picture_has_two_panels_with_a_line_per_seed(tmp_path):
     """Two seeds have one colour; the legend names every group once."""
     made_run(tmp_path / "opd/seed-0", 0.5)
     made_run(tmp_path / "opd/seed-1", 0.7, scale=3)
@@ -5928,11 +5910,9 @@ def test_the_picture_has_three_panels_with_a_line_per_seed(tmp_path):
     assert set(results) == {"opd/seed-0", "opd/seed-1", "x"}
     assert (tmp_path / "report.png").stat().st_size > 1000
     figure = opd.draw_report(read_runs(tmp_path))
-    tokens, positions, seconds = (axes.lines for axes in figure.axes)
+    tokens, positions = (axes.lines for axes in figure.axes)
     curves = [line.get_xydata().tolist() for line in tokens]
     assert curves[:2] == [[[0, 0.1], [2000, 0.5]], [[0, 0.1], [6000, 0.7]]]
-    curves = [line.get_xydata().tolist() for line in seconds]
-    assert curves[:2] == [[[0, 0.1], [8, 0.5]], [[0, 0.1], [24, 0.7]]]
     by_position = [line.get_xydata().tolist()[0] for line in positions]
     assert by_position[:2] == [[0, 0.6], [0, 0.7]]  # the first step, the last
     colors = [line.get_color() for line in tokens]
