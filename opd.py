@@ -1007,8 +1007,8 @@ def evaluate(
     seed_sampling(seed)  # not restored: every training step seeds anew
     starts = range(0, len(own), rows_per_batch)
     head = {name: sampling.get(name) for name in ("vocab_size", "eos_ids", "stop_id")}
-    # A bar only with a title, on rank 0, and at a terminal (None)
-    for start in tqdm(starts, title, leave=False, disable=None if title and is_main() else True):
+    # A bar only on rank 0, and at a terminal (None)
+    for start in tqdm(starts, title, leave=False, disable=None if is_main() else True):
         # Sample, and let the teacher score the samples
         batch = own[start : start + rows_per_batch]
         prompts = [answer["prompt_ids"] + answer.get("begun", []) for answer in batch]
@@ -3330,8 +3330,10 @@ def grade(config, run, model, problems, **settings):
     """evaluate with the values of the flags, which settings override, and with this model's stop
     ids and rows at once -> its metrics and answers
     """
+    run.phase = f"evaluation after step {run.step}"
     eos_ids, flag = run.sampling["eos_ids"], "eval_batch_size"
     if model is run.teacher:
+        run.phase += " by the teacher"
         eos_ids, flag = eos_ids | run.stops["teacher"], "teacher_eval_batch_size"
     arguments = {
         **run.sampling,
@@ -3353,13 +3355,11 @@ def evaluate_files(config, run, who):
     The teacher gets the student's prompts. The prompted_teacher gets its own, on the problems that
     have the fields for them.
     """
-    run.phase = f"evaluation after step {run.step}"
     began = clock(run.device)
     # Which model answers, which one scores the answers, and with what prompts
     model, judge_model = run.sampler, run.teacher
     template = config.prompt_template
     if who in ("teacher", "prompted_teacher"):
-        run.phase += " by the teacher"
         model, judge_model = run.teacher, None
     if who == "prompted_teacher":
         template = config.teacher_prompt_template
@@ -3380,8 +3380,8 @@ def evaluate_files(config, run, who):
         run.tell(metrics, f"{who}/{name}/")
         results[name] = metrics
         for answer in answers:
-            kept = {key: value for key, value in answer.items() if not key.endswith("_ids")}
-            kept.pop("solution", None)  # --eval_file has it already
+            left_out = ("_ids", "solution")  # --eval_file has the solution
+            kept = {key: value for key, value in answer.items() if not key.endswith(left_out)}
             lines.append({"step": run.step, "model": who, "eval": name, **kept})
     record = {
         "model": who,
@@ -3395,7 +3395,6 @@ def evaluate_files(config, run, who):
     # All lines or none, at the end: an interrupted evaluation is redone on resume
     with whole_step(run):
         if is_main():
-            os.makedirs(config.output_dir, exist_ok=True)  # another run removes it while empty
             append_json(run.files[1], *lines)
         if results:
             run.record(record)
@@ -3420,8 +3419,7 @@ def say_gaps(graded):
 
 def probe(config, run, answers, accuracy):
     """How much more often the teacher is right when it continues answers cut at --probe_depths"""
-    advantages, phase = {}, run.phase
-    run.phase += " by the teacher"
+    advantages = {}
     for depth in config.probe_depths:
         begun = []
         for answer in answers:
@@ -3431,7 +3429,6 @@ def probe(config, run, answers, accuracy):
         onward = {"max_length": most - most * depth // 100, "title": f"teacher from {depth}%"}
         metrics, _ = grade(config, run, run.teacher, begun, **onward)  # the cap holds in total
         advantages[f"advantage_from_{depth}"] = metrics["avg_at_n"] - accuracy
-    run.phase = phase
     return advantages
 
 
@@ -3932,8 +3929,6 @@ def main(argv=None):
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the tiny world takes one
         # Not isinstance(argv, Config): after a reload of the module there are two such classes
         config = argv if hasattr(argv, "method") else parse_args(argv)
-        for name in vars(config).keys() - Config.__annotations__.keys():
-            raise ValueError(f"Config has no field {name}: see python opd.py --help")
         # Only what a checkpoint can hold: lists for tuples, texts for Paths
         config = Config(**json.loads(json.dumps(vars(config), default=plain)))
         check_config(config)
