@@ -3478,14 +3478,11 @@ def cold_start_step(config, run, step):
     run.phase = f"cold start, step {step}"
     # The teacher samples; its right solutions, and those to problems without an answer, are learned
     problems = draw_prompts(config, run, step)
-    asked = [teacher_prompt(problem) for problem in problems]
     plan = Plan(config.max_new_tokens, config.segment_length)
-    size = run.rows_at_once["rollout_batch_size"]
-    out = rollout_in_groups(
-        run.teacher, None, asked, plan, size, config.num_generations, **run.sampling
-    )
-    # The student learns them after its own prompt
-    out = with_prompts(out, [problem["prompt_ids"] for problem in problems])
+    settings = {**rollout_settings(config, run, problems), "overlap_k": 0}
+    prompts, settings["prompts"] = settings["prompts"], settings["for_teacher"]
+    out = rollout_in_groups(run.teacher, None, plan=plan, **settings)
+    out = with_prompts(out, prompts)  # the student learns them after its own prompt
     run.phase = f"the update of cold start step {step}"
     mask, right = out["response_mask"], out["ended"].clone()
     for row, problem in enumerate(problems):
@@ -3810,11 +3807,11 @@ def draw_report(runs):
 def report(folder):
     """Print the table of all runs below a folder, and draw its report.png -> {name: results}"""
     runs = []
-    for path in glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True):
+    for path in sorted(glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)):
         # Not the copies in checkpoints, whole, half or old
         if not re.search(r"(\A|/)checkpoint(-\d+(\.old)?|\.partial)/metrics", path):
             runs.append(read_run(folder, os.path.dirname(path)))
-    runs = sorted(filter(None, runs), key=operator.itemgetter("name"))
+    runs = list(filter(None, runs))
     if not runs:
         raise ValueError(f"--report {folder}: no run below it has a metrics.jsonl with steps")
     say(*report_table(runs))
