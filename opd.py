@@ -3524,14 +3524,14 @@ def why_stopped(config, out, row):
     if config.method == "prune":
         bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
-    # With random selection, or a custom rule, there is no score to report
-    if config.method != "prefix-guided" or config.select == "random":
-        return "not selected"
+    # on_merit: the rows kept for their score, not as the best of their prompt or because they ended
     score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
-    # Not the rows that ended before: they needed no slot. The best of each prompt has one anyway
     selected = out["kept"] & (out["response_mask"].sum(-1) > config.prefix)
-    least = min(score[selected].tolist(), default=math.nan)
-    return f"not selected: overlap {score[row]:.3f} at first; the least that was kept: {least:.3f}"
+    on_merit = score[selected & (score >= score[~out["kept"]].max())]
+    # With random selection, or a custom rule, there is no score to report
+    if config.method != "prefix-guided" or config.select == "random" or not len(on_merit):
+        return "not selected"
+    return f"not selected: overlap {score[row]:.3f} at first, where {on_merit.min():.3f} was kept"
 
 
 def first_rows(config, problems, plan, out, prompts=4):

@@ -308,23 +308,23 @@ def test_a_row_that_ended_and_one_that_was_cut_say_so():
     assert headline(out, 0) == "ended" and headline(out, 1) == "cut"
 
 
-def test_a_row_not_selected_names_its_score_and_the_least_that_was_kept():
+def test_a_row_not_selected_names_its_score_and_the_least_kept_one_above_all_that_were_not():
     out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [1, 1, 0, 1, 0, 0])
     for row, own in ((2, 0.7), (4, 0.5), (5, 0.4)):
-        told = f"not selected: overlap {own:.3f} at first; the least that was kept: 0.600"
+        told = f"not selected: overlap {own:.3f} at first, where 0.800 was kept"
         assert headline(out, row, **GUIDED) == told
 
 
 def test_a_row_that_ended_before_the_prefix_does_not_count_as_kept_for_its_score():
-    out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [1, 1, 0, 1, 1, 0], ended=[4])
+    out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.75, 0.4], [1, 1, 0, 1, 1, 0], ended=[4])
     out["response_mask"][4, 5:] = False
-    assert headline(out, 2, **GUIDED).endswith("the least that was kept: 0.600")
+    assert headline(out, 2, **GUIDED).endswith("where 0.800 was kept")
 
 
-def test_no_score_is_named_with_a_custom_rule():
+def test_no_score_is_named_with_a_custom_rule_or_if_no_row_was_kept():
     out = made_rollout([0.9, 0.8, 0.7], [0, 0, 0])
     assert headline(out, 1, method="opd") == "not selected"
-    assert headline(out, 1, **GUIDED).endswith("kept: nan")
+    assert headline(out, 1, **GUIDED) == "not selected"
 
 
 def test_random_selection_names_no_score():
@@ -346,10 +346,10 @@ def test_the_scores_named_are_those_by_which_the_run_selected(finished):
     lost = [row for row, line in enumerate(lines) if "not selected" in line]
     assert lost == [row for row in range(16) if not batch["kept"][row]] and len(lost) >= 2
     for row in lost:
-        own, least = re.search(r"overlap (\S+) at first; .* kept: (\S+)", lines[row]).groups()
-        assert own == scores[row]
-        went_on = batch["kept"] & (batch["response_mask"].sum(-1) > GUIDED["prefix_length"])
-        assert least == min(score for score, on in zip(scores, went_on) if on)
+        own, least = re.search(r"overlap (\S+) at first, where (\S+) was kept", lines[row]).groups()
+        assert own == scores[row] <= least
+        kept = [score for score, keep in zip(scores, batch["kept"]) if keep]
+        assert least == min(score for score in kept if score >= max(scores[row] for row in lost))
 
 
 @pytest.mark.parametrize(
