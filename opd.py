@@ -3547,7 +3547,7 @@ def first_rows(config, problems, plan, out, prompts=4):
 
 def ask_both(run, k=5):
     """What both models predict at each of the N response tokens of run.shown, row by row -> dict of
-    lists: sampled, kl, advantage (log q - log p); the k likeliest tokens, their probs (N, 2, k)
+    lists: sampled, kl, advantage (log q - log p); the k likeliest tokens, their probs (N, k, 2)
     """
     asked = response_logits(run.sampler, run.shown, "prompt", **run.sampling)
     asked_teacher = response_logits(run.teacher, run.shown, "teacher_prompt", **run.sampling)
@@ -3557,23 +3557,25 @@ def ask_both(run, k=5):
         log_probs = torch.stack([logits, teacher_logits], dim=1).log_softmax(-1)  # (n, 2, V)
         of_sampled = log_probs.take_along_dim(sampled[:, None, None], dim=-1)  # (n, 2, 1)
         columns["advantage"] = of_sampled.diff(dim=1).flatten()
-        values, columns["tokens"] = log_probs.topk(k)
-        chunks.append({**columns, "probs": values.exp()})
+        values, tokens = log_probs.topk(k)  # (n, 2, k)
+        chunks.append({**columns, "tokens": tokens.mT, "probs": values.exp().mT})
     return {name: values.tolist() for name, values in concatenate(chunks).items()}
 
 
 def token_text(tokenizer, before, token):
     """The text of a token. Decoded after another one, else many tokenizers drop its first space"""
     start = len(tokenizer.decode([before]))
-    return tokenizer.decode([before, token], clean_up_tokenization_spaces=False)[start:]
+    text = tokenizer.decode([before, token], clean_up_tokenization_spaces=False)[start:]
+    return text.replace("\n", "↵")
 
 
 SPAN = (
     '<span tabindex="0" style="--overlap:{overlap:.3f};--advantage:{advantage:.3f};'
-    '--weight:{weight:.3f}" data-tip="KL {kl:.3f}, overlap {overlap:.3f}, log q − log p '
-    '{advantage:.3f}, weight {weight:.3f}&#10;student: {student}&#10;teacher: {teacher}">'
-    "{text}</span>"
+    '--weight:{weight:.3f}" data-tip="{tip}">{text}</span>'
 )
+TIP = """KL {kl:.3f}, overlap {overlap:.3f}, log q − log p {advantage:.3f}, weight {weight:.3f}
+
+student               teacher"""
 
 
 def token_spans(run):
@@ -3587,12 +3589,15 @@ def token_spans(run):
     spans = []
     for place in range(len(facts["sampled"])):
         fact = {name: values[place] for name, values in facts.items()}
+        tip = TIP.format(**fact)
+        for (mine, its), (p, q) in zip(fact["tokens"], fact["probs"]):
+            tip += f"\n{text_of(mine):12} {p:6.1%}   {text_of(its):12} {q:6.1%}"
+        # The space in front of a word is not part of its box
+        text = text_of(fact["sampled"])
+        word = text.removeprefix(" ") or text
         # Escaped: what a model writes is never markup
-        fact["text"] = html.escape(text_of(fact["sampled"])).replace("\n", "↵\n")
-        for who, tokens, probs in zip(("student", "teacher"), fact["tokens"], fact["probs"]):
-            likeliest = [f"‹{text_of(token)}› {p:.1%}" for token, p in zip(tokens, probs)]
-            fact[who] = html.escape("  ".join(likeliest))
-        spans.append(SPAN.format(**fact))
+        fact |= {"tip": html.escape(tip), "text": html.escape(word).replace("↵", "↵\n")}
+        spans.append(text.removesuffix(word) + SPAN.format(**fact))
     return spans
 
 
@@ -3617,7 +3622,7 @@ PAGE = """\
 :root { color-scheme: light dark; --paper: light-dark(#fbfbf9, #14161b);
   --ink: light-dark(#1b1d22, #eceef2); --soft: light-dark(#5a6070, #a4abb8);
   --warm: light-dark(#f3a24d, #a3540c); --cool: light-dark(#84b8ec, #1f64a8); }
-body { max-width: 1060px; margin: auto; padding: 16px 16px 9em; overflow-wrap: anywhere;
+body { max-width: 1060px; margin: auto; padding: 16px 16px 200px; overflow-wrap: anywhere;
   background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 p, h3 { margin: 12px 0 0; color: var(--soft); font: 14px system-ui, sans-serif; }
 h2, .row { margin: 24px 0 0; font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; }
@@ -3625,8 +3630,8 @@ h2 { font-weight: 700; } .row { margin: 0; }
 b { padding: 1px 8px; border-radius: 9px; color: var(--ink); } b:empty { display: none; }
 .right { background: var(--cool); } .wrong { background: var(--warm); }
 nav { position: sticky; top: 0; padding: 10px 0; background: var(--paper); }
-span { --at: var(--overlap); padding: 3px 0; margin: 1px; border-radius: 3px;
-  scroll-margin: 90px 0 9em;
+span { --at: var(--overlap); padding: 3px 2px; border-radius: 3px;
+  scroll-margin: 90px 0 200px;
   background: linear-gradient(to right, var(--warm), transparent, var(--cool)) 0 / 9999%%;
   background-position-x: clamp(0%%, 100%% * var(--at), 100%%); }
 :has([value=advantage]:checked) span { --at: (.5 + var(--advantage) / 4); }
@@ -3634,7 +3639,8 @@ span { --at: var(--overlap); padding: 3px 0; margin: 1px; border-radius: 3px;
 :is(%(borders)s) { border-left: 2px solid; }
 span:is(:focus, :hover) { outline: 2px solid; }
 span:is(:focus, :hover)::after { content: attr(data-tip); position: fixed; inset: auto 0 0;
-  padding: 10px 20px; background: var(--paper); border-top: 1px solid; z-index: 1; }
+  padding: 10px 16px; font: 13px/1.5 ui-monospace, monospace; background: var(--paper);
+  border-top: 1px solid; z-index: 1; }
 span:hover::after { z-index: 2; }
 </style><h1>What the student wrote, and what both models say of it</h1>
 <p>Step %(step)s of %(run)s, method %(method)s, with %(flags)s</p>

@@ -94,10 +94,11 @@ class Page(html.parser.HTMLParser):
         return torch.tensor([style[name] for style in self.style])
 
 
-def likeliest(line):
-    """A line of a tip -> the words, without spaces around, and their probabilities."""
-    words, probs = zip(*re.findall(r"‹(.*?)› ([\d.]+)%", line))
-    return [word.strip() for word in words], torch.tensor([float(prob) / 100 for prob in probs])
+def likeliest(tip, who):
+    """The lines of a tip -> the words of a model, 0 student, 1 teacher, and their probabilities."""
+    lines = [re.fullmatch(r"(\S*) +([\d.]+)% +(\S*) +([\d.]+)%", line.strip()) for line in tip[3:]]
+    words = [line[1 + 2 * who] for line in lines]
+    return words, torch.tensor([float(line[2 + 2 * who]) / 100 for line in lines])
 
 
 def page_of(folder):
@@ -224,13 +225,13 @@ def test_likeliest_tokens_kl_and_advantage_are_those_of_plain_forwards_of_both_m
         q = TEACHER(ids).logits[0, prompt - 1 : -1, :V].log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1)
         for t, token in enumerate(ids[0, prompt:].tolist()):
-            numbers, student, teacher = page.tips[place]
+            numbers = page.tips[place][0]
             advantage = (q - p)[t, token].item()
             close(page.style[place]["advantage"], advantage, atol=6e-4, rtol=0)
             assert f"log q − log p {page.style[place]['advantage']:.3f}" in numbers
             close(float(re.match(r"KL ([\d.]+),", numbers)[1]), kl[t].item(), atol=6e-4, rtol=0)
-            for line, log_probs in ((student, p[t]), (teacher, q[t])):
-                words, probs = likeliest(line)
+            for who, log_probs in enumerate((p[t], q[t])):
+                words, probs = likeliest(page.tips[place], who)
                 best = log_probs.topk(5)
                 assert words == [WORDS[index] for index in best.indices]
                 close(probs, best.values.exp(), atol=6e-4, rtol=0)
@@ -241,9 +242,9 @@ def test_likeliest_tokens_kl_and_advantage_are_those_of_plain_forwards_of_both_m
 def test_a_temperature_divides_the_logits_of_both_models(tmp_path):
     page, out = shown(tmp_path, temperature=3.0)
     ids, prompt = rows_of(out)[0]
-    for model, line in zip((STUDENT, TEACHER), page.tips[0][1:]):
+    for who, model in enumerate((STUDENT, TEACHER)):
         best = (model(ids).logits[0, prompt - 1, :V] / 3).softmax(-1).max().item()
-        close(likeliest(line)[1][0].item(), best, atol=6e-4, rtol=0)
+        close(likeliest(page.tips[0], who)[1][0].item(), best, atol=6e-4, rtol=0)
 
 
 def test_the_teachers_probabilities_are_those_after_its_own_prompt(tmp_path):
@@ -255,7 +256,7 @@ def test_the_teachers_probabilities_are_those_after_its_own_prompt(tmp_path):
     opd.write_view(*run_of(tmp_path, problems, out, num_generations=1))
     ids = torch.tensor([own + out["response_ids"][0][out["response_mask"][0]].tolist()])
     q = TEACHER(ids).logits[0, len(own) - 1, :V].softmax(-1)
-    best = likeliest(page_of(tmp_path).tips[0][2])[1][0].item()
+    best = likeliest(page_of(tmp_path).tips[0], who=1)[1][0].item()
     close(best, q.max().item(), atol=6e-4, rtol=0)
 
 
