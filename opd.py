@@ -1448,12 +1448,16 @@ def load_problems(path, needs_answers=False):
         if form:
             what = "problems ask for a form of the answer, and boxes alone are graded"
             notes[what].append(problem[max(0, form.start() - 60) :])
+        if {"choices", "options"} & {name.lower() for name in record if record[name]}:
+            notes["records have choices, which no model is shown"].append(problem)
         if left_out:
             notes["chats lose all before their last question"].append(left_out[0].get("content"))
         if not answer and len(record) > 1:
             notes["records have no answer"].append(f"one with the fields {fields}")
         if problem in problems:
-            notes["duplicates are left out"].append(problem)
+            other = answer and problems[problem]["answer"] not in (None, answer)
+            what = "duplicates with another answer" if other else "duplicates"
+            notes[f"{what} are left out"].append(problem)
         kept = problems.setdefault(problem, {"problem": problem, "answer": None, "solution": None})
         kept["answer"] = kept["answer"] or answer
         kept["solution"] = kept["solution"] or solution
@@ -3707,6 +3711,8 @@ def read_run(root, name):
             record = json.loads(line)
         except ValueError:  # half a line, from a run that was killed
             continue
+        if not isinstance(record, dict) or "generated_tokens" not in record:
+            continue  # it is of another program
         if "overlap_by_position" in record:
             seconds += sum(record[key] for key in record if key.startswith("time_"))
             run.setdefault("first", record)

@@ -1282,6 +1282,24 @@ def test_of_duplicates_the_first_answer_found_is_kept(answers, tmp_path):
     assert (problem["problem"], problem["answer"]) == ("2+3?", "5")
 
 
+def test_duplicates_with_another_answer_are_counted_apart(tmp_path):
+    records = [{"problem": "2+3?", "answer": answer} for answer in ("5", "6", None, "5", 7)]
+    path = write(tmp_path / "a.jsonl", *records)
+    with pytest.warns() as notes:
+        opd.load_problems(path)
+    told = " ".join(str(note.message) for note in notes)
+    assert "2 duplicates are left out" in told
+    assert "2 duplicates with another answer are left out, such as '2+3?'" in told
+
+
+@pytest.mark.parametrize("name", ["choices", "Options"])
+def test_a_note_says_that_choices_are_not_shown_to_a_model(name, tmp_path):
+    """MMLU's answer is a place among them."""
+    record = {"question": "1 + 1 =", name: ["1", "2"], "answer": 1}
+    with pytest.warns(UserWarning, match="1 records have choices, which no model is shown, such"):
+        opd.load_problems(write(tmp_path / "a.jsonl", record))
+
+
 def test_the_names_of_fields_may_be_capitalised(tmp_path):
     record = {"ID": 7, "Problem": "2+3?", "Solution": "So it is 5.", "Answer": 5}
     (problem,) = opd.load_problems(write(tmp_path / "a.jsonl", record))
@@ -5842,6 +5860,13 @@ def test_an_interrupted_run_counts_up_to_its_last_whole_line(tmp_path):
     row = table(tmp_path)[0]["x"]
     shown = [row[name] for name in ("after", "minus opd", "gap", "sampled")]
     assert shown == ["-", "-", "-", "1.50x"]
+
+
+def test_a_report_leaves_out_the_metrics_of_another_program(tmp_path):
+    made_run(tmp_path / "opd", text='3\n[1, 2]\n{"step": 1, "eval": 0.5}\n')
+    made_run(tmp_path / "same")
+    rows = table(tmp_path)[0]
+    assert rows["opd"]["after"] == rows["same"]["after"]
 
 
 def test_half_a_line_is_left_out_wherever_it_is(tmp_path):
