@@ -2054,8 +2054,8 @@ def parse_args(argv=None):
             group.add_argument(f"--{name}", *ALIASES.get(name, []), **how)
 
     given = vars(parser.parse_args(argv if argv is None else list(map(str, argv))))
-    for name in ("resume", "report", "student", "teacher", "teacher_prompt_template", "output_dir"):
-        if given.get(name) == "":
+    for name, value in given.items():
+        if value == "":
             fail(f"--{name} is empty, as from an unset variable of the shell")
     named = given.get("student") or given.get("teacher")
     return replace(Config() if named else TINY, **given)
@@ -2101,15 +2101,16 @@ def check_config(config):
     if not 0 < config.beta < 1:
         ends = "for the two KLs there are --loss reverse_kl and forward_kl"
         raise ValueError(f"--beta {config.beta} must lie between 0 and 1; {ends}")
-    if config.gradient_checkpointing and config.no_gradient_checkpointing:
-        raise ValueError("--gradient_checkpointing and --no_gradient_checkpointing: give one")
     for name, loss in (("tail", "topk"), ("baseline", "sampled")):
         if getattr(config, name) and config.loss != loss:
             raise ValueError(f"--{name} is of --loss {loss} alone, and --loss is {config.loss}")
     if any(depth not in range(100) for depth in config.probe_depths):
         raise ValueError(f"--probe_depths {config.probe_depths} must be percentages, 0 to 99")
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if config.device not in ("cpu", "mps", *gpus) and not (gpus and config.device == "cuda"):
+    devices = {"cpu"}
+    for index in range(torch.accelerator.device_count()):
+        kind = torch.accelerator.current_accelerator().type  # such as cuda
+        devices |= {kind, f"{kind}:{index}"}
+    if config.device not in devices:
         raise ValueError(f"--device {config.device}: not available here; use cpu")
     if NUM_RANKS > 1 and config.device.startswith("cuda:"):
         raise ValueError(f"--device {config.device}: each process takes a GPU of its own; use cuda")
@@ -2117,11 +2118,6 @@ def check_config(config):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
         raise ValueError("--prompt_template must say {problem} where the problem goes")
-    for name, filled in (("prompt_template", ""), ("teacher_prompt_template", "answer solution")):
-        # A word in braces, but not of a LaTeX command, as in \boxed{answer}
-        for word in re.findall(r"(?<![\w\\}^_])\{(\w+)\}", getattr(config, name)):
-            if word not in ("problem", *filled.split()):
-                note(f"--{name}: {{{word}}} is not filled in")
     if config.teacher_prompt_template:
         if "{problem}" not in config.teacher_prompt_template:
             raise ValueError("--teacher_prompt_template must say {problem} where the problem goes")
@@ -2129,10 +2125,9 @@ def check_config(config):
             raise ValueError("--teacher_prompt_template needs --student and --train_file")
     # A checkpoint in --output_dir would be renamed, or removed as the oldest
     for model in (config.student, config.teacher):
-        path = os.path.abspath(model)
-        inside = os.path.realpath(os.path.dirname(path)) == os.path.realpath(config.output_dir)
-        step = step_of(path.removesuffix(".old"))
-        if step is not None and inside and not config.eval_only:
+        folder, name = os.path.split(os.path.abspath(model))
+        inside = os.path.realpath(folder) == os.path.realpath(config.output_dir)
+        if inside and name.startswith("checkpoint-") and not config.eval_only:
             raise ValueError(f"{model} is a checkpoint of another run: give another --output_dir")
     if not config.cap_min <= config.cap_init <= config.cap_max:
         raise ValueError("--cap_init must lie between --cap_min and --cap_max")
@@ -3141,9 +3136,8 @@ def explain(error, phase, flags):
     if isinstance(error, FloatingPointError) or re.search("probability tensor|device-side", text):
         return f"{phase} is not finite: {text}", 2
     mistake = isinstance(error, (ValueError, ImportError)) and not flags  # in set-up
-    # Only torch knows if it has mps; of a full disk safetensors has an error of its own
-    mistake |= bool(re.search("support for mps|I/O error", text))
-    if mistake or isinstance(error, OSError):
+    # Of a full disk safetensors has an error of its own
+    if mistake or isinstance(error, OSError) or "I/O error" in text:
         module, path = getattr(error, "name", None), getattr(error, "filename", None)
         if module:
             text += f"; pip install {module.split('.')[0]}"
