@@ -2302,11 +2302,9 @@ def read_files(config, run):
                 if not problem["prompt_ids"] or not teacher_prompt(problem):
                     raise ValueError("no token is left")
             except Exception as error:  # a chat template can raise anything
-                failed = "the chat template (try --no_chat_template)"
-                if config.no_chat_template or not run.tokenizer.chat_template:
-                    failed = "the tokenizer"
-                why = f"{failed} fails on {problem['problem']!r:.60}: {error}"
-                raise ValueError(f"{path}: {why}") from None
+                failed = "tokenizer or chat template (see --no_chat_template) fails on"
+                what = f"{path}: {failed} {problem['problem']!r:.60}"
+                raise ValueError(f"{what}: {error}") from None
         return problems
 
     run.evals, run.pools = {}, []
@@ -2316,25 +2314,20 @@ def read_files(config, run):
         run.evals[path if name in run.evals else name] = read(path, needs_answers=True)
     longest = config.max_prompt_length
     for path in config.train_file:
-        pool = read(path)
-        if config.teacher_prompt_template:
-            told = [problem for problem in pool if "teacher_prompt_ids" in problem]
-            lacking = f"{len(pool) - len(told)} of {len(pool)} training problems lack what"
-            if not told:
-                raise ValueError(f"{path}: {lacking} --teacher_prompt_template names")
-            if len(told) < len(pool):
-                note(f"{path}: {lacking} --teacher_prompt_template names, and are left out")
-            pool = told
-        fitting = []
-        for problem in pool:
-            if max(prompt_length(problem), len(teacher_prompt(problem))) <= longest:
-                fitting.append(problem)
-        if not fitting:
-            raise ValueError(f"{path}: all prompts are longer than --max_prompt_length {longest}")
-        if len(fitting) < len(pool):
-            long = f"{len(pool) - len(fitting)} of {len(pool)} prompts are longer"
-            note(f"{path}: {long} than --max_prompt_length {longest}, and are left out")
-        run.pools.append(fitting)
+        pool, left_out = [], collections.Counter()
+        for problem in read(path):
+            if config.teacher_prompt_template and "teacher_prompt_ids" not in problem:
+                left_out["lack what --teacher_prompt_template names"] += 1
+            elif max(prompt_length(problem), len(teacher_prompt(problem))) > longest:
+                left_out[f"have a prompt longer than --max_prompt_length {longest}"] += 1
+            else:
+                pool.append(problem)
+        for why, count in left_out.items():
+            told = f"{path}: {count} training problems {why}"
+            if not pool:
+                raise ValueError(f"{told}, and none is left")
+            note(f"{told}, and are left out")
+        run.pools.append(pool)
     run.answered = [problem for problem in sum(run.pools, []) if problem["answer"] is not None]
     if config.extrapolate and len(run.answered) < config.validation_size:
         needed = f"--extrapolate needs {config.validation_size} answered problems"

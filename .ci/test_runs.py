@@ -818,7 +818,10 @@ MISTAKES = {
         {"student": "{world}/custom"},
         "models that come with code are not supported",
     ),
-    "a chat template that raises": ({"student": "{world}/strict"}, ": no system, no answer"),
+    "a chat template that raises": (
+        {"student": "{world}/strict"},
+        "chat template (see --no_chat_template) fails on ",
+    ),
     "a token in prompts that the models have not": (
         {"student": "{world}/think", "teacher": "{world}/think"},
         "prompts have the token '<think>' (24), and the models know only the first 24",
@@ -2429,13 +2432,10 @@ def test_no_chat_template_gives_the_message_without_the_templates_tokens(world, 
         assert run.tokenizer.convert_ids_to_tokens(run.pools[0][0]["prompt_ids"])[0] == first
 
 
-@pytest.mark.parametrize("flag, says", [(None, "(try --no_chat"), (True, "the tokenizer fai")])
-def test_an_error_of_the_tokenizer_suggests_no_chat_template_unless_it_is_given(
-    flag, says, world, tmp_path, monkeypatch
-):
+def test_any_error_of_the_tokenizer_names_the_problem(world, tmp_path, monkeypatch):
     monkeypatch.setattr(opd, "encode_prompt", throw(TypeError("no text")))
-    with pytest.raises(ValueError, match=re.escape(says)):
-        opened(world, tmp_path, no_chat_template=flag)
+    with pytest.raises(ValueError, match="tokenizer or chat template .* fails on '.*': no text"):
+        opened(world, tmp_path)
 
 
 def test_the_prompt_template_is_put_around_each_problem(world, tmp_path):
@@ -2657,18 +2657,6 @@ def test_code_that_comes_with_a_model_is_not_run_and_the_user_is_not_asked(
     for who in ("student", "teacher"):
         stopped(command(world, tmp_path / "out", **{who: world / "custom"}), capfd)
     assert os.listdir(tmp_path) == [] and not asked
-
-
-def test_a_tokenizer_without_a_chat_template_is_not_told_to_leave_it_out(
-    world, tmp_path, capfd, monkeypatch
-):
-    def bare(_, tokenizer):
-        tokenizer.chat_template = None
-
-    student = changed_copy(world, "student", tmp_path / "bare", bare)
-    monkeypatch.setattr(opd, "encode_prompt", throw(ValueError("no such word")))
-    _, line = stopped(command(world, tmp_path / "out", student=student), capfd)
-    assert "the tokenizer fails on " in line and line.endswith("no such word")
 
 
 def test_an_adapter_that_from_pretrained_merges_by_itself_is_refused_too(monkeypatch):

@@ -288,7 +288,7 @@ def test_each_model_gets_prompts_of_its_own_template(world, tmp_path):
 
 def test_training_problems_without_a_solution_are_left_out_with_a_count(world, tmp_path):
     flags = informed(train_file="{world}/some.jsonl", eval_file="{world}/some_graded.jsonl")
-    with pytest.warns(UserWarning, match="some.jsonl: 3 of 9 training problems lack what") as notes:
+    with pytest.warns(UserWarning, match="some.jsonl: 3 training problems lack what") as notes:
         _, run = opened(world, tmp_path, **flags)
     assert len([note for note in notes if "lack what" in str(note.message)]) == 1
     assert len(run.pools[0]) == 6 and all(problem["solution"] for problem in run.pools[0])
@@ -307,9 +307,8 @@ def test_a_problem_whose_teachers_prompt_is_too_long_is_left_out(world, tmp_path
         _, run = opened(world, tmp_path, **informed(max_prompt_length=9))
     lengths = [len(opd.teacher_prompt(problem)) for problem in run.pools[0]]
     assert max(lengths) == 9 and 0 < len(lengths) < 9
-    told = (
-        f"{9 - len(lengths)} of 9 prompts are longer than --max_prompt_length 9, and are left out"
-    )
+    left_out = f"{9 - len(lengths)} training problems have a prompt longer than"
+    told = f"{left_out} --max_prompt_length 9, and are left out"
     assert told in str(notes[0].message)
 
 
@@ -334,7 +333,7 @@ MISTAKES = {
     "no file to train on": (informed(teacher=None, train_file=None), "and --train_file"),
     "no problem with a solution": (
         informed(train_file="{world}/train.jsonl"),
-        "train.jsonl: 9 of 9 training problems lack what --teacher_prompt_template names",
+        "train.jsonl: 9 training problems lack what --teacher_prompt_template names, and none",
     ),
     "more than a table has positions": (
         informed(teacher="{world}/table", max_new_tokens=50),
