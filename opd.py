@@ -2423,14 +2423,16 @@ def load_models(config, run, path):
 
 def check_tokens(run):
     """ValueError where a prompt, or the end of a response, needs a token that is cut off."""
-    stops = set().union(*run.stops.values())
-    problems = sum([*run.pools, *run.evals.values()], [])
-    asked = set().union(*[problem["prompt_ids"] + teacher_prompt(problem) for problem in problems])
-    for what, ids in (("prompts have", asked), ("responses end in", stops)):
-        if max(ids, default=0) >= run.vocab_size:
-            token = f"{run.tokenizer.convert_ids_to_tokens(max(ids))!r} ({max(ids)})"
-            known = f"the models know only the first {run.vocab_size} tokens"
-            raise ValueError(f"{what} the token {token}, and {known}: use other models")
+    needed = set().union(*run.stops.values())
+    for problem in sum([*run.pools, *run.evals.values()], []):
+        needed.update(problem["prompt_ids"], teacher_prompt(problem))
+    last = max(needed)
+    if last >= run.vocab_size:
+        token = f"{run.tokenizer.convert_ids_to_tokens(last)!r} ({last})"
+        raise ValueError(
+            f"prompts or ends of responses have the token {token}, and the models know only the "
+            f"first {run.vocab_size} tokens: use other models"
+        )
 
 
 def position_limit(model):

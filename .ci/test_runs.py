@@ -824,7 +824,7 @@ MISTAKES = {
     ),
     "a token in prompts that the models have not": (
         {"student": "{world}/think", "teacher": "{world}/think"},
-        "prompts have the token '<think>' (24), and the models know only the first 24",
+        "have the token '<think>' (24), and the models know only the first 24",
     ),
     "more training than a table has positions": (
         {"student": "{world}/table", "max_new_tokens": 60},
@@ -2570,9 +2570,9 @@ def test_a_model_with_a_token_more_is_trained_on_the_tokens_that_both_have(
 @pytest.mark.parametrize(
     "who, change, says",
     [
-        ("student", thinks, "prompts have the token '<think>' (24)"),
-        ("student", stops_there, "responses end in the token 'more' (24)"),
-        ("teacher", stops_there, "responses end in the token None (24)"),
+        ("student", thinks, "have the token '<think>' (24)"),
+        ("student", stops_there, "have the token 'more' (24)"),
+        ("teacher", stops_there, "have the token None (24)"),
     ],
 )
 def test_a_token_that_only_one_model_has_and_that_a_run_needs_is_refused(
@@ -3407,7 +3407,7 @@ def test_an_extrapolation_is_validated_on_the_answered_problems_of_all_training_
 def test_a_token_without_a_row_is_refused_even_if_only_an_evaluation_prompt_has_it(world, tmp_path):
     path = write(tmp_path / "graded.jsonl", {"problem": "1 more", "answer": "1"})
     student = changed_copy(world, "student", tmp_path / "wider", a_word_more)
-    with pytest.raises(ValueError, match="prompts have the token 'more'"):
+    with pytest.raises(ValueError, match="have the token 'more'"):
         opened(world, tmp_path / "out", student=student, eval_file=path)
 
 

@@ -316,7 +316,7 @@ HINTED = {"student": "{world}/hinted", "teacher": None, "teacher_prompt_template
 MISTAKES = {
     "a token that the models have not": (
         informed(**HINTED),
-        "prompts have the token 'hint' (24), and the models know only the first 24",
+        "have the token 'hint' (24), and the models know only the first 24",
     ),
     "a template without the problem": (
         informed(teacher_prompt_template="{solution}"),
