@@ -2806,12 +2806,9 @@ def preflight(config, run):
             "see --no_merge_stops"
         )
     elif run.stops["student"] != run.stops["teacher"]:
-        lines.append(
-            f"warning: student stops at {sorted(run.stops['student'])}, "
-            f"teacher at {sorted(run.stops['teacher'])}: the student may unlearn to stop"
-        )
-    templates = [run.tokenizer.chat_template, run.teacher_tokenizer.chat_template]
-    if templates[0] != templates[1] and not config.no_chat_template:
+        lines.append("warning: other stops than the teacher's: the student may unlearn to stop")
+    other = run.tokenizer.chat_template != run.teacher_tokenizer.chat_template
+    if other and not config.no_chat_template:
         lines.append("warning: the chat templates differ; both models are given the student's")
     return lines + plan_lines(config, run, out)
 

@@ -3193,7 +3193,7 @@ def no_template(_, tokenizer):
     "change, says",
     [
         (unlikely, "very unlikely"),
-        (two_stops, "student stops at [1], teacher at [1, 2]"),
+        (two_stops, "other stops than the teacher's: the student may unlearn to stop"),
         (no_template, "the chat templates differ"),
     ],
 )
