@@ -2073,6 +2073,7 @@ def check_values(config):
         "drift_threshold w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every "
         "micro_batch_size eval_every eval_temperature eval_batch_size"
     ).split()
+    as_good = {float: (float, int), list: (list, tuple)}
     # argparse has seen nothing of a Config that was made in a notebook
     for name, kind in Config.__annotations__.items():
         value = getattr(config, name)
@@ -2080,14 +2081,10 @@ def check_values(config):
             if value not in get_args(kind):
                 raise ValueError(f"--{name} {value}: one of {', '.join(get_args(kind))}")
             continue
-        # Its type, or that of each item of a list; bool is no int, but an int is as good as a float
-        (of,) = get_args(kind) or [kind]
-        items = value if get_args(kind) else [value]
-        types = (int, float) if of is float else (of,)
-        if not isinstance(items, (list, tuple)) or any(type(item) not in types for item in items):
-            raise ValueError(f"--{name} {value!r} must be of type {inspect.formatannotation(kind)}")
+        kind = get_origin(kind) or kind  # list, if it is list[str]
+        if not isinstance(value, as_good.get(kind, kind)):
+            raise ValueError(f"--{name} {value!r} must be of type {kind.__name__}")
 
-        # Its range
         zero_ok = name in may_be_zero
         most = 1 if name in ("keep_ratio", "eval_top_p") else 1e12
         if type(value) in (int, float) and not (0 <= value <= most and (value or zero_ok)):

