@@ -2229,7 +2229,7 @@ class Run:
 
 def compare_vocabularies(student_vocab, teacher_vocab):
     """Two dicts, token: id -> the size of the vocabulary they share. The ids beyond are cut off.
-    ValueError, naming up to three tokens, if an id in it has two tokens, or any token two ids.
+    ValueError, naming the first token, if an id in it has two tokens, or any token two ids.
     """
     # All ids up to the last one that is the same token in both
     shared = student_vocab.items() & teacher_vocab.items()
@@ -2238,12 +2238,13 @@ def compare_vocabularies(student_vocab, teacher_vocab):
     twice = student_vocab.keys() & teacher_vocab.keys()
     different = [t for t, index in alone.items() if index < size or t in twice or not size]
     if different:
-        ids = [f"{t!r} is {student_vocab.get(t)} and {teacher_vocab.get(t)}" for t in different[:3]]
+        first = different[0]
+        ids = f"{first!r} is {student_vocab.get(first)} and {teacher_vocab.get(first)}"
         count = f"different ids for {len(different)} tokens"
-        raise ValueError(f"use models with the same tokenizer: {count}: {', '.join(ids)}")
+        raise ValueError(f"use models with the same tokenizer: {count}: {ids}")
     if alone:
         told = f"tokens that only one model has are cut off, {len(alone)} such as {min(alone)!r}"
-        warnings.warn(f"{told}; {size} stay", stacklevel=2)
+        note(f"{told}; {size} stay")
     return size
 
 
@@ -2815,9 +2816,8 @@ def preflight(config, run):
 
 
 def note(text):
-    """Tell the user. main prints it as "note: ...", each text once in a run"""
-    if is_main():
-        warnings.warn(text, stacklevel=3)
+    """Tell the user. main prints it as "note: ...", each text once in a run, on rank 0 only"""
+    warnings.warn(text, stacklevel=3)
 
 
 def say(*lines, file=None):
