@@ -3119,9 +3119,11 @@ def explain(error, phase, flags):
     mistake = isinstance(error, (ValueError, ImportError)) and not flags  # in set-up
     # Of a full disk safetensors has an error of its own
     if mistake or isinstance(error, OSError) or "I/O error" in text:
-        module = getattr(error, "name", None)
+        module, path = getattr(error, "name", None), getattr(error, "filename", None)
         if module:
             text += f"; pip install {module.split('.')[0]}"
+        elif path:
+            text += "; check the path"
         return text, 2
     if dist.is_initialized() and re.search("peer|NCCL", text):
         return "another process has ended", 1

@@ -4540,7 +4540,7 @@ def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
             ("out of memory in set-up: a/b does not load: OutOfMemoryError: CUDA", 2),
         ),
         (ValueError("two\nlines"), ("two lines", 2)),
-        (FileNotFoundError(2, "None", "a/b"), ("[Errno 2] None: 'a/b'", 2)),
+        (FileNotFoundError(2, "None", "a/b"), ("[Errno 2] None: 'a/b'; check the path", 2)),
         (ModuleNotFoundError("No x", name="x.y"), ("No x; pip install x", 2)),
         (RuntimeError("serializing: I/O error: No space"), ("serializing: I/O error: No space", 2)),
         (ZeroDivisionError("by zero"), ("", 1)),
