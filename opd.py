@@ -2833,9 +2833,13 @@ def say(*lines, file=None):
 
 @contextlib.contextmanager
 def own_folder(config):
-    """Create --output_dir, lock it for this run, and afterwards remove it if it is empty.
-    ValueError if another run has locked it. The lock ends with the process.
+    """Create --output_dir, lock it for this run, and afterwards remove the folders made that are
+    empty. ValueError if another run has locked it. The lock ends with the process.
     """
+    path, made = os.path.abspath(config.output_dir), []
+    while not os.path.exists(path):
+        made.append(path)
+        path = os.path.dirname(path)
     os.makedirs(config.output_dir, exist_ok=True)
     folder = os.open(config.output_dir, os.O_RDONLY)
     try:
@@ -2852,7 +2856,8 @@ def own_folder(config):
     finally:
         os.close(folder)
         with contextlib.suppress(OSError):  # it is not empty
-            os.rmdir(config.output_dir)
+            for path in made:
+                os.rmdir(path)
 
 
 def append_json(path, *records):

@@ -4265,6 +4265,14 @@ def test_a_run_that_is_refused_leaves_the_empty_folder_of_the_one_that_just_bega
     assert not folder.exists()  # it stayed empty
 
 
+def test_a_run_removes_the_empty_folders_that_it_made_and_no_others(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new/deep", "mine/new"):
+        with opd.own_folder(test_opd.flags(output_dir=str(tmp_path / name))):
+            assert (tmp_path / name).is_dir()
+    assert os.listdir(tmp_path) == ["mine"] and os.listdir(tmp_path / "mine") == []
+
+
 def test_a_checkpoint_that_is_a_link_is_removed_without_what_it_leads_to(world, tmp_path):
     """One that was moved to another disk: by later saves, and by a new run that puts it aside."""
     out, disk = tmp_path / "out", tmp_path / "disk"
