@@ -2115,11 +2115,9 @@ def check_config(config):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
         raise ValueError("--prompt_template must say {problem} where the problem goes")
-    if config.teacher_prompt_template:
-        if "{problem}" not in config.teacher_prompt_template:
-            raise ValueError("--teacher_prompt_template must say {problem} where the problem goes")
-        if not config.student:
-            raise ValueError("--teacher_prompt_template needs --student and --train_file")
+    own_template = config.teacher_prompt_template
+    if own_template and "{problem}" not in own_template:
+        raise ValueError("--teacher_prompt_template must say {problem} where the problem goes")
     # A checkpoint in --output_dir would be renamed, or removed as the oldest
     for model in (config.student, config.teacher):
         folder, name = os.path.split(os.path.abspath(model))
@@ -2145,8 +2143,8 @@ def check_config(config):
         if not matches or round(sum(config.mix), 3) != 1 or prompts < 1:
             needs = "a share for each --train_file, each worth a prompt per step, summing to 1"
             raise ValueError(f"--mix needs {needs}")
-    needed = [config.student, config.teacher or config.teacher_prompt_template, config.train_file]
-    given = [config.student, config.teacher, config.train_file, config.eval_file]
+    needed = [config.student, config.teacher or own_template, config.train_file]
+    given = [config.student, config.teacher, own_template, config.train_file, config.eval_file]
     if config.eval_only:
         needed = [config.student, config.eval_file]
     if any(given) and not all(needed):
@@ -2657,7 +2655,7 @@ def columns_at_most(run):
     """The columns, sampled one after another, that a step and an evaluation take at most -> dict"""
     rows, most = run.rows_at_once, run.most
     G = run.flags["num_generations"]
-    together = max(1, rows["rollout_batch_size"] // G) * G  # as rollout_in_groups does
+    together = rows["rollout_batch_size"] // G * G  # as rollout_in_groups does
 
     def answering(flag):
         return sum(math.ceil(count / rows[flag]) for count in most["answers"]) * most["answer"]
@@ -2822,7 +2820,7 @@ def note(text):
 
 def say(*lines, file=None):
     """Print lines, with "?" for what the terminal cannot show. A closed terminal stops no run."""
-    file = file or sys.stdout or open(os.devnull, "w")  # None: it was closed before the start
+    file = file or sys.stdout  # None if it was closed before the start: then nothing is printed
     encoding = getattr(file, "encoding", None) or "utf-8"
     try:
         # Not tqdm.write: a signal while it takes its lock would end in a traceback
@@ -3048,13 +3046,12 @@ def interrupt(number, _):
 @contextlib.contextmanager
 def on_signals(act):
     """A block in which act handles SIGNALS; under nohup SIGHUP stays ignored."""
-    before, numbers = {}, SIGNALS
-    if threading.current_thread() is not threading.main_thread():
-        numbers = ()  # Python handles signals in the main thread only
+    before = {}
     try:
-        for number in numbers:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, act)
+        with contextlib.suppress(ValueError):  # in another thread than the main one
+            for number in SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    before[number] = signal.signal(number, act)
         yield
     finally:
         for number, handler in before.items():

@@ -324,7 +324,7 @@ MISTAKES = {
     ),
     "no student": (
         informed(student=None, teacher=None, train_file=None, eval_file=None),
-        "--teacher_prompt_template needs --student and --train_file",
+        "give --student, --teacher (or --teacher_prompt_template) and --train_file",
     ),
     "no teacher and no template": (
         informed(teacher=None, teacher_prompt_template=None),
