@@ -2625,6 +2625,9 @@ def rows_that_fit(config, run):
                 f"{lacks}; {instead}, or use smaller models"
             )
         rows[flag] = min(gather([count]))
+        if rows[flag] < before and not given:
+            told = f"--{flag.removeprefix('teacher_')} was {before} and is {rows[flag]}"
+            note(f"fewer rows fit on this GPU: {told}")
     return rows
 
 

@@ -2938,7 +2938,16 @@ def test_on_a_gpu_rows_fill_four_fifths_of_what_adam_leaves(gigabytes, rows, mon
 def test_a_resumed_run_computes_as_many_rows_at_once_as_before_if_they_fit(monkeypatch):
     assert fitting(monkeypatch, 100, before=3) == 3
     assert fitting(monkeypatch, 28, before=20) == 20  # they fit into the fifth that is kept free
-    assert fitting(monkeypatch, 26, before=20) == 14
+    with pytest.warns(UserWarning, match="--rollout_batch_size was 20 and is 14$"):
+        assert fitting(monkeypatch, 26, before=20) == 14
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "gigabytes, before, asked", [(26, 0, 0), (100, 3, 0), (100, 20, 0), (26, 20, 7)]
+)
+def test_no_note_about_rows_unless_fewer_fit_than_before(gigabytes, before, asked, monkeypatch):
+    assert fitting(monkeypatch, gigabytes, before=before, rollout_batch_size=asked)
 
 
 @pytest.mark.parametrize(
