@@ -3364,8 +3364,8 @@ def evaluate_files(config, run, who):
         run.tell(metrics, f"{who}/{name}/")
         results[name] = metrics
         for answer in answers:
-            left_out = ("_ids", "solution")  # --eval_file has the solution
-            kept = {key: value for key, value in answer.items() if not key.endswith(left_out)}
+            kept = {key: value for key, value in answer.items() if not key.endswith("_ids")}
+            kept.pop("solution", None)  # --eval_file has it already
             lines.append({"step": run.step, "model": who, "eval": name, **kept})
     record = {
         "model": who,
@@ -3463,10 +3463,11 @@ def cold_start_step(config, run, step):
     # The teacher samples; its right solutions, and those to problems without an answer, are learned
     problems = draw_prompts(config, run, step)
     plan = Plan(config.max_new_tokens, config.segment_length)
-    settings = {**rollout_settings(config, run, problems), "overlap_k": 0}
-    prompts, settings["prompts"] = settings["prompts"], settings["for_teacher"]
+    settings = rollout_settings(config, run, problems)
+    settings |= {"prompts": settings["for_teacher"], "overlap_k": 0}
     out = rollout_in_groups(run.teacher, None, plan=plan, **settings)
-    out = with_prompts(out, prompts)  # the student learns them after its own prompt
+    # The student learns them after its own prompt
+    out = with_prompts(out, [problem["prompt_ids"] for problem in problems])
     run.phase = f"the update of cold start step {step}"
     mask, right = out["response_mask"], out["ended"].clone()
     for row, problem in enumerate(problems):
