@@ -3310,11 +3310,11 @@ def evaluate_and_save(config, run):
         save_checkpoint(config, run)
 
 
-def grade(config, run, model, problems, **settings):
+def grade(config, run, model, problems, phase="evaluation", **settings):
     """evaluate with the values of the flags, which settings override, and with this model's stop
     ids and rows at once -> its metrics and answers
     """
-    run.phase = f"evaluation after step {run.step}"
+    run.phase = f"{phase} after step {run.step}"
     eos_ids, flag = run.sampling["eos_ids"], "eval_batch_size"
     if model is run.teacher:
         run.phase += " by the teacher"
@@ -3420,7 +3420,7 @@ def extrapolate_student(config, run):
     """Extrapolate the student's update since the last tries, if that helps, and record the step,
     the metrics of which are in run.untried -> all its metrics                              [EffOPD]
     """
-    run.phase = "extrapolation"
+    run.phase = f"extrapolation after step {run.step}"
     began = clock(run.device)
     # The same problems and the same seed every time: only the weights differ
     problems = random.Random(config.seed).sample(run.answered, config.validation_size)
@@ -3433,9 +3433,9 @@ def extrapolate_student(config, run):
     def validate(weights):
         tried_model.load_state_dict(weights, strict=False)
         # Sampled as in training
-        settings = {"max_length": config.max_new_tokens, "temperature": config.temperature}
-        settings |= {"top_p": 1.0, "title": "extrapolation"}
-        metrics, answers = grade(config, run, tried_model, problems, **settings)
+        settings = {"temperature": config.temperature, "top_p": 1.0}
+        settings |= {"max_length": config.max_new_tokens, "title": "extrapolation"}
+        metrics, answers = grade(config, run, tried_model, problems, "extrapolation", **settings)
         sampled.extend(answers)
         return metrics["avg_at_n"]
 

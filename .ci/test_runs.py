@@ -4513,7 +4513,7 @@ MEMORY = {
         "",
     ),
     "an extrapolation": (
-        "out of memory in evaluation after step 4; halve --eval_batch_size, now 5",
+        "out of memory in extrapolation after step 4; halve --eval_batch_size, now 5",
         "checkpoint-4",
     ),
 }
@@ -4600,9 +4600,9 @@ SIZES_NOW |= {"no_gradient_checkpointing": False}
             "; leave out --no_gradient_checkpointing",
         ),
         ("rollouts.html of step 1", {}, "; there is --no_view"),
-        ("extrapolation", {}, "; halve --eval_batch_size, now 2"),
+        ("extrapolation after step 1", {}, "; halve --eval_batch_size, now 2"),
         (
-            "extrapolation",
+            "extrapolation after step 1",
             {"eval_batch_size": 1},
             "; a single prompt is too long for it: lower --eval_max_new_tokens, in an "
             "extrapolation --max_new_tokens",
