@@ -3,8 +3,8 @@ opd.py: on-policy distillation (OPD) of language models, in one file, on a CPU, 
 
 A small model (the student) samples solutions, a larger one (the teacher) scores every token, and
 the student moves towards the teacher on its own samples. Sampling is most of the cost, and deep in
-a solution that went wrong the teacher's scores are worth little. So most of the papers below change
-what gets sampled.
+a solution that went wrong the teacher's scores are worth little. So several of the papers below
+change what gets sampled.
 
     python opd.py                                    a tiny world, made on the spot, no download
     python opd.py --student A --teacher B --train_file train.jsonl --eval_file aime24.jsonl
@@ -32,9 +32,9 @@ Papers, by the tags used below
     [OPSD]            2601.18734   the teacher is the student, with the solution in its prompt
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt i is row
-i * G + g), of which b still run; S prompt length, T response length, L = S + T columns, n new ones
-or the tokens of a chunk; V vocabulary size, K top k, H hidden size (H' the teacher's), N response
-tokens of several rows, concatenated. p and q are probabilities of student and teacher, not logits.
+i * G + g), of which b still run; S prompt length, T response length, L = S + T columns, n new
+columns or tokens of a chunk; V vocabulary size, K top k, H hidden size (H' the teacher's),
+N response tokens of several rows, concatenated. p and q are probabilities, student's and teacher's.
 
 Part I is what the papers define, in the order one would explain it. Part II is plumbing.
 """
@@ -84,7 +84,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 # --------------------------------------------------------------------------------------------------
 # Part I, the papers
 #
-# 1. Losses, one value per token. The samples are constants: no gradient flows through sampling.
+# 1. Losses, one value per token. The samples are constants: no gradient flows through sampling, so
+# what a token does to the later ones is not learned.
 # (B, T, V) stands for any (..., V): the update passes the n tokens of a chunk, (n, V).
 
 
@@ -93,8 +94,9 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    A step's loss is token_weight times this, averaged over its trained tokens (backward). A v with
-    q = 0 and p > 0 costs about 1e30 p, not inf, and the norm of its gradient overflows.
+    A step's loss is the sum of token_weight times this over its trained tokens, divided by their
+    number (backward). A v with q = 0 and p > 0 costs about 1e30 p, not inf, and the norm of its
+    gradient overflows.
     """
     # Not F.kl_div(log_p, q): that is KL(q || p), which spreads the student over all that the
     # teacher might say. bfloat16 is promoted to float32; float64 stays float64
@@ -199,8 +201,8 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     candidates, in_support = topk_support(log_p, log_q, k, support)
     log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
     p_bar = log_p.masked_fill(~in_support, -torch.inf).softmax(-1).nan_to_num(0)  # NaN: S is empty
-    # Only the ratio, which is 1, carries gradient. Through rho, too, there would be grad P_S: it is
-    # 0 only if S is all of V, and else pushes mass out of S even at p = q
+    # Only the ratio, which is 1, carries gradient. Through rho, too, there would be grad log P_S:
+    # it is 0 only if S is all of V, and else pushes mass out of S even at p = q
     ratio = (log_p - log_p.detach()).exp()
     return ((p_bar * (log_p - log_q)).detach() * ratio).sum(-1)
 
@@ -252,11 +254,12 @@ def topk_overlap(student_logits, teacher_logits, k):
 def alignment(student_logits, teacher_logits, response_mask, k):
     """How well the two models agree on the student's samples. (B, T, V), (B, T, V), (B, T) -> dict
     of floats, means over the mask. With response_mask None, as in a run: dict of (B, T), a value at
-    each position.                                                      [Rethinking-OPD, eqs. 6-10]
-    I: the tokens in the top k of both; _bar: renormalised on I. Needs is_among.
-        overlap_ratio            |I| / k
+    each position. Needs is_among.                                      [Rethinking-OPD, eqs. 6-10]
+
+        overlap_ratio            |I| / k,    I: the tokens in the top k of both
         overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar) = -KL(p_bar || q_bar)/|I|
-                                 (1/|I| is the paper's); NaN where I is empty, not in the mean
+                                 (1/|I| is the paper's), p_bar and q_bar renormalised on I; NaN
+                                 where I is empty, not in the mean
         overlap_mass_student     sum_I p
         overlap_mass_teacher     sum_I q
         entropy_student, entropy_teacher, entropy_gap (absolute difference), reverse_kl: in nats,
@@ -311,8 +314,8 @@ class Plan:
     segment_length: int = 0  # tokens between borders; 0: an eighth of max_length, at most 512
     look_at: int = 0  # one more border, at this many tokens; 0: none
     # The rule, called at each border for all B rows, even those that left: (length, overlap
-    # (B, length), mask (B, length), ended (B,)) -> (B,) bool. A row once stopped stays stopped, and
-    # ended rows are complete anyway. None: all rows go on
+    # (B, length), mask (B, length), ended (B,)) -> (B,) bool. False is final; for rows that have
+    # ended it is not used. None: all rows go on
     goes_on: object = None
 
     def borders(self):
@@ -352,32 +355,32 @@ def select_prefixes(score, num_keep):
 
 
 def best_prefixes(
-    length, overlap, mask, ended, *, at, num_generations, keep_ratio, probe_window, random=False
+    length, overlap, mask, ended, *, at, num_generations, keep_ratio, probe_window, by_chance=False
 ):
     """The rule of prefix-guided OPD, a goes_on for Plan. overlap (B, length) -> (B,) bool  [PG-OPD]
 
-    At length `at` (the prefix, the plan's look_at) keep_ratio * B rows go on, of those not ended:
+    At length `at` (the prefix, the plan's look_at) keep_ratio * B rows that have not ended go on:
     the best of every prompt, then the best of all others, by mean overlap over the first
-    probe_window tokens; if random, by chance (a control). The others leave both caches with kept
-    False, and token_weights drops them from the loss, unless --train_pruned_prefix. B: the rows of
-    one group of rollout_in_groups, not of the paper's batch. Needs select_prefixes.
+    probe_window tokens; if by_chance, random ones (a control). The others leave both caches with
+    kept False, and token_weights drops them from the loss, unless --train_pruned_prefix. B is one
+    group of rollout_in_groups; the paper's is the batch. Needs select_prefixes.
     """
     if length != at:
         return torch.ones_like(ended)
     score = overlap[:, :probe_window].mean(-1)  # (B,)
-    if random:
+    if by_chance:
         score = torch.rand_like(score)
     # Ended rows are complete without a slot: a score below all others puts them last
     score = score.masked_fill(ended, -1).view(-1, num_generations)  # (P, G)
     slots = max(len(score), round(keep_ratio * len(ended)))
-    # But select_prefixes gives every prompt a slot: one more if all of its candidates have ended
+    # A prompt whose candidates have all ended still takes a slot of select_prefixes: add one
     slots += int((score == -1).all(1).sum())
     return select_prefixes(score, min(len(ended), slots)).flatten()
 
 
 # Prune-OPD: drift_weights computes the reliability w from the overlap; reliable_rows stops a row at
-# a border where w is 0; token_weights makes w + w_base the loss weight; after each update train
-# moves the cap, by reliable_length and next_max_length (through next_cap).
+# a border where w is 0; token_weights makes w + w_base the loss weight; after each update next_cap
+# moves the cap, by reliable_length and next_max_length.
 
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
@@ -394,9 +397,7 @@ def drift_weights(overlap, response_mask, threshold, w_drop):
 
 
 def reliable_rows(length, overlap, mask, ended, *, threshold, w_drop):
-    """Prune-OPD's stop in flight, a goes_on for Plan: rows go on while w > 0         [Prune-OPD]
-    Needs drift_weights.
-    """
+    """Prune-OPD's stop in flight, a rule for Plan: rows go on while w > 0. Needs drift_weights."""
     return drift_weights(overlap, mask, threshold, w_drop)[:, -1] > 1e-8
 
 
@@ -409,9 +410,9 @@ def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, pa
     """The next cap, from the reliable lengths (B,) under this one -> max_length, misses [Prune-OPD]
 
     It grows by step tokens if at least a share hit_ratio of the rows has max(low, max_length -
-    margin) reliable tokens. It shrinks by step after `patience` misses in a row. It stays between
-    low and high. Example: cap 2048, margin 100, step 100, hit_ratio .1, and one of 10 rows reliable
-    for 1948 tokens -> (2148, 0).
+    margin) reliable tokens or more. It shrinks by step after `patience` misses in a row. It stays
+    between low and high. Example: cap 2048, margin 100, step 100, hit_ratio .1, and one of 10 rows
+    reliable for 1948 tokens -> (2148, 0).
     """
     boundary = max(low, max_length - margin)
     # A row that ends early cannot hit: growth needs responses that are long and still reliable
@@ -432,8 +433,8 @@ def extrapolate(weights, anchor, validate, max_tries=5):
         try weights + 2 * k * (weights - anchor), k = 1, ..., max_tries; stop at the first that is
         not strictly better than the one before
 
-    weights: copies of the current tensors, a dict; anchor: the dict that the last call returned, be
-    it weights (at first, those before step 1); validate: dict -> float, which may load the dict.
+    weights: copies of the current tensors, a dict; anchor: the dict that the last call accepted; at
+    the first call, the weights before step 1; validate: dict -> float, which may load the dict.
     Example: anchor 1, weight 2 give the tries 4, 6, 8, 10, 12. A run tries after steps 1, 2, 4, 8,
     ... and keeps Adam's moments (extrapolate_student).
     -> the accepted dict, to be loaded; its k (0: weights); the scores of weights and of every try
@@ -477,14 +478,14 @@ def mask_through_eos(ids, eos_ids):
 def merge_stops(logits, stop_ids, stop_id):
     """Merge all tokens that end a response into the class stop_id. (..., V) -> new (..., V)   [EOS]
 
-        z'(stop_id) = log sum_E exp z(v),   z' = -1e30 at the others of E,  else z;  E = stop_ids
+        z'(stop_id) = log sum_E exp z(v),   z' = -1e30 at the others of E = stop_ids,   else z
 
     If a base student ends with one token and a chat teacher with another, the student's end is
     unlikely to the teacher, and the student unlearns to stop. Merged before any softmax, top k and
     draw, stopping is one action to both. Not -inf: a KL without a clamp would be NaN there.
     """
     least = max(torch.finfo(logits.dtype).min, -1e30)
-    ids = sorted({*stop_ids, stop_id})
+    ids = sorted({*stop_ids, stop_id})  # E
     together = logits[..., ids].clamp(min=least).logsumexp(-1)
     merged = logits.clone()
     merged[..., ids] = least
@@ -528,8 +529,6 @@ def generate(
         topk.append(within.topk(record_k).indices)  # (B, K)
         return within
 
-    # transformers takes the signature of __call__ at every token, which is fast for a function
-    as_scored.__call__ = as_scored
     draw = {"do_sample": False}
     if temperature:
         draw = {"do_sample": True, "top_p": top_p, "top_k": 0}
@@ -549,7 +548,6 @@ def generate(
         )
     finally:
         model.generation_config = shipped
-        del as_scored.__call__  # a cycle that would hold the (B, V) scores until the next gc run
 
     new_ids = ids[:, input_ids.shape[1] :]  # (B, n)
     # On mps transformers notices one step late that all rows have ended, and drops that step
@@ -634,8 +632,8 @@ def rollout(
     Both models in eval mode. Needs sections 1, 2, 5, 6, 10. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
-        log_probs   (B, T), before top_p, at the last token of each segment; NaN elsewhere
-        ended, kept   (B,) bool: has an EOS; goes_on stopped it at no border, the cap's included
+        log_probs   (B, T), before top_p, at the last token of each full segment; NaN elsewhere
+        ended, kept   (B,) bool: has an EOS; goes_on was never False, at the cap, too
         teacher_hidden   list of B tensors (length, H'), or of Nones;   teacher_seconds
     """
     device = student.device
@@ -741,11 +739,12 @@ def backward_in_chunks(
 def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     """Compute the gradients of a step's loss, in .grad, which is cleared first; no weight changes.
 
-        sum of token_weight * loss over the tokens in loss_mask / their number, of all processes
+        (sum of token_weight * loss over the tokens in loss_mask) / their number,
 
-    batch: a rollout with token_weight (B, T) and loss_mask (B, T) bool, which may have holes; only
-    tokens in response_mask count. micro_batch_size: rows of the longest length per pass, more of
-    shorter ones; it does not change the gradient. chunk: settings of backward_in_chunks.
+    both over all processes. batch: a rollout with token_weight (B, T) and loss_mask (B, T) bool,
+    which may have holes; only tokens in response_mask count. micro_batch_size: rows of the longest
+    length per pass, more of shorter ones; but for rounding, it does not change the gradient. chunk:
+    settings of backward_in_chunks.
     -> dict: loss, num_tokens, the means of what measure returns; {} if no token is to be trained.
     FloatingPointError if the loss is not finite. Needs backward_in_chunks, hidden_states,
     learned_rows, concatenate, gather, sum_gradients.
@@ -808,8 +807,8 @@ def optimizer_step(student, optimizer, learning_rate, max_grad_norm=1.0):
 
 
 def plan_rollout(config, step, cap):
-    """The Plan of step 1, 2, ...: how long rollouts may get, and which rows go on. Methods differ
-    here, in token_weights, and in train, which moves Prune-OPD's cap. cap: that cap, in tokens.
+    """The Plan of step 1, 2, ...: how long rollouts may get, and which rows go on. cap: that of
+    Prune-OPD, in tokens. Methods differ here, in token_weights, and in next_cap.
     """
     plan = Plan(config.max_new_tokens, config.segment_length)
     if config.method == "prefix":
@@ -832,7 +831,7 @@ def plan_rollout(config, step, cap):
             num_generations=config.num_generations,
             keep_ratio=config.keep_ratio,
             probe_window=config.probe_window,
-            random=config.select == "random",
+            by_chance=config.select == "random",
         )
 
     elif config.method == "prune":
@@ -861,18 +860,20 @@ def token_weights(config, out):
     return weight, loss_mask
 
 
-def token_loss(config, student_logits, teacher_logits, response_ids):
-    """The per-token loss that --loss names. (n, V), (n, V), (n,) -> (n,)"""
-    if config.loss == "reverse_kl":
-        return reverse_kl(student_logits, teacher_logits)
-    if config.loss == "forward_kl":
-        return forward_kl(student_logits, teacher_logits)
-    if config.loss == "jsd":
-        return jsd(student_logits, teacher_logits, config.beta)
-    if config.loss == "topk":
-        on_support = reverse_kl_tail if config.tail else reverse_kl_topk
-        return on_support(student_logits, teacher_logits, config.overlap_k, config.support)
-    return reverse_kl_sampled(student_logits, teacher_logits, response_ids, config.baseline)
+def next_cap(config, run, reliable):
+    """Prune-OPD's next cap and its misses, with the constants of the flags."""
+    high = min(config.cap_max, config.max_new_tokens)
+    return next_max_length(
+        reliable,
+        run.cap,
+        run.misses,
+        step=config.cap_step,
+        margin=config.cap_margin,
+        hit_ratio=config.cap_hit_ratio,
+        patience=config.cap_patience,
+        low=min(config.cap_min, high),
+        high=high,
+    )
 
 
 def train(config, run):
@@ -943,8 +944,8 @@ def last_boxed(text):
 
 def is_correct(response_text, gold):
     r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False. If
-    the prompt ends with <think>, so must the text begin. Needs THOUGHTS, last_boxed, is_same and
-    what that names (spellings, math-verify's process).
+    the prompt ends with <think>, the text must begin with it. Needs THOUGHTS, last_boxed, is_same
+    and what that names (spellings, math-verify's process).
     """
     rest = re.sub(THOUGHTS, "", response_text)
     answer = last_boxed(rest)
@@ -1002,7 +1003,7 @@ def evaluate(
     answers = []
     for index, problem in enumerate(problems):
         answers += [{**problem, "index": index, "sample": sample} for sample in range(num_samples)]
-    # Sorted by prompt length: batches have little padding, and equal prompts are in one batch
+    # Sorted by prompt length: batches have little padding, and equal prompts stay together
     own = share(sorted(answers, key=prompt_length))
     seed_sampling(seed)  # not restored: every training step seeds anew
     starts = range(0, len(own), rows_per_batch)
@@ -3157,6 +3158,20 @@ def rollout_settings(config, run, problems):
     }
 
 
+def token_loss(config, student_logits, teacher_logits, response_ids):
+    """The per-token loss that --loss names. (n, V), (n, V), (n,) -> (n,)"""
+    if config.loss == "reverse_kl":
+        return reverse_kl(student_logits, teacher_logits)
+    if config.loss == "forward_kl":
+        return forward_kl(student_logits, teacher_logits)
+    if config.loss == "jsd":
+        return jsd(student_logits, teacher_logits, config.beta)
+    if config.loss == "topk":
+        on_support = reverse_kl_tail if config.tail else reverse_kl_topk
+        return on_support(student_logits, teacher_logits, config.overlap_k, config.support)
+    return reverse_kl_sampled(student_logits, teacher_logits, response_ids, config.baseline)
+
+
 def update_settings(config, run):
     """The arguments of backward: the heads, the loss of --loss, what is logged per token, sizes"""
 
@@ -3252,22 +3267,6 @@ def row_facts(config, batch):
         "repetition": torch.tensor(repeated),
     }
     return concatenate(gather([{name: fact.cpu().double() for name, fact in facts.items()}]))
-
-
-def next_cap(config, run, reliable):
-    """Prune-OPD's next cap and its misses, with the constants of the flags."""
-    high = min(config.cap_max, config.max_new_tokens)
-    return next_max_length(
-        reliable,
-        run.cap,
-        run.misses,
-        step=config.cap_step,
-        margin=config.cap_margin,
-        hit_ratio=config.cap_hit_ratio,
-        patience=config.cap_patience,
-        low=min(config.cap_min, high),
-        high=high,
-    )
 
 
 def step_metrics(run, batch, rows, update):
