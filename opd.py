@@ -767,9 +767,9 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
         count = most_tokens // len(rows[0][0])
         ids, learned, columns = zip(*rows[:count])
         rows = rows[count:]
-        mask = [torch.ones_like(row, dtype=torch.bool) for row in ids]
         ids = pad_sequence(ids, batch_first=True)  # (b, L)
-        mask = pad_sequence(mask, batch_first=True)
+        # No real token attends to the padding after it; with a mask there is no flash attention
+        mask = torch.ones_like(ids, dtype=torch.bool)
         learned = pad_sequence(learned, batch_first=True)
         columns = concatenate(columns)
         columns["token_weight"] = columns["token_weight"] / num_tokens
@@ -1955,7 +1955,8 @@ class Config:
     no_gradient_checkpointing: bool = False  # turn it off on a GPU: faster, more memory
     extrapolate: bool = False  # after steps 1, 2, 4, 8, ... try to extrapolate the update [EffOPD]
     validation_size: int = 50  # --extrapolate: answered training problems to validate on [EffOPD]
-    save_every: int = 0  # steps between checkpoints; 0: only at the end
+    save_every: int = 0  # steps between checkpoints; 0: only at the end, or when a signal ends the
+    # run, for which torchrun leaves 30 s
     keep_checkpoints: int = 2  # how many of the latest to keep
     resume: str = ""  # continue from the last checkpoint in --output_dir, or from the one given
 
@@ -2600,6 +2601,7 @@ def rows_that_fit(config, run):
     """
     free = math.inf
     if run.device.type == "cuda":
+        torch.cuda.empty_cache()  # else what torch holds for later would not count as free
         free = torch.cuda.mem_get_info(run.device)[0]
     rows = {}
     for flag, (phase, fits, sizes) in plan_phases(config, run).items():
@@ -2639,9 +2641,7 @@ def try_update(config, run):
     run.phase = "an update of the longest rows"
     rows = min(run.rows_at_once["micro_batch_size"], run.most["rows"])
     T = run.most["response"]
-    # All but one are a token shorter: only padded rows need an attention mask, which takes memory
-    longest = run.most["prompt"]
-    prompts = [[0] * longest, *[[0] * max(1, longest - 1)] * (rows - 1)]
+    prompts = [[0] * run.most["prompt"]] * rows
     batch = empty_rollout(prompts, prompts, T, 0, run.device)
     for name in ("response_mask", "loss_mask", "token_weight"):
         batch[name] = torch.ones_like(batch["response_mask"])
@@ -3281,7 +3281,9 @@ def step_metrics(run, batch, rows, update):
     means = {name: fact.mean().item() for name, fact in rows.items()}
     # Over the rows of all processes, like the means
     overlaps = batch["overlap"].where(batch["response_mask"], math.nan).cpu()
-    overlap = pad_sequence(gather([*overlaps]), batch_first=True, padding_value=math.nan)
+    # Cloned: a view is sent with all of the tensor that it is of
+    overlaps = gather([row.clone() for row in overlaps])
+    overlap = pad_sequence(overlaps, batch_first=True, padding_value=math.nan)
     return {
         **update,
         **run.standing(),
@@ -3867,6 +3869,8 @@ def open_run(config):
         setattr(run, name, state[name])
     run.rows_at_once = rows_that_fit(config, run)  # before loading the moments: it plans for them
     if state:
+        # Only the moments: fused is a setting of this device
+        state["optimizer"]["param_groups"] = run.optimizer.state_dict()["param_groups"]
         run.optimizer.load_state_dict(state["optimizer"])
         run.saved = [run.step, run.graded, bool(run.untried)]
     if is_main() and not config.eval_only:
@@ -3890,6 +3894,7 @@ def work(config, run):
             right = cold_start_step(config, run, step)
             say(f"cold start: {right:.0%} of the solutions are right")
         if config.cold_start_steps:
+            run.optimizer.state.clear()  # its moments are of another loss
             evaluate_files(config, run, "cold_start")
         if config.extrapolate:
             run.anchor = movable_weights(run.student)  # the anchor of the first extrapolation

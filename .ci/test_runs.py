@@ -568,6 +568,23 @@ def two_ranks(tmp_path_factory):
     return results
 
 
+def test_what_processes_send_each_other_is_no_view_of_something_larger(
+    world, tmp_path, monkeypatch
+):
+    """A view is sent with all of its storage: B rows of a step would be B steps."""
+    sent = []
+
+    def gather(items):
+        for item in items:
+            values = item.values() if isinstance(item, dict) else [item]
+            sent.extend(value for value in values if torch.is_tensor(value))
+        return items
+
+    monkeypatch.setattr(opd, "gather", gather)
+    train(world, tmp_path, max_steps=1, eval_file=None)
+    assert sent and all(value.untyped_storage().nbytes() == value.nbytes for value in sent)
+
+
 def run_of_two(argv):
     """
     opd.main -> (the final weights, what this rank wrote). Saving a checkpoint is made to take the
@@ -3025,9 +3042,8 @@ def test_the_trial_update_before_a_run_changes_nothing(
     assert all(parameter.grad is None for parameter in run.student.parameters())
     _, call = tried  # the second update, when Adam's moments exist
     longest = max(len(problem["prompt_ids"]) for problem in run.pools[0])
-    # Padded, as the rows of a step are, so that there is an attention mask
-    assert call["batch"]["prompt_mask"].sum(1).tolist() == [longest] + (rows - 1) * [longest - 1]
-    assert call["batch"]["prompt_ids"].shape == (rows, longest)
+    assert call["batch"]["prompt_mask"].shape == (rows, longest)
+    assert call["batch"]["prompt_mask"].all()
     assert call["batch"]["loss_mask"].shape == (rows, 12) and call["batch"]["loss_mask"].all()
     assert call["learning_rate"] == 0.0
 
@@ -3068,6 +3084,22 @@ def test_short_rows_share_a_micro_batch_up_to_the_tokens_of_the_longest_ones(mic
         del sizes[:rows]
     assert not sizes and max(rows for rows, _ in shapes) > micro_batch_size
     assert_same(grads, plain_gradients(student, TEACHER, batch)[1], tolerance=3e-6)
+
+
+def test_the_update_gives_attention_no_mask_though_its_rows_are_padded(monkeypatch):
+    """With one a GPU has no flash attention. That padding changes nothing, others test."""
+    student, masks = tiny_llama(1), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **settings):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **settings)
+
+    batch = make_batch(student, TEACHER)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    update(student, TEACHER, batch, micro_batch_size=4)
+    assert len(set(batch["response_mask"].sum(-1).tolist())) > 1
+    assert masks and masks == [None] * len(masks)
 
 
 def test_the_teachers_states_are_not_copied_for_the_update():
@@ -5347,6 +5379,22 @@ def test_a_cold_start_has_a_learning_rate_of_its_own_and_the_clipping_of_the_run
     assert rates == [(2e-3, 0.5), (1e-3, 0.5)]
 
 
+def test_the_first_step_after_a_cold_start_has_no_moments_of_it(world, tmp_path, monkeypatch):
+    moments = []
+    step = opd.optimizer_step
+
+    def watched(student, optimizer, *args):
+        moments.append(len(optimizer.state) > 0)
+        return step(student, optimizer, *args)
+
+    monkeypatch.setattr(opd, "optimizer_step", watched)
+    path = unanswered(world, tmp_path / "train.jsonl", 1)
+    train(
+        world, tmp_path / "out", **COLD | {"cold_start_steps": 2, "max_steps": 2}, train_file=path
+    )
+    assert moments == [False, True, False, True]
+
+
 def test_a_cold_start_without_a_right_solution_changes_no_weight(
     world, tmp_path, monkeypatch, updates
 ):
@@ -5484,6 +5532,24 @@ def test_every_method_has_one_cold_start_with_an_evaluation_after_it(
     ]
     assert len(updates) == 4
     assert responses(out, "cold_start") != responses(out, "student")
+
+
+def test_a_resumed_optimizer_has_its_moments_and_the_settings_of_the_device_it_is_on(
+    world, tmp_path
+):
+    """fused is the one of them that differs between a GPU and a CPU."""
+    config, run = opened(world, tmp_path)
+    for parameter in run.student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    opd.optimizer_step(run.student, run.optimizer, 1e-3)
+    run.step, run.optimizer.param_groups[0]["fused"] = 1, True
+    opd.save_checkpoint(config, run)
+    _, resumed = opened(world, tmp_path, resume=True)
+    assert resumed.optimizer.param_groups[0]["fused"] is False
+    moments = [run.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]]
+    assert moments[0].keys() == moments[1].keys() != set()
+    for index, before in moments[0].items():
+        assert_same(moments[1][index], before, tolerance=0)
 
 
 def test_a_resumed_run_has_no_second_cold_start(world, tmp_path, updates):
