@@ -50,6 +50,7 @@ import glob
 import hashlib
 import html
 import inspect
+import itertools
 import json
 import math
 import operator
@@ -1138,8 +1139,8 @@ def rollout_in_groups(
     student, teacher, prompts, plan, rows_at_once, num_generations=1, for_teacher=None, **settings
 ):
     """rollout, at most rows_at_once rows at a time, a prompt's candidates together -> its dict, and
-    seconds. Rows are padded to the longest; a group's prompts to the longest in the group, so sort
-    them by length. The plan's rule sees one group at a time.
+    seconds. Prompts are padded to the longest of their group, so sort them by length; the rows that
+    are returned, to the longest of all. The plan's rule sees one group at a time.
     """
     # A multiple of num_generations, so that the candidates of a prompt stay together
     size = max(1, rows_at_once // num_generations) * num_generations
@@ -1346,7 +1347,9 @@ NO_ANSWER = (
 
 
 def read_gold(value):
-    """A field -> the answer in a box, in dollars or after "####"; "" for true, a dict, "N/A" """
+    """A field -> its answer: what is boxed, in dollars or after "####", else all its text; "" for
+    what is no answer, such as true, a dict or "N/A"
+    """
     items = value if isinstance(value, list) else [value]
     texts = [str(item) for item in items if type(item) in (str, int, float)]
     text = ", ".join(texts).rsplit("####", 1)[-1]
@@ -1383,8 +1386,8 @@ def read_fields(record):
     def values(names):
         return [fields[name] for name in names if fields.get(name) is not None]
 
-    # Labels come last: they may be no answers. If a record has an answer field or a label, even one
-    # that says "no answer", its solution counts only for a box
+    # Labels come last, as some are no answers. With an answer field or a label, even one that says
+    # "no answer", a solution counts only if it has a box or "####"
     given, labels, worked = map(values, (ANSWERS, LABELS, WORKED))
     boxed = [text for text in worked if re.search(r"\\boxed|####", str(text))]
     golds = (given + boxed + labels) or worked
@@ -1598,8 +1601,9 @@ SPELLINGS = {
     # any integer: k\pi, k \in \mathbb{Z}
     r'(?<![, ])[, ]++(\\q?quad *+)?("[^"]*+" *+)?[kmn] *+\\in *+\\mathbb *\{?Z\}? *+$'
     r'|" *+(for|where)\b[^"]*+" *+[a-zA-Z]? *+$': "",
-    # what trails: 7. is 7; and spaces inside a number: 1 000 000
+    # what stands between units, and their powers: "m" / "s" ^2
     r'(?<=") *\^ *\{?-?\d\}?|(/|\\cdot) *(?=" *\w)': "",
+    # what trails: 7. is 7; and spaces inside a number: 1 000 000
     r'_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
 }
 
@@ -2075,7 +2079,6 @@ def check_values(config):
         "drift_threshold w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every "
         "micro_batch_size eval_every eval_temperature eval_batch_size"
     ).split()
-    as_good = {float: (float, int), list: (list, tuple)}
     # argparse has seen nothing of a Config that was made in a notebook
     for name, kind in Config.__annotations__.items():
         value = getattr(config, name)
@@ -2083,9 +2086,13 @@ def check_values(config):
             if value not in get_args(kind):
                 raise ValueError(f"--{name} {value}: one of {', '.join(get_args(kind))}")
             continue
-        kind = get_origin(kind) or kind  # list, if it is list[str]
-        if not isinstance(value, as_good.get(kind, kind)):
-            raise ValueError(f"--{name} {value!r} must be of type {kind.__name__}")
+        items, of_type = [value], kind
+        if get_origin(kind) is list:
+            items, of_type = value, get_args(kind)[0]
+        as_good = (float, int) if of_type is float else of_type
+        is_list = isinstance(items, (list, tuple))
+        if not is_list or not all(isinstance(item, as_good) for item in items):
+            raise ValueError(f"--{name} {value!r} must be of type {inspect.formatannotation(kind)}")
 
         zero_ok = name in may_be_zero
         most = 1 if name in ("keep_ratio", "eval_top_p") else 1e12
@@ -2121,7 +2128,7 @@ def check_config(config):
     if own_template and "{problem}" not in own_template:
         raise ValueError("--teacher_prompt_template must say {problem} where the problem goes")
     # A checkpoint in --output_dir would be renamed, or removed as the oldest
-    for model in (config.student, config.teacher):
+    for model in filter(None, (config.student, config.teacher)):
         folder, name = os.path.split(os.path.abspath(model))
         inside = os.path.realpath(folder) == os.path.realpath(config.output_dir)
         if inside and name.startswith("checkpoint-") and not config.eval_only:
@@ -2334,7 +2341,8 @@ def read_files(config, run):
 
 def check_model(model, only_sampled):
     """Check a model -> the bytes that its cache keeps per token. ValueError if the cache holds more
-    than keys and values or, unless it is only_sampled, if its head does more than head_logits
+    than keys and values, or if its head does more than head_logits; a model that is only_sampled,
+    which is neither trained nor judges, may have any head
     """
     ids = torch.arange(16, device=model.device)[None] % 2  # any text: all vocabularies have 0 and 1
     try:
@@ -2450,9 +2458,9 @@ def position_limit(model):
 
 
 def work_at_most(config, run):
-    """Upper bounds for this process, lengths in tokens -> dict. Of a step: rows, and the longest
-    prompt and response. Of an evaluation: answers per file, the longest question and answer. And
-    the longest prompt and question that the teacher reads
+    """Upper bounds for this process, lengths in tokens -> dict. Training: rows of a step, the
+    longest prompt and response. Evaluation: answers per file, the longest question and answer.
+    teacher_prompt, teacher_question: the longest that the teacher reads
     """
     trained, files = sum(run.pools, []), run.evals.values()
     graded = sum(files, [])
@@ -2551,14 +2559,14 @@ def plan_phases(config, run):
     """What memory_plan is to be called with -> {batch-size flag: (phase, most rows, arguments)}"""
     most, bf16 = run.most, run.sampler is not run.student
     step = {"student": 0, "teacher": 0, "bf16": bf16, "vocab": run.vocab_size}
-    evaluation = {**step}
+    evaluation = {**step, "segment": most["answer"]}
     if run.teacher:
         shape = run.teacher.config.get_text_config()
         wide = getattr(shape, "intermediate_size", 4 * shape.hidden_size)
         step["student"] = run.student.num_parameters()
         step["teacher"] = run.teacher.num_parameters()
         step["judged"] = 6 * wide + 14 * shape.hidden_size  # bytes per token
-        evaluation = {**step, "segment": most["answer"]}
+        evaluation |= step
         step["states"] = most["rows"] * most["response"] * shape.hidden_size * (2 if bf16 else 4)
 
     # A rollout keeps a cache of both models: counted as if both read the longer prompt
@@ -2596,8 +2604,9 @@ def use_less(flags, flag, count):
 
 
 def rows_that_fit(config, run):
-    """Rows at once for each batch-size flag -> dict: the flag's value; if 0, as before a resume, or
-    else the most that plan_phases allows and that fits. ValueError if they do not fit.
+    """Rows at once for each batch-size flag -> dict: the flag's value. If 0: on resume that of the
+    checkpoint if it fits, else the most that fit, up to the bound of plan_phases. ValueError if
+    they do not fit.
     """
     free = math.inf
     if run.device.type == "cuda":
@@ -2738,7 +2747,8 @@ def plan_lines(config, run, out):
         f"logits of a chunk {update['logits']}; total {update['update']}",
         f"evaluation: {most['question']} + {most['answer']} tokens, {rows['eval_batch_size']} "
         f"rows at once of the student, {rows['teacher_eval_batch_size']} of the teacher",
-        f"time at most, if all tokens cost what the first did: {', '.join(times)}",
+        "time at most, if all tokens cost what the first did, without cold start, probes and "
+        f"extrapolation: {', '.join(times)}",
         f"evaluated before step 1: {' and '.join(evaluated_first(config, run)) or 'nobody'}",
     ]
 
@@ -2919,12 +2929,12 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-STANDING = "step graded rows_at_once cap misses anchor untried counts flags".split()
+SAVED = "step graded rows_at_once cap misses anchor untried counts flags".split()
 
 
 def save_checkpoint(config, run):
-    """Save the run's state and files to checkpoint-<step>/, unless they are there already; of the
-    others only the latest stay. It gets its name when complete. OSError, with nothing left behind,
+    """Save the run's state and files to checkpoint-<step>/, which gets its name when complete; not
+    if they are saved already. Only the latest checkpoints stay. OSError, with nothing left behind,
     if it cannot be written or a number in it is not finite.
     """
     folder = f"{config.output_dir}/checkpoint-{run.step}"
@@ -2954,7 +2964,7 @@ def write_checkpoint(run, folder, partial):
         run.student.generation_config = GenerationConfig(eos_token_id=stops or None)
         run.student.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
-        state = {name: getattr(run, name) for name in STANDING}
+        state = {name: getattr(run, name) for name in SAVED}
         state["optimizer"] = run.optimizer.state_dict()
         torch.save(state, f"{partial}/trainer_state.pt")
         for path in run.files:
@@ -2965,7 +2975,8 @@ def write_checkpoint(run, folder, partial):
     except Exception as error:  # torch and safetensors raise their own errors for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} cannot be written: {error}") from None
-    # An earlier one of this step: a kill between the two renamings leaves it as .old, for --resume
+    # An earlier one of this step. A kill between the two renamings leaves only the .old one, which
+    # --resume has to name
     earlier = f"{folder}.old" if os.path.exists(folder) else ""
     if earlier:
         remove(earlier)
@@ -2979,7 +2990,7 @@ def read_checkpoint(folder, flags):
     """The state in a checkpoint -> dict. ValueError if any of its files has changed since it was
     saved, or if it was made with other flags.
     """
-    # Even rollout_batch_size, though it changes the samples, and the groups to select in
+    # Even rollout_batch_size, though samples, and the groups to select in, change with it
     may_change = (
         "resume output_dir max_steps save_every keep_checkpoints device micro_batch_size report_to "
         "eval_batch_size rollout_batch_size gradient_checkpointing no_gradient_checkpointing "
@@ -3000,7 +3011,7 @@ def read_checkpoint(folder, flags):
             return os.path.basename(os.path.normpath(value))
         if name in ("train_file", "eval_file"):
             return [os.path.basename(path) for path in value]
-        return json.dumps(value)  # an older checkpoint may hold tuples
+        return json.dumps(value)  # () is as good as []
 
     changed = []
     for name, value in flags.items():
@@ -3128,7 +3139,7 @@ def explain(error, phase, flags):
         module, path = getattr(error, "name", None), getattr(error, "filename", None)
         if module:
             text += f"; pip install {module.split('.')[0]}"
-        elif path:
+        elif path and "No space" not in text:
             text += "; check the path"
         return text, 2
     if dist.is_initialized() and re.search("peer|NCCL", text):
@@ -3137,7 +3148,7 @@ def explain(error, phase, flags):
 
 
 # --------------------------------------------------------------------------------------------------
-# 17. What a run does besides its steps: cost accounting, evaluations, EffOPD, the cold start
+# 17. What the loop calls: settings, cost accounting, evaluations, EffOPD, the cold start
 
 STEP_LINE = (
     "step {step:5} | loss {loss:8.4f} | kl {reverse_kl:7.4f} | overlap {overlap_ratio:.3f} | "
@@ -3588,7 +3599,7 @@ def token_spans(run):
 
 
 def row_html(config, run, row, spans):
-    """A row of run.shown, above a first candidate its prompt -> HTML"""
+    """A row of run.shown, under its prompt if it is the prompt's first candidate -> HTML"""
     shown, problem = run.shown, run.shown["problems"][row]
     stopped = shown["stopped"][row]
     prompt = verdict = ""
@@ -3763,14 +3774,12 @@ def report_table(runs):
     """Runs, as read_run gives them -> lines: a row per method, the baseline first"""
     # The baseline: the first group whose folder is named opd, else the first by name
     runs = sorted(runs, key=lambda run: (os.path.basename(run["group"]) != "opd", run["group"]))
-    first, groups = runs[0]["group"], collections.defaultdict(list)
-    for run in runs:
-        groups[run["group"]].append(run)
+    groups = [list(own) for _, own in itertools.groupby(runs, operator.itemgetter("group"))]
     return [
         *TITLES.splitlines(),
-        *[report_row(group, groups[first]) for group in groups.values()],
+        *[report_row(group, groups[0]) for group in groups],
         f"accuracy in %; ±: standard error over seeds; opd up to its last step; runs: {len(runs)}",
-        f"opd: here {first}, the first row; x: times its cost; seconds of training",
+        f"opd: here {runs[0]['group']}, the first row; x: times its cost; seconds of training",
     ]
 
 
@@ -3912,13 +3921,14 @@ def main(argv=None):
     """Do what the flags ask for -> dict of the final metrics. argv: a list of strings, or a Config.
     A user's mistake ends in one line and exit status 2.
     """
-    warnings.formatwarning = lambda message, *_: f"note: {message}\n"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # it would raise where stderr is closed
     run = Run({}, [])  # in set-up
     held = contextlib.ExitStack()
     try:
         held.enter_context(warnings.catch_warnings())  # each run of a process shows its notes
+        held.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
+        warnings.formatwarning = lambda message, *_: f"note: {message}\n"
         held.enter_context(on_signals(interrupt))
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the tiny world takes one
         # Not isinstance(argv, Config): after a reload of the module there are two such classes

@@ -2051,13 +2051,15 @@ def test_negative_infinite_and_nan_values_of_flags_are_refused(value):
         ("student", 1),
         ("train_file", "a.jsonl"),
         ("eval_file", None),
+        ("mix", ["0.8", "0.2"]),
+        ("probe_depths", [50.0]),
         ("seed", "1"),
         ("max_steps", 2.0),
         ("tail", 1),
     ],
 )
 def test_a_config_with_a_value_of_another_type_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"^--{name} .* must be of type \w+$"):
+    with pytest.raises(ValueError, match=rf"^--{name} .* must be of type [\w[\]]+$"):
         opd.check_config(dataclasses.replace(opd.TINY, **{name: value}))
 
 
@@ -2070,6 +2072,12 @@ def test_a_run_of_a_config_with_paths_and_numpy_numbers_can_be_resumed(world, tm
     opd.main(dataclasses.replace(config, **odd))
     train(world, tmp_path, max_steps=2, eval_file=None, resume=True)
     assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_warnings_after_a_run_look_as_before_it(world, tmp_path):
+    before = warnings.formatwarning
+    train(world, tmp_path, max_steps=1, eval_file=None)
+    assert warnings.formatwarning is before
 
 
 def test_a_config_without_models_must_be_that_of_the_tiny_world():
@@ -3946,14 +3954,6 @@ def test_the_flags_of_may_change_may_change_on_resume_and_no_others(whole):
                 opd.read_checkpoint(folder, {**flags, name: "other"})
 
 
-def test_a_tuple_in_the_flags_of_an_older_checkpoint_is_a_list_on_resume(whole):
-    folder = whole / "checkpoint-5"
-    flags = torch.load(folder / "trainer_state.pt", weights_only=True)["flags"]
-    tuples = {name: tuple(value) for name, value in flags.items() if isinstance(value, list)}
-    assert tuples
-    opd.read_checkpoint(folder, {**flags, **tuples})
-
-
 def test_the_next_checkpoint_stores_a_flag_that_changed_on_resume(world, tmp_path):
     train(world, tmp_path, max_steps=1, eval_file=None)
     train(world, tmp_path, max_steps=2, micro_batch_size=2, eval_file=None, resume=True)
@@ -4590,6 +4590,10 @@ def test_out_of_memory_names_the_phase_and_the_flag_to_halve(
         ),
         (ValueError("two\nlines"), ("two lines", 2)),
         (FileNotFoundError(2, "None", "a/b"), ("[Errno 2] None: 'a/b'; check the path", 2)),
+        (
+            OSError(28, "No space left on device", "a/b"),
+            ("[Errno 28] No space left on device: 'a/b'", 2),
+        ),
         (ModuleNotFoundError("No x", name="x.y"), ("No x; pip install x", 2)),
         (RuntimeError("serializing: I/O error: No space"), ("serializing: I/O error: No space", 2)),
         (ZeroDivisionError("by zero"), ("", 1)),
