@@ -1555,12 +1555,21 @@ def draw_prompts(config, run, step):
 
 # Spellings of one answer: signs, then patterns in this order, each with an example. Quotes hold
 # text: words, a unit, a base. *+ does not backtrack: on 5,000 spaces that would take minutes
-SIGNS = dict(zip(map(ord, "–—−∞°²³½（），"), r"- - - \infty ^\circ ^2 ^3 \frac12 ( ) ,".split()))
+SIGNS = dict(
+    zip("–—−‐‑（），：｛｝²³½¼¾", r"- - - - - ( ) , : \{ \} ^2 ^3 \frac12 \frac14 \frac34".split())
+)
+SIGNS |= dict(zip("∞°º·∪∩∈…", r"\infty ^\circ ^\circ \cdot \cup \cap \in \dots".split()))
 SPELLINGS = {
     # spaces and sizes: \;  \big)  ~
     r"(?<!\\)\\([,;: >]|[bB]igg?[lr]?(?![a-z]))|~|(?<=\\\\)\[[\d.]+\w\w\]": " ",
     # marks: \$5  **7**  \color{red}7
-    r"\\?\$|\\checkmark|[¢-¥€✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)": "",
+    r"\\?\$|\\checkmark|[¢-¥€✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)|`"
+    r"|\\(bf|rm|it|[lL]arge|displaystyle)\b": "",
+    # dots, a colon, braces, pi: \ldots  3{:}00  \mathbb R  2pi
+    r"\\[lc]dots|\.\.\.": r"\\dots",
+    r"\\colon\b|(?<![a-z])\{:\}": ":",
+    r"\\(mathbb|frac) *([A-Z]\b|\\pi)": r"\\\1{\2}",
+    r"(?<![a-zA-Z\\])pi\b": r"\\pi ",
     # powers of ten: 2.5e-3
     r"(?<=\d)[eE]\+?(-?\d+)\b": r"\\times 10^{\1}",
     # lists: 1 and 2
@@ -1568,9 +1577,10 @@ SPELLINGS = {
     # a unit that looks like a variable: 5 \text{ N}
     r"(?<=[\d}]) *\\(text|mathrm) *\{ *([A-Z]|eV|([^{}]*\^\{-?\d\})+) *\}(?!\w)": r' "\2"',
     # wrapped words: 5 \text{people} is 5 "people"
-    r"\\(text\w*|\wbox|mathrm|mathbf) *\{(?=[^{}]*\})([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": (
-        r'"\2"\3 '
-    ),
+    r"\\(text\w*|\wbox|math(?:rm|bf|it|sf)|boldsymbol|underline) *\{(?=[^{}]*\})"
+    r"([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": r'"\2"\3 ',
+    # percent: 5 percent
+    r'" *per ?cent *" *': r"\\%",
     # a lead-in: the final answer is 5, = 5
     r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?[": ]*=?'
     r'|^ *("[^"]*" *|\w\(\w, *\w\) *)?(=|\\approx)': "",
@@ -1578,6 +1588,8 @@ SPELLINGS = {
     r'^[" (]*([A-J])[).](?!.*[A-J][).]).*': r"\1",
     # the empty set: no solution
     r'(?i)"? *+((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
+    # all real numbers
+    r'(?i)"? *+\b(for )?(all )(the )?reals?( numbers)?[ ".]*$': r"\\mathbb{R}",
     # a unit: 5 cm, 3 hours
     r'(?<=\d) *+(""|(?<= )) *+([a-zA-Z.]{3,}( [a-z]+)*|[A-Z]{2}|[ckm]m|[ap]\.?m)\b(/[a-z]+)?': (
         r' "\2\4"'
@@ -1591,18 +1603,24 @@ SPELLINGS = {
     # a mixed number: 1 2/3
     r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
     # degrees: 90^\circ
-    r'\\degree|"? ?\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?([ "]*[CF]\b)?': ' "degrees"',
+    r'\\degree|"? ?\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?([ "]*([CF])\b)?': r' "degrees\3"',
     # a base, a modulus: 1011_2, 3 \pmod 4
     r"(?:\(?\b(\d\w*)\)? *+_|\(? *+\\?[pb]?(mod)\b) *+\{? *+(\w++) *+\}? *+\)?$": r'\1 "\2\3"',
     # roots: 2√3
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
+    # the set of all: \{x \mid x > 1\}
+    r"^ *(?:\\left)? *\\\{ *[a-z] *(?:\\in *\\mathbb *\{R\} *)?(?:\\mid|:|(?:\\left|\\middle)? *\|)"
+    r"(.*?)(?:\\right *\.)? *(?:\\right)? *\\\} *$": r"\1",
     # two answers in one: 1 \pm i
     r'^(?!.*(["(\[]|\\[{}]|\\mp))(.*,)?([^,]*)(\\pm|±)([^,]*)': r"\2\3+\5,\3-\5",
     # any integer: k\pi, k \in \mathbb{Z}
     r'(?<![, ])[, ]++(\\q?quad *+)?("[^"]*+" *+)?[kmn] *+\\in *+\\mathbb *\{?Z\}? *+$'
     r'|" *+(for|where)\b[^"]*+" *+[a-zA-Z]? *+$': "",
-    # what stands between units, and their powers: "m" / "s" ^2
-    r'(?<=") *\^ *\{?-?\d\}?|(/|\\cdot) *(?=" *\w)': "",
+    # the power of a unit, and what stands between two: "m"^2 is "m2", "m" / "s"
+    r'" *\^ *\{?-?(\d)\}?': r'\1"',
+    r'\bsq(uare)?\b\.? (?=["]?[a-z]+)"?([a-z]+)': r"\g<2>2",
+    r'\bcu(bic)?\b\.? (?=["]?[a-z]+)"?([a-z]+)': r"\g<2>3",
+    r'(/|\\cdot) *(?=" *\w)': "",
     # what trails: 7. is 7; and spaces inside a number: 1 000 000
     r'_[ {]*"\w+"[ }]*$|(?!.*\.\.)[.,; \\]+$|(?<=\d) (?=\d{3})': "",
 }
@@ -1610,15 +1628,15 @@ SPELLINGS = {
 
 def spell(answer):
     r"""An answer -> (its value, its text in lower case). Example: 5\,\text{cm} -> 5, cm"""
-    answer = " ".join(answer.replace('"', " ").split()).translate(SIGNS)
+    answer = " ".join(answer.replace('"', " ").split()).translate(str.maketrans(SIGNS))
     for pattern, plain in SPELLINGS.items():
         answer = re.sub(pattern, plain, answer)
     text = "".join(re.findall('"[^"]*"', answer)).lower()
-    return re.sub('"[^"]*"|"', "", answer), re.sub(r"\^\d|\W|square|cubic", "", text)
+    return re.sub('"[^"]*"|"', "", answer), re.sub(r"\W", "", text)
 
 
 # Gold answers, as value;unit, that math-verify would misread: words, a modulus, dots
-NOT_FOR_MATH_VERIFY = r"^ *;|\\text|;mod|\.\.|\\[lc]?dots"
+NOT_FOR_MATH_VERIFY = r"^ *;|:.*:|\\text|;mod|\.\.|\\[lc]?dots"
 
 
 BOX = r"\\boxed *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
@@ -1644,7 +1662,14 @@ def is_same(answer, gold, text):
     rest = iter(long)
     short_for = long.startswith(short[:1]) and all(letter in rest for letter in short)
     short_for &= len(long) > 2 or short in ("", long)  # m is not short for mm
-    return short_for and (same or ask_math_verify(gold, answer))
+    short_for &= short != "m" or re.match("m$|met", long) is not None  # nor for miles
+    short_for &= not short or short[-1].isdigit() == long[-1].isdigit()  # nor cm for cm^2
+    if not short_for or same or ask_math_verify(gold, answer):
+        return short_for
+    # 12.5 may be 12.5%, but 0.5 is not 0.5%. math-verify does this with integers only
+    bare = [text.replace(r"\%", "") for text in (gold, answer)]
+    may_lack_it = "%" in gold and "%" in answer or re.match(" *[1-9]", gold)
+    return bool(may_lack_it) and bare != [gold, answer] and ask_math_verify(*bare)
 
 
 # The subprocess of ask_math_verify. Three things are easy to get wrong:
@@ -1661,6 +1686,8 @@ verify(parse("$1$"), parse("$1$"))  # the first call is slow
 print("ready")
 for line in sys.stdin:
     texts = [text for text in json.loads(line) if text is not None]
+    if not re.search(r"_\{?i", "".join(texts)):  # I is the imaginary unit, i a variable
+        texts = [re.sub(r"(?<![a-zA-Z\\])i(?![a-zA-Z])", "I", text) for text in texts]
     read = [parse(f"\\boxed{{{text}}}", latex, parsing_timeout=None) for text in texts]
     options["allow_set_relation_comp"] = re.search("[][]|infty", texts[0])
     print(verify(*read, timeout_seconds=None, **options) if len(read) > 1 else len(read[0]) > 1)"""
