@@ -71,6 +71,8 @@ from typing import Literal, get_args, get_origin
 
 # Set before torch is imported. Without it the growing KV caches fragment a GPU's memory
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np
 import tokenizers
@@ -95,9 +97,8 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    A step's loss is the sum of token_weight times this over its trained tokens, divided by their
-    number (backward). A v with q = 0 and p > 0 costs about 1e30 p, not inf, and the norm of its
-    gradient overflows.
+    A step's loss: the sum of token_weight times this over its trained tokens / their number. A v
+    with q = 0 and p > 0 costs about 1e30 p, not inf, and the norm of its gradient overflows.
     """
     # Not F.kl_div(log_p, q): that is KL(q || p), which spreads the student over all that the
     # teacher might say. bfloat16 is promoted to float32; float64 stays float64
@@ -744,8 +745,7 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
 
     both over all processes. batch: a rollout with token_weight (B, T) and loss_mask (B, T) bool,
     which may have holes; only tokens in response_mask count. micro_batch_size: rows of the longest
-    length per pass, more of shorter ones; but for rounding, it does not change the gradient. chunk:
-    settings of backward_in_chunks.
+    length per pass, more of shorter ones; the gradient is the same. chunk: for backward_in_chunks.
     -> dict: loss, num_tokens, the means of what measure returns; {} if no token is to be trained.
     FloatingPointError if the loss is not finite. Needs backward_in_chunks, hidden_states,
     learned_rows, concatenate, gather, sum_gradients.
@@ -862,7 +862,7 @@ def token_weights(config, out):
 
 
 def next_cap(config, run, reliable):
-    """Prune-OPD's next cap and its misses, with the constants of the flags."""
+    """Prune-OPD's next cap and its misses, with the constants of the flags"""
     high = min(config.cap_max, config.max_new_tokens)
     return next_max_length(
         reliable,
@@ -2147,6 +2147,8 @@ def check_config(config):
         raise ValueError(f"--device {config.device}: not available here; use cpu")
     if NUM_RANKS > 1 and config.device.startswith("cuda:"):
         raise ValueError(f"--device {config.device}: each process takes a GPU of its own; use cuda")
+    if config.output_dir.startswith("~"):
+        raise ValueError(f"--output_dir {config.output_dir}: no shell expands this ~; write $HOME")
     if re.search(HALF, config.output_dir):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if "{problem}" not in config.prompt_template:
@@ -2222,6 +2224,7 @@ class Run:
     evals: dict = None  # name of a file -> problems to evaluate on
 
     # Where it stands. A checkpoint has all of this, and the optimizer
+    data: str = ""  # a digest of all problems, with their prompts
     step: int = 0  # the last completed step
     graded: int = 0  # the last step after which the student was evaluated
     rows_at_once: dict = field(default_factory=dict)  # keys as in plan_phases
@@ -2304,6 +2307,10 @@ def load(auto_class, path, **options):
         why = f"{type(error).__name__}: {str(error)[:200]}"
         if "trust_remote_code" in str(error):
             why = "it needs code of its own, and models that come with code are not supported"
+        elif os.path.isdir(path) and not os.path.exists(f"{path}/config.json"):
+            why = "it has no config.json; a run's models are in its checkpoint-<step> folders"
+        elif not os.path.exists(path) and (path[0] in "./~" or path.count("/") > 1):
+            why = "there is no such folder"  # and it is no hub name
         raise ValueError(f"{path} does not load: {why}") from None
     if adapter:
         raise ValueError(f"{path} is an adapter (LoRA), not a full model: merge it into its base")
@@ -2956,7 +2963,7 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-SAVED = "step graded rows_at_once cap misses anchor untried counts flags".split()
+SAVED = "data step graded rows_at_once cap misses anchor untried counts flags".split()
 
 
 def save_checkpoint(config, run):
@@ -3059,11 +3066,14 @@ def prepare_files(config, run, checkpoint):
     page, checkpoints = [f"{config.output_dir}/rollouts.html"], list_checkpoints(config.output_dir)
     # Not f"{checkpoint}/..": it may be a link
     around = os.path.dirname(os.path.abspath(checkpoint))
-    if checkpoint and os.path.samefile(around, config.output_dir):
+    own = checkpoint and os.path.samefile(around, config.output_dir)
+    if own:
         page, checkpoints = [], [path for path in checkpoints if step_of(path) > run.step]
     files = list(filter(os.path.exists, run.files + page))
     if not any(map(os.path.getsize, files)):  # of a start that failed: what is put aside stays
         files = []
+    if files and not own:
+        note(f"the files of the run that was in {config.output_dir} end in .old now")
     for path in files + checkpoints:
         remove(f"{path}.old")
         os.replace(path, f"{path}.old")
@@ -3893,6 +3903,10 @@ def open_run(config):
     read_files(config, run)
     load_models(config, run, folder or config.student)
     check_tokens(run)
+    problems = json.dumps([run.pools, run.evals]).encode()
+    run.data = hashlib.sha256(problems).hexdigest()
+    if state.get("data", run.data) != run.data:
+        raise ValueError(f"--resume {folder}: the problems, or their prompts, were others then")
     run.most = work_at_most(config, run)
     for line in check_lengths(run):
         if config.eval_only:  # else the preflight of a new run prints it

@@ -3838,6 +3838,51 @@ def test_each_run_of_a_process_shows_its_notes(world, tmp_path, monkeypatch):
     assert len([text for text in shown if "1 duplicates are left out" in text]) == 2
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "eval.jsonl"])
+def test_resume_with_other_problems_in_the_same_files_is_refused(name, world, tmp_path, capfd):
+    for path in world.glob("*.jsonl"):
+        shutil.copy(path, tmp_path)
+    files = {"train_file": tmp_path / "train.jsonl", "eval_file": tmp_path / "eval.jsonl"}
+    out = tmp_path / "out"
+    train(world, out, max_steps=1, **files)
+    before = (out / "metrics.jsonl").read_bytes()
+    lines = (tmp_path / name).read_text().splitlines(True)
+    (tmp_path / name).write_text("".join(lines[:-1]))
+    status, line = stopped(command(world, out, max_steps=2, resume=True, **files), capfd)
+    assert status == 2 and "the problems, or their prompts, were others then" in line
+    assert (out / "metrics.jsonl").read_bytes() == before
+    assert not (out / "metrics.jsonl.old").exists()
+
+
+def test_a_second_run_in_a_folder_says_what_became_of_the_files_of_the_first(world, tmp_path):
+    train(world, tmp_path, max_steps=1, eval_file=None)
+    with pytest.warns(UserWarning, match=f"{tmp_path} end in .old now"):
+        opd.main(command(world, tmp_path, max_steps=1, eval_file=None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of its own files it says nothing
+        opd.main(command(world, tmp_path, max_steps=1, eval_file=None, resume=True))
+
+
+@pytest.mark.parametrize(
+    "path, why",
+    [
+        ("./nope", "there is no such folder"),
+        ("out/r1/checkpoint-300", "there is no such folder"),
+        (".", "it has no config.json; a run's models are in its checkpoint-<step> folders"),
+    ],
+)
+def test_a_folder_without_a_model_is_told_so(path, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        opd.load(transformers.AutoTokenizer, path)
+    assert str(error.value) == f"{path} does not load: {why}"
+
+
+def test_an_output_folder_under_a_tilde_is_refused():
+    with pytest.raises(ValueError, match="no shell expands this ~"):
+        opd.check_config(dataclasses.replace(opd.TINY, output_dir="~/out"))
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_resume_without_a_checkpoint_starts_from_the_beginning_with_a_note(
     exists, world, tmp_path, after_one_step
