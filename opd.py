@@ -3903,7 +3903,7 @@ def open_run(config):
     read_files(config, run)
     load_models(config, run, folder or config.student)
     check_tokens(run)
-    problems = json.dumps([run.pools, run.evals]).encode()
+    problems = json.dumps([run.pools, *run.evals.values()]).encode()  # no paths: folders may move
     run.data = hashlib.sha256(problems).hexdigest()
     if state.get("data", run.data) != run.data:
         raise ValueError(f"--resume {folder}: the problems, or their prompts, were others then")
