@@ -1589,7 +1589,7 @@ SPELLINGS = {
     # the empty set: no solution
     r'(?i)"? *+((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
     # all real numbers
-    r'(?i)"? *+\b(for )?(all )(the )?reals?( numbers)?[ ".]*$': r"\\mathbb{R}",
+    r'(?i)"? *+\b(for )?all (the )?reals?( numbers)?[ ".]*$': r"\\mathbb{R}",
     # a unit: 5 cm, 3 hours
     r'(?<=\d) *+(""|(?<= )) *+([a-zA-Z.]{3,}( [a-z]+)*|[A-Z]{2}|[ckm]m|[ap]\.?m)\b(/[a-z]+)?': (
         r' "\2\4"'
