@@ -3854,6 +3854,21 @@ def test_resume_with_other_problems_in_the_same_files_is_refused(name, world, tm
     assert not (out / "metrics.jsonl.old").exists()
 
 
+def test_evaluation_files_of_one_name_may_be_in_a_moved_folder_on_resume(world, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        shutil.copy(world / "eval.jsonl", tmp_path / "data" / name)
+    files = [tmp_path / "data" / name / "eval.jsonl" for name in ("a", "b")]
+    opd.main(
+        [*command(world, tmp_path / "out", max_steps=1, eval_file=None), "--eval_file", *files]
+    )
+    (tmp_path / "data").rename(tmp_path / "moved")
+    files = [tmp_path / "moved" / name / "eval.jsonl" for name in ("a", "b")]
+    again = command(world, tmp_path / "out", max_steps=2, eval_file=None, resume=True)
+    opd.main([*again, "--eval_file", *files])
+    assert checkpoints(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_a_second_run_in_a_folder_says_what_became_of_the_files_of_the_first(world, tmp_path):
     train(world, tmp_path, max_steps=1, eval_file=None)
     with pytest.warns(UserWarning, match=f"{tmp_path} end in .old now"):
