@@ -201,12 +201,13 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     candidates, in_support = topk_support(log_p, log_q, k, support)
-    log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
-    p_bar = log_p.masked_fill(~in_support, -torch.inf).softmax(-1).nan_to_num(0)  # NaN: S is empty
+    top_log_p, top_log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
+    # At an empty S the softmax is NaN
+    p_bar = top_log_p.masked_fill(~in_support, -torch.inf).softmax(-1).nan_to_num(0)
     # Only the ratio, which is 1, carries gradient. Through rho, too, there would be grad log P_S:
     # it is 0 only if S is all of V, and else pushes mass out of S even at p = q
-    ratio = (log_p - log_p.detach()).exp()
-    return ((p_bar * (log_p - log_q)).detach() * ratio).sum(-1)
+    ratio = (top_log_p - top_log_p.detach()).exp()
+    return ((p_bar * (top_log_p - top_log_q)).detach() * ratio).sum(-1)
 
 
 def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
@@ -221,14 +222,13 @@ def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     log_q = F.log_softmax(teacher_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
     candidates, in_support = topk_support(log_p, log_q, k, support)
-    log_p, log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
-    log_p = log_p.masked_fill(~in_support, -1e30)  # p = 0
-    log_q = log_q.masked_fill(~in_support, -1e30)
+    top_log_p = log_p.gather(-1, candidates).masked_fill(~in_support, -1e30)  # p = 0
+    top_log_q = log_q.gather(-1, candidates).masked_fill(~in_support, -1e30)
     # 1 - sum_S p is only accurate to eps: below that, the rest is eps and has no gradient
     least = torch.finfo(dtype).eps
-    p_rest = (1 - log_p.exp().sum(-1)).clamp(min=least)
-    q_rest = (1 - log_q.exp().sum(-1)).clamp(min=least)
-    on_support = (log_p.exp() * (log_p - log_q)).sum(-1)
+    p_rest = (1 - top_log_p.exp().sum(-1)).clamp(min=least)
+    q_rest = (1 - top_log_q.exp().sum(-1)).clamp(min=least)
+    on_support = (top_log_p.exp() * (top_log_p - top_log_q)).sum(-1)
     return on_support + p_rest * (p_rest / q_rest).log()
 
 
@@ -521,15 +521,15 @@ def generate(
     -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
        log-prob (B,) of each row's last new token, before top_p, meaningless if it ended before
     """
-    topk, scores = [], []
+    topk_of, last_two = [], []
 
-    def as_scored(_, head_scores):  # (B, rows of the head), float32
-        within = head_scores[:, :vocab_size] / (temperature or 1)  # the head may have more rows
+    def as_scored(_, logits):  # (B, rows of the head), float32
+        logits = logits[:, :vocab_size] / (temperature or 1)  # the head may have more rows
         if stop_id is not None:
-            within = merge_stops(within, eos_ids, stop_id)
-        scores[:] = [*scores[-1:], within]  # the last two, for mps: see below
-        topk.append(within.topk(record_k).indices)  # (B, K)
-        return within
+            logits = merge_stops(logits, eos_ids, stop_id)
+        last_two[:] = [*last_two[-1:], logits]  # for mps: see below
+        topk_of.append(logits.topk(record_k).indices)  # (B, K)
+        return logits
 
     draw = {"do_sample": False}
     if temperature:
@@ -553,12 +553,12 @@ def generate(
 
     new_ids = ids[:, input_ids.shape[1] :]  # (B, n)
     # On mps transformers notices one step late that all rows have ended, and drops that step
-    taken_back = len(topk) - new_ids.shape[1]
-    last_scores = scores[-1 - taken_back]
+    taken_back = len(topk_of) - new_ids.shape[1]
+    last_logits = last_two[-1 - taken_back]
     # The pad_id of a row that ended may lie outside of the vocabulary
     last_ids = new_ids[:, -1:].clamp(max=vocab_size - 1)
-    log_probs = F.log_softmax(last_scores, dim=-1).gather(-1, last_ids)
-    topk = torch.stack(topk, dim=1)[:, : new_ids.shape[1]] if record_k else None
+    log_probs = F.log_softmax(last_logits, dim=-1).gather(-1, last_ids)
+    topk = torch.stack(topk_of, dim=1)[:, : new_ids.shape[1]] if record_k else None
     return new_ids, topk, log_probs[:, 0]
 
 
@@ -608,7 +608,8 @@ def head_logits(model, hidden, vocab_size, temperature=1.0, eos_ids=(), stop_id=
 def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
     """Score the last n columns of ids, mask (b, L) with the teacher, which computes what its cache
     lacks, up to column L - 2 -> its hidden states (b, n, H'); the overlap (b, n) of student_topk
-    (b, n, K) with its own top k, 0 off the mask. head: settings of head_logits
+    (b, n, K) with its own top k, 0 off the mask. head: settings of head_logits. Needs that,
+    hidden_states, overlap_ratio, tokens_at_once.
     """
     num_new, k = student_topk.shape[1:]
     hidden = hidden_states(teacher, ids, mask, num_new, cache)
@@ -626,12 +627,12 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
 def rollout(
     student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=0, **sampling
 ):
-    """Sample responses to B prompts, lists of ids. No column of a row passes through a model twice:
-    equal prompts are prefilled once; then each model computes what its cache lacks.
+    """Sample responses to B prompts, lists of ids, by a Plan. No column of a row passes through a
+    model twice: equal prompts are prefilled once; then each model computes what its cache lacks.
 
     teacher: None to sample without scoring, else overlap_k >= 1. for_teacher: the teacher's
     prompts, if they differ [OPSD]. sampling: vocab_size, stop_id, temperature, top_p of generate.
-    Both models in eval mode. Needs sections 1, 2, 5, 6, 10. -> dict, T the longest response:
+    Both models in eval mode. Needs sections 1 to 3, 5, 6, 10. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
         log_probs   (B, T), before top_p, at the last token of each full segment; NaN elsewhere
@@ -709,10 +710,10 @@ def backward_in_chunks(
     student_head,
     teacher_head,
     token_loss,
+    chunk_tokens,
     measure=None,
-    chunk_tokens=192,
 ):
-    """Heads, loss and backward, chunk by chunk: the logits of all tokens never exist at once.
+    """Heads, loss and backward, chunk_tokens at a time (see tokens_at_once): never all logits.
 
     hidden (N, H), teacher_hidden (N, H'); response_ids, log_probs (as sampled) and token_weight
     (divided by the step's number of tokens): (N,), N > 0; heads: hidden -> logits; token_loss: both
@@ -766,17 +767,16 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
     while rows:
         # The longest of the rows left, as many as most_tokens allows, right-padded
         count = most_tokens // len(rows[0][0])
-        ids, learned, columns = zip(*rows[:count])
-        rows = rows[count:]
-        ids = pad_sequence(ids, batch_first=True)  # (b, L)
+        micro_batch, rows = rows[:count], rows[count:]
+        ids = pad_sequence([row[0] for row in micro_batch], batch_first=True)  # (b, L)
         # No real token attends to the padding after it; with a mask there is no flash attention
         mask = torch.ones_like(ids, dtype=torch.bool)
-        learned = pad_sequence(learned, batch_first=True)
-        columns = concatenate(columns)
-        columns["token_weight"] = columns["token_weight"] / num_tokens
+        learned = pad_sequence([row[1] for row in micro_batch], batch_first=True)
+        values = concatenate([row[2] for row in micro_batch])  # each (N, ...)
+        values["token_weight"] = values["token_weight"] / num_tokens
         with autocast or contextlib.nullcontext():
             hidden = hidden_states(student, ids, mask, ids.shape[1] - 1)[learned[:, 1:]]  # (N, H)
-            gradient, total, measures = backward_in_chunks(hidden, **columns, **chunk)
+            gradient, total, measures = backward_in_chunks(hidden, **values, **chunk)
         hidden.backward(gradient)
         loss = loss + total
         measured += measures
@@ -998,7 +998,7 @@ def evaluate(
     of the answer). max_length: tokens. sampling: vocab_size, eos_ids, stop_id, temperature, top_p
     of rollout. reward: an answer's mean of log q - log p at temperature 1; NaN without a teacher.
     -> (metrics, among them avg_at_n and its error, see summarise, and settings; answers, one dict
-       each)                                                                       [Rethinking-OPD]
+       each). Needs what is_correct and rollout need, and sections 11, 12, 17      [Rethinking-OPD]
     """
     # The answers to sample, and this process's share of them
     answers = []
@@ -1212,15 +1212,15 @@ def learned_rows(batch):
             continue
         states = batch["teacher_hidden"][row]
         # Mostly all are learned: then no copy
-        columns = {"teacher_hidden": states if learned.all() else states[learned]}
+        values = {"teacher_hidden": states if learned.all() else states[learned]}
         for name in ("response_ids", "log_probs", "token_weight"):
-            columns[name] = batch[name][row][valid][learned]
+            values[name] = batch[name][row][valid][learned]
 
         # Tokens after the last learned one do not affect the loss
         end = int(learned.nonzero()[-1]) + 1
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
         ids = torch.cat([prompt, batch["response_ids"][row][valid][:end]])
-        rows.append((ids, F.pad(learned[:end], (len(prompt), 0)), columns))
+        rows.append((ids, F.pad(learned[:end], (len(prompt), 0)), values))
     return sorted(rows, key=lambda row: len(row[0]), reverse=True)
 
 
@@ -1933,7 +1933,7 @@ class Config:
     loss: Loss = "topk"  # topk: KL(student || teacher) on top-k tokens, with the released code's
     # gradient [Rethinking-OPD]. reverse_kl: on the whole vocabulary [GKD]. sampled: k1 policy
     # gradient. forward_kl: KL(teacher || student) [GKD]. jsd: between the two, as --beta says [GKD]
-    beta: float = 0.5  # --loss jsd: the teacher's weight in the mixture (our choice)
+    beta: float = 0.5  # --loss jsd: the teacher's weight in the mixture [.5: OPSD]
     support: Support = "student"  # --loss topk: the top-k set it sums over [Rethinking-OPD]
     tail: bool = False  # --loss topk: add the rest of the vocabulary as one class (TRL's form)
     baseline: bool = False  # --loss sampled: subtract the closed-form baseline [vOPD]
@@ -1948,7 +1948,7 @@ class Config:
     max_prompt_length: int = 1024  # a training problem is left out if its prompt, the student's or
     # the teacher's, is longer [Rethinking-OPD]
     max_new_tokens: int = 7168  # maximum length (cap) of a training response [Rethinking-OPD]
-    temperature: float = 1.0  # divides the logits of both models, in sampling and loss [all: 1]
+    temperature: float = 1.0  # divides both models' logits, in sampling and loss [all but OPSD]
     no_merge_stops: bool = False  # keep stop tokens separate; by default all stop tokens of student
     # and teacher count as one [EOS]
     segment_length: int = 0  # tokens between two decisions on which rows go on; 0: an eighth of
@@ -1956,7 +1956,7 @@ class Config:
     rollout_batch_size: int = 0  # rows a process samples at once; 0: what fits on a GPU, else all
     prefix_length: int = 0  # tokens of the prefix; 0: 1024 for prefix (our choice), 128 for
     # prefix-guided [PG-OPD, second hand]
-    probe_window: int = 128  # prefix-guided: score = mean overlap of the first tokens [PG-OPD]
+    probe_window: int = 128  # prefix-guided: tokens that are scored [PG-OPD, second hand]
     keep_ratio: float = 0.5  # prefix-guided: share of candidates that go on [PG-OPD: .25 to .75]
     select: Literal["overlap", "random"] = "overlap"  # prefix-guided: criterion; random: a control
     train_pruned_prefix: bool = False  # prefix-guided: train on prefixes of rows not selected, too
@@ -2104,7 +2104,7 @@ def check_values(config):
     may_be_zero = (
         "seed cold_start_steps rollout_batch_size segment_length prefix_length horizon_growth "
         "drift_threshold w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every "
-        "micro_batch_size eval_every eval_temperature eval_batch_size"
+        "micro_batch_size eval_every eval_temperature eval_batch_size beta"
     ).split()
     # argparse has seen nothing of a Config that was made in a notebook
     for name, kind in Config.__annotations__.items():
@@ -2134,8 +2134,9 @@ def check_config(config):
     if not 0 < config.beta < 1:
         ends = "for the two KLs there are --loss reverse_kl and forward_kl"
         raise ValueError(f"--beta {config.beta} must lie between 0 and 1; {ends}")
-    for name, loss in (("tail", "topk"), ("baseline", "sampled")):
-        if getattr(config, name) and config.loss != loss:
+    of_loss = {"support": "topk", "tail": "topk", "baseline": "sampled", "beta": "jsd"}
+    for name, loss in of_loss.items():
+        if getattr(config, name) != getattr(Config, name) and config.loss != loss:
             raise ValueError(f"--{name} is of --loss {loss} alone, and --loss is {config.loss}")
     if any(depth not in range(100) for depth in config.probe_depths):
         raise ValueError(f"--probe_depths {config.probe_depths} must be percentages, 0 to 99")
@@ -3309,7 +3310,8 @@ def row_facts(config, batch):
         "trained_length": batch["loss_mask"].sum(-1),
         "reliable_length": reliable_length(reliability, mask),
         "agreed_tokens": overlap.sum(-1),
-        "stopped_fraction": batch["ended"],
+        # Of the rows that the method let go on: the others could not stop
+        "stopped_fraction": torch.where(batch["kept"], batch["ended"].double(), math.nan),
         "truncated_fraction": ~batch["ended"],
         "kept_fraction": batch["kept"],
         "repetition": torch.tensor(repeated),
@@ -3326,7 +3328,7 @@ def step_metrics(run, batch, rows, update):
     run.count(generated_tokens=sampled, teacher_tokens=sampled, trained_tokens=int(trained.sum()))
     run.count(flops=forward_flops(run.student, context) + forward_flops(run.teacher, judged))
     run.count(flops=3 * forward_flops(run.student, trained_context[trained > 0]))
-    means = {name: fact.mean().item() for name, fact in rows.items()}
+    means = {name: fact.nanmean().item() for name, fact in rows.items()}
     # Over the rows of all processes, like the means
     overlaps = batch["overlap"].where(batch["response_mask"], math.nan).cpu()
     # Cloned: a view is sent with all of the tensor that it is of
@@ -3558,14 +3560,17 @@ def why_stopped(config, out, row):
     if config.method == "prune":
         bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
-    # on_merit: the rows kept for their score, not as the best of their prompt or because they ended
+    # Rows that ended within the prefix were kept without a score
     score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
     selected = out["kept"] & (out["response_mask"].sum(-1) > config.prefix)
-    on_merit = score[selected & (score >= score[~out["kept"]].max())]
+    first = row - row % config.num_generations
+    of_prompt = slice(first, first + config.num_generations)
+    least = score[of_prompt][selected[of_prompt]]
     # With random selection, or a custom rule, there is no score to report
-    if config.method != "prefix-guided" or config.select == "random" or not len(on_merit):
+    if config.method != "prefix-guided" or config.select == "random" or not len(least):
         return "not selected"
-    return f"not selected: overlap {score[row]:.3f} at first, where {on_merit.min():.3f} was kept"
+    least = f"the least that was kept of this prompt {least.min():.3f}"
+    return f"not selected: overlap {score[row]:.3f} at first, {least}"
 
 
 def first_rows(config, problems, plan, out, prompts=4):
@@ -3643,7 +3648,9 @@ def row_html(config, run, row, spans):
     if row % config.num_generations == 0:
         asked = f"{run.tokenizer.decode(problem['prompt_ids'])} (answer: {problem['answer']})"
         prompt = f"<h2>{html.escape(asked)}</h2>"
-    if problem["answer"] is not None and stopped in ("ended", "cut"):  # others could not finish
+    # Others could not finish: not selected, drifted, or cut where the method stops all rows
+    finished = stopped == "ended" or len(spans) == config.max_new_tokens
+    if problem["answer"] is not None and finished:
         ids = shown["response_ids"][row][shown["response_mask"][row]].tolist()
         verdict = "right" if is_solved(run.tokenizer, problem, ids) else "wrong"
     head = f'<h3><b class="{verdict}">{verdict}</b> {len(spans)} tokens, {stopped}</h3>'

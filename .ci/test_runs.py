@@ -2013,6 +2013,7 @@ def test_a_users_mistake_ends_in_one_line_and_status_2_with_nothing_written(
 
 
 NUMBERS = [item.name for item in dataclasses.fields(opd.Config) if item.type in (int, float)]
+NUMBERS.remove("beta")  # at 0 it is told which loss to take
 MAY_BE_ZERO = (
     "seed cold_start_steps rollout_batch_size prefix_length horizon_growth drift_threshold w_drop "
     "w_base cap_margin cap_hit_ratio warmup_steps save_every eval_every eval_temperature "
@@ -2346,8 +2347,18 @@ def test_the_other_divergences_pass_gradcheck_are_zero_at_the_teacher_and_never_
 def test_a_beta_outside_of_0_to_1_is_refused_and_jsd_names_the_kls(beta):
     with pytest.raises(ValueError, match="forward_kl.*reverse_kl"):
         opd.jsd(torch.zeros(1, 3), torch.zeros(1, 3), beta)
-    with pytest.raises(ValueError, match="^--beta "):
-        opd.check_config(dataclasses.replace(opd.TINY, beta=beta))
+    names_both = "between 0 and 1.*reverse_kl and forward_kl" if beta in (0, 1) else ""
+    with pytest.raises(ValueError, match=f"^--beta {beta} must .*{names_both}"):
+        opd.check_config(dataclasses.replace(opd.TINY, loss="jsd", beta=beta))
+
+
+@pytest.mark.parametrize(
+    "flag, value, loss",
+    [("beta", 0.2, "topk"), ("support", "union", "jsd"), ("baseline", True, "reverse_kl")],
+)
+def test_a_flag_of_another_loss_is_refused(flag, value, loss):
+    with pytest.raises(ValueError, match=f"^--{flag} is of --loss [a-z]+ alone, .* is {loss}$"):
+        opd.check_config(dataclasses.replace(opd.TINY, loss=loss, **{flag: value}))
 
 
 LOSS_FLAGS = [
@@ -2375,6 +2386,16 @@ for support in ("teacher", "intersection", "union"):
             lambda p, q, ids, support=support: opd.reverse_kl_topk(p, q, 3, support),
         )
     )
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "jsd", "tail"])
+@pytest.mark.parametrize("method", opd.get_args(opd.Method))
+def test_every_method_runs_with_each_of_the_other_losses(method, loss, world, tmp_path):
+    flags = {"loss": "topk", "tail": True} if loss == "tail" else {"loss": loss}
+    flags |= {"method": method, "max_steps": 5, "eval_file": None}
+    _, steps, _ = train(world, tmp_path, **flags, no_view=True)
+    assert len(steps) == 5
+    assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps)
 
 
 @pytest.mark.parametrize("flags, expected", LOSS_FLAGS, ids=[str(case[0]) for case in LOSS_FLAGS])
@@ -4917,7 +4938,7 @@ STEP = {
     "response_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]).bool(),
     "loss_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]).bool(),
     "overlap": torch.tensor([[1.0, 0.5, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]),
-    "ended": torch.tensor([False, True]),
+    "ended": torch.tensor([True, False]),
     "kept": torch.tensor([True, False]),
     "seconds": 7.0,
     "teacher_seconds": 2.5,
@@ -4948,8 +4969,9 @@ def test_the_facts_of_each_row_by_hand():
         "trained_length": [4, 0],
         "reliable_length": [2, 1],
         "agreed_tokens": [2.5, 0],
-        "stopped_fraction": [0, 1],
-        "truncated_fraction": [1, 0],
+        # The method stopped the second row: it could not stop by itself
+        "stopped_fraction": [1, pytest.approx(math.nan, nan_ok=True)],
+        "truncated_fraction": [0, 1],
         "kept_fraction": [1, 0],
         "repetition": [0, 0],
     }
@@ -4964,6 +4986,7 @@ def test_what_a_step_logs_of_its_rows_is_their_mean():
     _, metrics, _ = counted()
     names = "response_length trained_length truncated_fraction kept_fraction prompt_length".split()
     assert [metrics[name] for name in names] == [2.5, 2, 0.5, 0.5, 2.5]
+    assert metrics["stopped_fraction"] == 1  # of the rows that could
 
 
 def test_the_overlap_of_a_step_is_over_tokens_and_not_a_mean_of_rows():

@@ -309,17 +309,18 @@ def test_a_row_that_ended_and_one_that_was_cut_say_so():
     assert headline(out, 0) == "ended" and headline(out, 1) == "cut"
 
 
-def test_a_row_not_selected_names_its_score_and_the_least_kept_one_above_all_that_were_not():
+def test_a_row_not_selected_names_its_score_and_the_least_that_was_kept_of_its_prompt():
+    """Rows 0 to 2 are of one prompt, 3 to 5 of another, which loses to the first but for its best."""
     out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [1, 1, 0, 1, 0, 0])
-    for row, own in ((2, 0.7), (4, 0.5), (5, 0.4)):
-        told = f"not selected: overlap {own:.3f} at first, where 0.800 was kept"
-        assert headline(out, row, **GUIDED) == told
+    for row, own, least in ((2, 0.7, 0.8), (4, 0.5, 0.6), (5, 0.4, 0.6)):
+        kept = f"the least that was kept of this prompt {least:.3f}"
+        assert headline(out, row, **GUIDED) == f"not selected: overlap {own:.3f} at first, {kept}"
 
 
 def test_a_row_that_ended_before_the_prefix_does_not_count_as_kept_for_its_score():
-    out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.75, 0.4], [1, 1, 0, 1, 1, 0], ended=[4])
-    out["response_mask"][4, 5:] = False
-    assert headline(out, 2, **GUIDED).endswith("where 0.800 was kept")
+    out = made_rollout([0.9, 0.8, 0.7], [1, 1, 0], ended=[1])
+    out["response_mask"][1, 5:] = False
+    assert headline(out, 2, **GUIDED).endswith("kept of this prompt 0.900")
 
 
 def test_no_score_is_named_with_a_custom_rule_or_if_no_row_was_kept():
@@ -347,10 +348,11 @@ def test_the_scores_named_are_those_by_which_the_run_selected(finished):
     lost = [row for row, line in enumerate(lines) if "not selected" in line]
     assert lost == [row for row in range(16) if not batch["kept"][row]] and len(lost) >= 2
     for row in lost:
-        own, least = re.search(r"overlap (\S+) at first, where (\S+) was kept", lines[row]).groups()
+        own, least = re.search(r"overlap (\S+) at first, .* (\S+)$", lines[row]).groups()
         assert own == scores[row] <= least
-        kept = [score for score, keep in zip(scores, batch["kept"]) if keep]
-        assert least == min(score for score in kept if score >= max(scores[row] for row in lost))
+        selected = batch["kept"] & (batch["response_mask"].sum(-1) > 6)  # others ended before
+        of_prompt = range(row - row % 4, row - row % 4 + 4)
+        assert least == min(scores[other] for other in of_prompt if selected[other])
 
 
 @pytest.mark.parametrize(
@@ -370,9 +372,13 @@ def test_right_or_wrong_is_shown_if_the_gold_is_known(answer, text, verdict, tmp
     assert page_of(tmp_path).texts["h3"] == [f"{verdict} {len(ids)} tokens, ended"]
 
 
-@pytest.mark.parametrize("stopped, verdict", [("cut", "wrong"), ("not selected", "")])
-def test_a_response_that_a_method_stopped_is_not_called_wrong(stopped, verdict, tmp_path):
-    config, run = run_of(tmp_path, [], None)
+@pytest.mark.parametrize(
+    "stopped, cap, verdict",
+    [("ended", 9, "wrong"), ("cut", 2, "wrong"), ("cut", 9, ""), ("not selected", 9, "")],
+)
+def test_a_response_that_a_method_stopped_is_not_called_wrong(stopped, cap, verdict, tmp_path):
+    """A row of two tokens is cut by the cap if that is 2, else by the method."""
+    config, run = run_of(tmp_path, [], None, max_new_tokens=cap)
     run.shown = one_row([5, 6], {"prompt_ids": [5], "answer": "3"}) | {"stopped": [stopped]}
     opd.write_view(config, run)
     assert page_of(tmp_path).texts["h3"] == [f"{verdict} 2 tokens, {stopped}"]
