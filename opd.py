@@ -2295,6 +2295,9 @@ def stop_ids(model, tokenizer):
 
 def load(auto_class, path, **options):
     """from_pretrained, or a ValueError of one line. Code that comes with a model is never run."""
+    no_hub_name = path[0] in "./~" or path.count("/") > 1 or "/checkpoint-" in path
+    if no_hub_name and not os.path.exists(path):
+        raise ValueError(f"{path} does not load: there is no such folder")
     adapter = os.path.exists(f"{path}/adapter_config.json")
     missing = []  # weights that the files lack: transformers fills them with random numbers
     try:
@@ -2310,8 +2313,6 @@ def load(auto_class, path, **options):
             why = "it needs code of its own, and models that come with code are not supported"
         elif os.path.isdir(path) and not os.path.exists(f"{path}/config.json"):
             why = "it has no config.json; a run's models are in its checkpoint-<step> folders"
-        elif not os.path.exists(path) and (path[0] in "./~" or path.count("/") > 1):
-            why = "there is no such folder"  # and it is no hub name
         raise ValueError(f"{path} does not load: {why}") from None
     if adapter:
         raise ValueError(f"{path} is an adapter (LoRA), not a full model: merge it into its base")
@@ -2388,6 +2389,8 @@ def check_model(model, only_sampled):
         other_head = error > 5e-3 * output.logits.abs().max() and not only_sampled
     except (AttributeError, TypeError, KeyError, IndexError):  # it is built another way
         other_head, layers = True, []
+    if layers and output.logits.isnan().any():
+        raise ValueError(f"{model.name_or_path} is broken: its logits are NaN")
     kinds = {type(layer).__name__ for layer in layers}
     if other_head or kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
         raise ValueError(
@@ -2635,7 +2638,8 @@ def use_less(flags, flag, count):
     cap = "--max_new_tokens"
     if "eval" in flag:
         cap = "--eval_max_new_tokens, in an extrapolation --max_new_tokens"
-    return f"a single prompt is too long for it: lower {cap}"
+    one = "the candidates of a single prompt are" if least > 1 else "a single prompt is"
+    return f"{one} too long for it: lower {cap}"
 
 
 def rows_that_fit(config, run):
@@ -2666,6 +2670,10 @@ def rows_that_fit(config, run):
         count = max(given or fits, least)
         if left(count) < 0:
             instead = use_less(vars(config), flag, count)
+            if left(0) < 0:  # whatever the rows
+                instead = "halve --batch_size: the teacher's states of a step take too much"
+                if left(0) + sizes.get("states", 0) < 0:
+                    instead = "the models alone are too large for it"
             lacks = f"lacks {tqdm.format_sizeof(-left(count))}B of GPU memory"
             raise ValueError(
                 f"{count} rows of {sizes['columns']} tokens do not fit: by the plan the {phase} "
@@ -2748,11 +2756,17 @@ def seconds_at_most(config, run, out):
 
     tokens = most["response"] * (per_judged + per_learned) + most["prompt"] * per_learned
     step = columns["step"] * per_column + most["rows"] * tokens
+    student = columns["student"] * column_seconds("eval_batch_size")
+    teacher = columns["teacher"] * size * column_seconds("teacher_eval_batch_size")
+    first = evaluated_first(config, run)
+    later = math.ceil(config.max_steps / (config.eval_every or config.max_steps))
+    of_student = later + first.count("student")
+    of_teacher = len(first) - first.count("student")
     return {
         "a step": step,
-        "all steps": config.max_steps * step,
-        "an evaluation of the student": columns["student"] * column_seconds("eval_batch_size"),
-        "one of the teacher": columns["teacher"] * size * column_seconds("teacher_eval_batch_size"),
+        "an evaluation of the student": student,
+        "one of the teacher": teacher,
+        "the run": config.max_steps * step + of_student * student + of_teacher * teacher,
     }
 
 
@@ -2768,7 +2782,8 @@ def plan_lines(config, run, out):
     most, rows = run.most, run.rows_at_once
     device = run.device.type
     if device == "cuda":
-        device += f" of {tqdm.format_sizeof(torch.cuda.mem_get_info(run.device)[1])}B"
+        free, total = map(tqdm.format_sizeof, torch.cuda.mem_get_info(run.device))
+        device += f", {free}B of {total}B free"
     prompt = max(most["prompt"], most["teacher_prompt"])
     step, update = sizes_of("rollout_batch_size"), sizes_of("micro_batch_size")
     seconds = seconds_at_most(config, run, out)
@@ -2818,6 +2833,8 @@ def preflight(config, run):
     settings = rollout_settings(config, run, problems)
     out = rollout_in_groups(run.sampler, run.teacher, plan=plan, **settings)
     log_q = torch.cat(response_log_probs(run.teacher, out, name="teacher_prompt", **run.sampling))
+    if log_q.isnan().any():
+        raise FloatingPointError("the teacher's log-prob of a sampled token")
     overlap = out["overlap"][out["response_mask"]].mean()
 
     others = {"forward_kl": "KL(teacher || student)", "jsd": f"a mixture by {config.beta}"}
@@ -3086,7 +3103,8 @@ def prepare_files(config, run, checkpoint):
             open(path, "w").close()
 
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+# Of a terminal, of schedulers that end a job, of a limit on CPU time
+SIGNALS = [getattr(signal, f"SIG{name}") for name in "INT TERM HUP USR1 USR2 XCPU".split()]
 
 
 def interrupt(number, _):
@@ -3122,9 +3140,8 @@ def whole_step(run):
     with on_signals(lambda number, _: waiting.append(number)):
         try:
             yield
-        except BaseException as error:
-            # optimizer_step raises it before any weight has changed: the state is still good
-            run.halfway = not isinstance(error, FloatingPointError)
+        except BaseException:
+            run.halfway = True
             for path in filter(os.path.exists, files):
                 os.truncate(path, sizes.get(path, 0))
             raise
@@ -3153,7 +3170,10 @@ def explain(error, phase, flags):
     text = " ".join(str(error).split())[:400]
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 128 + (error.args or [signal.SIGINT])[0]
-    memory = "MemoryError|out of memory|allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+    memory = (
+        "MemoryError|out of memory|allocate memory|calloc async|"
+        r"\w+_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"  # of cuBLAS, cuDNN, ...
+    )
     if re.search(memory, f"{type(error).__name__} {text}"):
         told = f"out of memory in {phase}"
         if phase == "set-up":
@@ -3359,6 +3379,7 @@ def evaluate_and_save(config, run):
         evaluate_files(config, run, "student")
     if run.step and due(config.save_every):
         save_checkpoint(config, run)
+    peak_memory(run.device)  # the next step's begins here
 
 
 def grade(config, run, model, problems, phase="evaluation", **settings):
@@ -4000,12 +4021,14 @@ def main(argv=None):
         traceback.clear_frames(error.__traceback__)  # they keep the caches alive on a full GPU
         flags = {**run.flags, **run.rows_at_once}  # empty in set-up
         told, status = explain(error, run.phase, flags)
-        if "is not finite" in told:
+        broken = "is not finite" in told
+        if broken:
             with contextlib.suppress(Exception):  # out of memory, or a GPU that failed
                 told += suspect(run)
         if run.step:
             with contextlib.suppress(OSError):
-                if not run.halfway:
+                # A resumed run would break again; weights that led there push out no good ones
+                if not run.halfway and not broken:
                     save_checkpoint(config, run)
             if told:
                 told += f"; last checkpoint: {last_checkpoint(config) or 'none'}"

@@ -13,12 +13,14 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import compare
+
 import opd
 
 SEED = 100  # of the world
 PARTS = 8  # of the longest response
 DEPTHS = [10, 25, 50, 75, 90]  # percent of an answer
-STEPS, BUDGET, REPEATS = 6, 1000, 3  # of part 3: updates, tokens per update, seeds
+STEPS, BUDGET, REPEATS = 6, 1000, 5  # of part 3: updates, tokens per update, seeds
 
 
 def open_world(folder, world, **changes):
@@ -60,6 +62,43 @@ def overlaps(out, after):
     return lines
 
 
+def openings(config, run, out, after):
+    """Does prefix-guided OPD's score of a row tell how the row goes on? -> a line. Rows that drift
+    within the tokens that are scored are left out: there is nothing left to foretell
+    """
+    score = out["overlap"][:, : config.probe_window].mean(-1)
+    drifted = (after & out["response_mask"]).any(-1)
+    going = ~after[:, : config.probe_window + 1].any(-1)
+    problems = opd.draw_prompts(config, run, 1)
+    rows = zip(problems, out["response_ids"], out["response_mask"])
+    right = [opd.is_solved(run.tokenizer, problem, ids[mask]) for problem, ids, mask in rows]
+    told = [
+        f"{name} {opd.auroc(score[going].tolist(), of_row[going].tolist()):.2f}"
+        for name, of_row in (("right", torch.tensor(right)), ("sound to its end", ~drifted))
+    ]
+    return f"AUROC over {int(going.sum())} rows that are sound so far: {', '.join(told)}"
+
+
+def bad_events(config, out, after):
+    """Do Prune-OPD's bad events tell rows that drift from others? -> lines"""
+    overlap, mask = out["overlap"], out["response_mask"]
+    bad = (overlap < config.drift_threshold).float()
+    drifted = (after & mask).any(-1)
+    reliability = opd.drift_weights(overlap, mask, config.drift_threshold, config.w_drop)
+    stopped = opd.reliable_length(reliability, mask) < mask.sum(-1)
+    sides = (mask & ~drifted[:, None], mask & drifted[:, None] & ~after, mask & after)
+    shares = [f"{mean_of(bad, side):.0%}" for side in sides]
+    rows = [f"{mean_of(stopped.float(), side):.0%}" for side in (~drifted, drifted)]
+    return [
+        "of the tokens: {} in rows that do not drift, {} before a drift, {} after it".format(
+            *shares
+        ),
+        "reliability reaches 0 in {} of the rows that do not drift, and in {} of the others".format(
+            *rows
+        ),
+    ]
+
+
 def learn(folder, world, side, seed):
     """Train on BUDGET tokens per step, sampled by the initial student, of one side: "before" or
     "after" the drift in rows that drift, or "elsewhere", in the other rows -> accuracy
@@ -91,7 +130,8 @@ def main(folder):
         opd.make_world(world, SEED)
     config, run = open_world(f"{folder}/start", world, probe_depths=DEPTHS, batch_size=64)
     told = ["1. Overlap in eighths of the longest response: does it fall where a row drifts?"]
-    told += overlaps(*sample(config, run, 1))
+    out, after = sample(config, run, 1)
+    told += overlaps(out, after)
 
     (student,) = opd.evaluate_files(config, run, "student").values()
     (teacher,) = opd.evaluate_files(config, run, "teacher").values()
@@ -107,10 +147,19 @@ def main(folder):
     told += [
         f"3. Accuracy after {STEPS} steps of {BUDGET} tokens, of rows that drift and of others"
     ]
+    right = {}
     for side in ("before", "after", "elsewhere"):
-        right = [learn(folder, world, side, seed) for seed in range(REPEATS)]
-        told.append(f"   {side:>9}: " + ", ".join(f"{accuracy:.1%}" for accuracy in right))
-    told += [f"4. Does the mean reward tell right from wrong? AUROC {student['auroc']:.2f}"]
+        right[side] = [learn(folder, world, side, seed) for seed in range(REPEATS)]
+        told.append(f"   {side:>9}: " + ", ".join(f"{accuracy:.1%}" for accuracy in right[side]))
+    ahead = [before - after for before, after in zip(right["before"], right["after"])]
+    told.append(f"   before minus after: {compare.interval(ahead, '+')}, half of a 95% interval")
+    told += [
+        f"4. Does the mean reward tell right from wrong? AUROC {student['auroc']:.2f}",
+        f"5. Does the mean overlap of the first {config.probe_window} tokens tell how a row ends?",
+        f"   {openings(config, run, out, after)}",
+        f"6. Are overlaps under {config.drift_threshold}, the bad events of Prune-OPD, of drift?",
+        *[f"   {line}" for line in bad_events(config, out, after)],
+    ]
     opd.say(*told)
     with open(f"{folder}/premises.txt", "w", encoding="utf-8") as file:
         file.write("\n".join(told) + "\n")

@@ -2461,6 +2461,31 @@ def test_the_device_is_where_the_models_go(world, tmp_path, monkeypatch):
     assert moved == ["mps", "mps"]
 
 
+@pytest.mark.parametrize(
+    "device, flags, checkpointed",
+    [
+        ("cuda", {}, True),
+        ("cuda", {"no_gradient_checkpointing": True}, False),
+        ("cpu", {}, False),
+        ("cpu", {"gradient_checkpointing": True}, True),
+    ],
+)
+def test_layers_are_recomputed_on_a_gpu_unless_told_otherwise_and_on_a_cpu_if_told(
+    device, flags, checkpointed, world, tmp_path, monkeypatch
+):
+    """On a CPU that is taken for a GPU: the models stay where they are."""
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda model, device: model)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **kwargs: None)
+    config = opd.parse_args(command(world, tmp_path, dtype="float32", **flags))
+    config.device = device
+    run = opd.Run({}, [])
+    run.tokenizer = opd.load(transformers.AutoTokenizer, config.student)
+    opd.read_files(config, run)
+    opd.load_models(config, run, config.student)
+    layers = [getattr(part, "gradient_checkpointing", False) for part in run.student.modules()]
+    assert any(layers) == checkpointed
+
+
 def test_the_student_and_the_teacher_are_those_of_their_flags(world, tmp_path):
     _, run = opened(world, tmp_path, student=world / "window")
     assert run.student.config.model_type == "mistral" and run.teacher.config.hidden_size == 48
@@ -2962,11 +2987,12 @@ def test_the_logits_of_a_plan_are_those_of_one_chunk():
     assert plan["judging"] == 10 * 25_000_000
 
 
-def fitting(monkeypatch, gigabytes, flag="rollout_batch_size", before=0, **flags):
+def fitting(monkeypatch, gigabytes, flag="rollout_batch_size", before=0, states=0, **flags):
     """rows_that_fit on a GPU with so much free, where each of at most 20 rows takes 1 GB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gigabytes * 1e9, None))
     phase, kind = ("update", "kept") if flag == "micro_batch_size" else ("rollout", "cache")
     sizes = {"student": 10**9, "teacher": 0, "bf16": False, "columns": 1000, "vocab": 1}
+    sizes["states"] = states
     plan = {flag: (phase, 20, {**sizes, kind: 10**6})}
     monkeypatch.setattr(opd, "plan_phases", lambda config, run: plan)
     run = types.SimpleNamespace(device=torch.device("cuda"))
@@ -3000,7 +3026,7 @@ def test_no_note_about_rows_unless_fewer_fit_than_before(gigabytes, before, aske
     "flags, instead",
     [
         ({"rollout_batch_size": 30}, "halve --rollout_batch_size, now 30"),
-        ({"num_generations": 30}, "a single prompt .* lower --max_new_tokens"),
+        ({"num_generations": 30}, "the candidates of a single prompt .* lower --max_new_tokens"),
         ({"flag": "micro_batch_size"}, "a single prompt .* lower --max_new_tokens"),
         (
             {"flag": "micro_batch_size", "no_gradient_checkpointing": True},
@@ -3013,9 +3039,21 @@ def test_no_note_about_rows_unless_fewer_fit_than_before(gigabytes, before, aske
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_flag_to_change(flags, instead, monkeypatch):
-    gigabytes = 11 if flags.get("flag") == "micro_batch_size" else 28
+    gigabytes = 13 if flags.get("flag") == "micro_batch_size" else 28
     with pytest.raises(ValueError, match=f"do not fit: .* lacks .*B of GPU memory; {instead}, or"):
         fitting(monkeypatch, gigabytes, **flags)
+
+
+@pytest.mark.parametrize(
+    "gigabytes, states, instead",
+    [(7, 0, "the models alone are"), (28, 21e9, "halve --batch_size"), (28, 0, "halve --rollout")],
+)
+def test_where_no_row_fits_the_flag_to_change_is_not_that_of_the_rows(
+    gigabytes, states, instead, monkeypatch
+):
+    """Adam's moments take 8 GB; a step's hidden states of the teacher, none or 21 GB."""
+    with pytest.raises(ValueError, match=f"do not fit: .* GPU memory; {instead}"):
+        fitting(monkeypatch, gigabytes, states=states, rollout_batch_size=30)
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
@@ -3193,11 +3231,15 @@ def test_seconds_at_most_by_hand(world, tmp_path):
     out = {"response_ids": torch.zeros(4, 3), "seconds": 9.0, "teacher_seconds": 6.0}
     prompt = max(len(problem["prompt_ids"]) for problem in run.pools[0])
     step = 12 * 1 + 4 * (12 * 0.5 + (prompt + 12) * 2)
-    told = {"a step": step, "all steps": 3 * step}
     assert max(run.most["answers"]) <= 4  # no more rows than out has
     for_student, for_teacher = "an evaluation of the student", "one of the teacher"
-    expected = {**told, for_student: 12, for_teacher: 12}
+    # Evaluated at first, after step 2 and after step 3; the teacher only at first
+    config.eval_first = "both"
+    expected = {"a step": step, for_student: 12, for_teacher: 12, "the run": 3 * step + 4 * 12}
     assert opd.seconds_at_most(config, run, out) == expected
+    for changes, evaluations in (({"eval_every": 0}, 3), ({"eval_first": "none"}, 2)):
+        told = opd.seconds_at_most(dataclasses.replace(config, **changes), run, out)
+        assert told["the run"] == 3 * step + evaluations * 12
 
     # Three answers, timed with a single row; the teacher has two at once. On a CPU the seconds of a
     # column grow with its rows, on a GPU they do not
@@ -3630,38 +3672,58 @@ def test_evaluations_come_every_eval_every_steps_and_at_the_end(every, steps, mo
     assert done == steps
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_last_good_weights(
-    world, tmp_path, monkeypatch, capfd, after_one_step
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_saves_nothing(
+    world, tmp_path, monkeypatch, capfd
 ):
     losses = iter([opd.reverse_kl, lambda p, q: p.sum(-1) * math.nan])
     monkeypatch.setattr(opd, "reverse_kl", lambda p, q: next(losses)(p, q))
     status, line = stopped(command(world, tmp_path, loss="reverse_kl", max_steps=5), capfd)
     assert status == 2 and "the update of step 2 is not finite: loss nan" in line
-    assert line.endswith(f"last checkpoint: {tmp_path}/checkpoint-1")
-    assert same_weights(tmp_path / "checkpoint-1", after_one_step)
+    assert line.endswith("last checkpoint: none") and checkpoints(tmp_path) == []
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_with_the_last_good_weights(
-    world, tmp_path, monkeypatch, capfd, after_one_step
+def test_a_gradient_that_is_not_finite_stops_the_run_and_pushes_out_no_good_checkpoint(
+    world, tmp_path, monkeypatch, capfd
 ):
-    losses = iter([opd.reverse_kl, lambda p, q: (p - p.detach()).abs().sqrt().sum(-1)])
+    """Of step 4: a checkpoint of step 3 would take the place of that of step 2."""
+    losses = iter(3 * [opd.reverse_kl] + [lambda p, q: (p - p.detach()).abs().sqrt().sum(-1)])
     monkeypatch.setattr(opd, "reverse_kl", lambda p, q: next(losses)(p, q))
-    status, line = stopped(command(world, tmp_path, loss="reverse_kl", max_steps=5), capfd)
-    assert status == 2 and "the update of step 2 is not finite: gradient norm" in line
-    assert same_weights(tmp_path / "checkpoint-1", after_one_step)
+    flags = {"loss": "reverse_kl", "max_steps": 5, "save_every": 2, "keep_checkpoints": 1}
+    status, line = stopped(command(world, tmp_path, **flags, no_view=True), capfd)
+    assert status == 2 and "the update of step 4 is not finite: gradient norm" in line
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
 
 
-def test_a_model_whose_probabilities_are_not_finite_ends_the_run_in_one_line(
-    world, tmp_path, capfd
-):
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_whose_logits_are_nan_is_refused_by_name(role, world, tmp_path, capfd):
     def forget(model, _):
         model.lm_head.weight.data.fill_(math.nan)
 
+    broken = changed_copy(world, role, tmp_path / "nan", forget)
+    status, line = stopped(command(world, tmp_path / "out", **{role: broken}), capfd)
+    assert (status, line) == (2, f"opd.py: {broken} is broken: its logits are NaN")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["prompt", "response"])
+def test_a_teacher_that_breaks_on_some_tokens_ends_the_run_before_anything_is_paid_for(
+    inside, world, tmp_path, capfd
+):
+    """On tokens of prompts it is named; else it is the only model that scores."""
+    first = test_opd.read(world / "train.jsonl")[0]["problem"]
+    asked = set(TOKENIZER.encode("<user> <solve> " + first))
+
+    def forget(model, _):
+        for token in set(range(2, V)):  # check_model asks with 0 and 1
+            if (token in asked) == (inside == "prompt"):
+                model.get_input_embeddings().weight.data[token] = math.nan
+
     teacher = changed_copy(world, "teacher", tmp_path / "nan", forget)
     status, line = stopped(command(world, tmp_path / "out", teacher=teacher), capfd)
-    assert status == 2 and "evaluation after step 0 by the teacher is not finite: " in line
-    first = test_opd.read(world / "train.jsonl")[0]["problem"]
-    assert f"; the teacher's logits are not, on the problem '{first}'" in line
+    told = "set-up is not finite: the teacher's log-prob of a sampled token"
+    assert status == 2 and told in line
+    if inside == "prompt":
+        assert f"; the teacher's logits are not, on the problem '{first}'" in line
 
 
 def spoil_the_moments(student, optimizer, *_):
@@ -3904,6 +3966,7 @@ def test_a_second_run_in_a_folder_says_what_became_of_the_files_of_the_first(wor
     [
         ("./nope", "there is no such folder"),
         ("out/r1/checkpoint-300", "there is no such folder"),
+        ("out/checkpoint-300", "there is no such folder"),
         (".", "it has no config.json; a run's models are in its checkpoint-<step> folders"),
     ],
 )
@@ -4179,6 +4242,7 @@ SIGNALS = {
 
 
 ALL_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+ALL_SIGNALS += (signal.SIGUSR2, signal.SIGXCPU)
 
 
 @pytest.mark.parametrize("moment", SIGNALS)
@@ -4697,7 +4761,7 @@ SIZES_NOW |= {"no_gradient_checkpointing": False}
         (
             "the rollout of step 1",
             {"rollout_batch_size": 4},  # the candidates of a prompt stay together
-            "; a single prompt is too long for it: lower --max_new_tokens",
+            "; the candidates of a single prompt are too long for it: lower --max_new_tokens",
         ),
         (
             "the update of step 1",
@@ -4737,6 +4801,10 @@ def test_out_of_memory_advises_what_can_still_be_lowered_and_in_set_up_nothing(p
     [
         ("CUDA error: device-side assert triggered", "x is not finite: CUDA error: device-side"),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "out of memory in x; halve --roll"),
+        # What a library says that finds no memory for its own state
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when", "out of memory in x; halve --roll"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "out of memory in x; halve --roll"),
+        ("ncclUnhandledCudaError: Failed to CUDA calloc async 608", "out of memory in x; halve"),
     ],
 )
 def test_cuda_errors_of_nan_and_of_memory_are_explained(text, told):
@@ -6247,7 +6315,9 @@ CASES = {
     ),
     "no_view": test_no_view_writes_no_rollouts_html,
     "no_prune_in_flight": test_no_prune_in_flight_stops_no_row,
-    "no_gradient_checkpointing": test_what_cannot_fit_is_refused_with_the_flag_to_change,
+    "no_gradient_checkpointing": (
+        test_layers_are_recomputed_on_a_gpu_unless_told_otherwise_and_on_a_cpu_if_told
+    ),
     "eval_first": test_eval_first_chooses_the_models_to_evaluate_before_the_first_step,
     "gradient_checkpointing": test_gradient_checkpointing_is_switched_on_for_the_student_only,
     "extrapolate": test_the_tries_cost_the_flops_of_their_forwards,

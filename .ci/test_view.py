@@ -310,7 +310,7 @@ def test_a_row_that_ended_and_one_that_was_cut_say_so():
 
 
 def test_a_row_not_selected_names_its_score_and_the_least_that_was_kept_of_its_prompt():
-    """Rows 0 to 2 are of one prompt, 3 to 5 of another, which loses to the first but for its best."""
+    """Rows 0 to 2 are of one prompt, 3 to 5 of another."""
     out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [1, 1, 0, 1, 0, 0])
     for row, own, least in ((2, 0.7, 0.8), (4, 0.5, 0.6), (5, 0.4, 0.6)):
         kept = f"the least that was kept of this prompt {least:.3f}"
