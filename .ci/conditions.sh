@@ -32,3 +32,14 @@ conditions/5-reverse      reverse
 END
 
 .venv/bin/python opd.py --report out/conditions
+
+# What a second stop token does [EOS]; the student as its own teacher, with the solution [OPSD]
+for name in stops opsd; do
+    log=out/$name.log
+    if ! .venv/bin/python .ci/$name.py out/$name out/world/seed-0 > $log 2>&1; then
+        tail -n 3 $log
+        exit 1
+    fi
+    cp out/$name/$name.txt assets/
+    cat assets/$name.txt
+done

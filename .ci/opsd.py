@@ -1,8 +1,9 @@
 """
 Self-distillation in the tiny world: opsd.py FOLDER WORLD [METHOD ...]
 
-The teacher is the initial student with the worked solution in its prompt. The table has accuracy
-and answer length of the teacher without and with it, and of the student before and after 5 steps.
+The teacher is the initial student with the worked solution in its prompt. The table, also in
+opsd.txt, has accuracy and answer length of the teacher without and with it, and of the student
+before and after 5 steps.
 """
 
 import dataclasses
@@ -24,14 +25,18 @@ def main(folder, world, *methods, **flags):
         out = f"{folder}/{method}"
         config = dataclasses.replace(opd.TINY, **own, method=method, output_dir=out)
         opd.main(dataclasses.replace(config, max_steps=5, eval_every=5, **flags))
-    print(ROW.format("", "accuracy", "length"))
+    lines = [ROW.format("", "accuracy", "length")]
     for method in methods or opd.get_args(opd.Method):
         for line in open(f"{folder}/{method}/metrics.jsonl", encoding="utf-8"):
             record = json.loads(line)
             if "eval" in record:
                 told = record["eval"]["eval"]
                 who = method if record["step"] else record["model"]
-                print(ROW.format(who, f"{told['avg_at_n']:.1%}", f"{told['mean_length']:.1f}"))
+                cells = f"{told['avg_at_n']:.1%}", f"{told['mean_length']:.1f}"
+                lines.append(ROW.format(who, *cells))
+    opd.say(*lines)
+    with open(f"{folder}/opsd.txt", "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

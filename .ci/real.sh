@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real language model distils itself on a CPU: the student samples after the plain prompt; the
-# same model with the solution in its prompt is the teacher [OPSD]. Runs that are done are skipped.
+# same model with the solution in its prompt is the teacher [OPSD]. A run that is done with the same
+# flags is skipped.
 #     SMOL=folder SEEDS="0 1" STEPS=24 SAMPLES=4 .ci/real.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +18,7 @@ if [ ! -e $out/prompts.txt ]; then
 fi
 cat $out/prompts.txt
 asked='{problem} Please reason in one sentence, and put your final answer within \boxed{}.'
-told='Question: A pen costs 3 coins. What do 4 pens cost?
+informed='Question: A pen costs 3 coins. What do 4 pens cost?
 Answer: Each of 4 pens costs 3 coins: 4 * 3 = 12. The answer is \boxed{12}.
 
 Question: {problem}
@@ -27,19 +28,23 @@ Question: {problem}
 Answer:'
 
 learn() {  # method and seed, flags
-    if [ -e "$out/$1/done" ]; then return; fi
-    echo "running $out/$1"
+    local run=$out/$1 told="$SMOL ${STEPS:-24} ${SAMPLES:-4} $2"
+    if [ "$(cat "$run/done" 2> /dev/null)" = "$told" ]; then return; fi
+    echo "running $run"
     # shellcheck disable=SC2086  # the flags are to be split into words
-    .venv/bin/python opd.py --student "$SMOL" --teacher_prompt_template "$told" \
+    if ! .venv/bin/python opd.py --student "$SMOL" --teacher_prompt_template "$informed" \
         --prompt_template "$asked" --train_file $out/train.jsonl --eval_file $out/eval.jsonl \
         --batch_size 3 --num_generations 4 --max_new_tokens 48 --segment_length 16 \
         --prefix_length 16 --probe_window 16 --cap_init 48 --cap_min 16 --cap_max 48 --cap_step 8 \
         --cap_margin 8 --w_drop .05 --learning_rate 1e-4 --warmup_steps 4 \
         --temperature .7 --max_steps "${STEPS:-24}" \
         --micro_batch_size 12 --eval_every 0 --eval_samples "${SAMPLES:-4}" \
-        --eval_max_new_tokens 48 --eval_batch_size 100 --output_dir "$out/$1" $2 \
-        > "$out/${1/\//-}.log" 2>&1
-    touch "$out/$1/done"
+        --eval_max_new_tokens 48 --eval_batch_size 100 --output_dir "$run" $2 \
+        > "$out/${1/\//-}.log" 2>&1; then
+        tail -n 3 "$out/${1/\//-}.log"
+        exit 1
+    fi
+    echo "$told" > "$run/done"
 }
 
 # Only the first run evaluates the untrained models: they are the same in all runs

@@ -3,7 +3,8 @@ What a second stop token does, and what merge_stops does about it: stops.py FOLD
 
 In the tiny world's student the weights of <end> and <pad> are swapped. It ends its answers as often
 as before, but with another token than the teacher, as a base student with a chat teacher does. It
-is trained without --no_merge_stops and with it; a table shows its answers before and after.
+is trained without --no_merge_stops and with it. A table, also in stops.txt: its answers before and
+after.
 """
 
 import json
@@ -42,13 +43,16 @@ def main(folder, world, *flags):
         shutil.copytree(world, f"{out}/world")
         stop_with_pad(f"{out}/world")
         opd.main(["--output_dir", out, *flag, *flags])
-    print("       step  stopped  length  accuracy  of the stopped")
+    lines = ["       step  stopped  length  accuracy  of the stopped"]
     for name in ("merged", "apart"):
         for line in open(f"{folder}/{name}/metrics.jsonl", encoding="utf-8"):
             record = json.loads(line)
             if record.get("model") == "student":
                 told = {key: value or 0 for key, value in record["eval"]["eval"].items()}
-                print(f"{name:>6} " + ROW.format(record["step"], **told))
+                lines.append(f"{name:>6} " + ROW.format(record["step"], **told))
+    opd.say(*lines)
+    with open(f"{folder}/stops.txt", "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

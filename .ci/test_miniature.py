@@ -115,7 +115,7 @@ def test_real_sh_has_the_students_prompt_and_the_last_teacher_prompt_of_teacher_
     with open(os.path.join(os.path.dirname(real.__file__), "real.sh"), encoding="utf-8") as file:
         script = file.read()
     assert f"asked='{teacher_prompts.BOXED}'\n" in script
-    assert f"told='{list(teacher_prompts.TEMPLATES.values())[-1]}'\n" in script
+    assert f"informed='{list(teacher_prompts.TEMPLATES.values())[-1]}'\n" in script
 
 
 def test_the_table_of_a_real_model_by_hand():
