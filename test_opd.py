@@ -13,16 +13,22 @@ torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
 
 import copy
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
+import pathlib
 import random
+import re
 import shutil
+import tracemalloc
+from functools import partial
 
 import pytest
 import transformers
 from torch.distributions import Categorical, kl_divergence
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 import opd
@@ -49,12 +55,8 @@ def tiny(family, seed, **changes):
     return getattr(transformers, family + "ForCausalLM")(config).eval()
 
 
-def tiny_llama(seed, **changes):
-    return tiny("Llama", seed, **changes)
-
-
-def tiny_qwen3(seed, **changes):
-    return tiny("Qwen3", seed, **changes)
+tiny_llama = partial(tiny, "Llama")
+tiny_qwen3 = partial(tiny, "Qwen3")
 
 
 def tiny_gpt2(seed):
@@ -65,7 +67,8 @@ def tiny_gpt2(seed):
     return transformers.GPT2LMHeadModel(config).eval()
 
 
-FAMILIES = pytest.mark.parametrize("family", [tiny_llama, tiny_qwen3, tiny_gpt2])
+MAKERS = {"llama": tiny_llama, "qwen3": tiny_qwen3, "gpt2": tiny_gpt2}
+FAMILIES = pytest.mark.parametrize("family", MAKERS.values(), ids=MAKERS)
 STUDENT = tiny_llama(1)  # no test changes these two
 TEACHER = tiny_qwen3(2, hidden_size=48)
 
@@ -97,11 +100,6 @@ def support_set(z, t, k, support):
 
 def entropy(probabilities):
     return -sum(p * math.log(p) for p in probabilities)
-
-
-def random_scores(seed=0):
-    """Scores of 8 prompts with 4 candidates each."""
-    return torch.rand(8, 4, generator=torch.Generator().manual_seed(seed))
 
 
 def prompts(*lengths):
@@ -194,11 +192,14 @@ def chi_square(counts, law):
 
 # The update
 
-LOSSES = {
-    "reverse_kl": lambda p, q, ids: opd.reverse_kl(p, q),
-    "topk": lambda p, q, ids: opd.reverse_kl_topk(p, q, 4),
-    "sampled": lambda p, q, ids: opd.reverse_kl_sampled(p, q, ids),
-    "baseline": lambda p, q, ids: opd.reverse_kl_sampled(p, q, ids, baseline=True),
+LOSSES = {  # of the logits z of the student, t of the teacher, and the sampled ids y
+    "reverse_kl": lambda z, t, y: opd.reverse_kl(z, t),
+    "forward_kl": lambda z, t, y: opd.forward_kl(z, t),
+    "jsd": lambda z, t, y: opd.jsd(z, t, 0.3),
+    "sampled": lambda z, t, y: opd.reverse_kl_sampled(z, t, y),
+    "baseline": lambda z, t, y: opd.reverse_kl_sampled(z, t, y, baseline=True),
+    "topk": lambda z, t, y: opd.reverse_kl_topk(z, t, 4),
+    "tail": lambda z, t, y: opd.reverse_kl_tail(z, t, 4),
 }
 
 
@@ -224,7 +225,7 @@ def update(student, teacher, batch, loss="reverse_kl", lr=0.0, **changes):
         "micro_batch_size": 2,
         "chunk_tokens": 7,
         "token_loss": LOSSES.get(loss, loss),
-        "measure": lambda p, q, *_: opd.alignment(p, q, None, 4),
+        "measure": lambda z, t, *_: opd.alignment(z, t, None, 4),
         "student_head": lambda hidden: opd.head_logits(student, hidden, V),
         "teacher_head": lambda hidden: opd.head_logits(teacher, hidden, V),
     }
@@ -239,10 +240,10 @@ def plain_gradients(student, teacher, batch, loss="reverse_kl"):
     total = 0.0
     for row, (ids, prompt) in enumerate(rows_of(batch)):
         learned = batch["loss_mask"][row, : ids.shape[1] - prompt]
-        p = student(ids).logits[:, prompt - 1 : -1, :V]
-        q = teacher(ids).logits[:, prompt - 1 : -1, :V].detach()
+        z = student(ids).logits[:, prompt - 1 : -1, :V]
+        t = teacher(ids).logits[:, prompt - 1 : -1, :V].detach()
         weight = batch["token_weight"][row, : ids.shape[1] - prompt] * learned
-        total = total + (LOSSES[loss](p, q, ids[:, prompt:]) * weight).sum()
+        total = total + (LOSSES[loss](z, t, ids[:, prompt:]) * weight).sum()
     total = total / batch["loss_mask"].sum()
     total.backward()
     return total.item(), gradients_of(student)
@@ -253,6 +254,17 @@ def assert_same(a, b, tolerance=1e-6):
     assert a.keys() == b.keys()
     for name in a:
         close(a[name], b[name], rtol=1e-4 if tolerance else 0, atol=tolerance)
+
+
+STOPS = {3, 7, 9}
+KEPT = [index for index in range(V) if index not in STOPS - {7}]  # classes: 7 stands for all stops
+
+
+def classes_of(z):
+    """Log-probs of the classes, the probabilities of all stop tokens summed. (..., V - 2)"""
+    p = z.softmax(-1)
+    stop = p[..., sorted(STOPS)].sum(-1, keepdim=True)
+    return torch.cat([p[..., :7], stop, p[..., 8:]], dim=-1)[..., KEPT].log()
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
@@ -329,15 +341,6 @@ def chosen(score, ended=(0, 0, 0, 0, 0, 0), at=6, **changes):
     rule = opd.plan_rollout(flags(**changes), 1, cap=8).goes_on
     mask, ended = torch.ones(P * G, at).bool(), torch.tensor(ended).bool()
     return rule(at, overlap, mask, ended).view(P, G)
-
-
-def settings_of(**changes):
-    """The arguments of backward under these flags, with a vocabulary of 20."""
-    config = flags(**changes)
-    run = opd.Run({}, [], student=STUDENT, teacher=TEACHER, vocab_size=20, autocast="low")
-    run.sampling = {"vocab_size": 20, "temperature": config.temperature}
-    run.rows_at_once = {"micro_batch_size": 3}
-    return opd.update_settings(config, run)
 
 
 def command(world, out, **changes):
@@ -485,13 +488,14 @@ def test_reverse_kl_charges_little_for_one_of_two_modes_and_much_for_an_invented
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses_of_bfloat16_logits_are_computed_in_float32(loss):
+def test_losses_of_bfloat16_logits_are_computed_in_float32_and_those_of_float64_stay_so(loss):
     z = logits(4, 4, seed=1, scale=8).bfloat16()
     t = logits(4, 4, seed=2, scale=8).bfloat16()
     y = torch.arange(16).view(4, 4)
     value = LOSSES[loss](z, t, y)
     assert value.dtype == torch.float32
     close(value, LOSSES[loss](z.float(), t.float(), y), rtol=0, atol=0)
+    assert LOSSES[loss](z.double(), t.double(), y).dtype == torch.float64
 
 
 def test_reverse_kl_passes_gradcheck_in_float64():
@@ -507,8 +511,7 @@ def test_a_token_of_probability_zero_under_both_models_changes_no_loss_and_no_gr
     y = torch.arange(6).view(2, 3)
     expected = LOSSES[loss](z[..., :-1], t[..., :-1], y)
     expected_gradient = gradient(lambda z: LOSSES[loss](z, t[..., :-1], y), z[..., :-1])
-    z[..., -1] = -torch.inf
-    t[..., -1] = -torch.inf
+    z[..., -1] = t[..., -1] = -torch.inf
     close(LOSSES[loss](z, t, y), expected)
     pull = gradient(lambda z: LOSSES[loss](z, t, y), z)
     close(pull[..., :-1], expected_gradient)
@@ -582,8 +585,7 @@ def test_the_gradient_of_the_topk_loss_is_the_closed_form_of_the_released_code(s
 def test_the_topk_loss_on_the_whole_vocabulary_is_reverse_kl():
     """Even if one of its tokens has probability 0 under both models."""
     z, t = logits(2, 3, seed=1), logits(2, 3, seed=2)
-    z[..., 0] = -torch.inf
-    t[..., 0] = -torch.inf
+    z[..., 0] = t[..., 0] = -torch.inf
     close(opd.reverse_kl_topk(z, t, V), opd.reverse_kl(z, t))
 
 
@@ -612,7 +614,7 @@ def test_the_topk_loss_renormalises_p_however_improbable_its_support():
 
 
 def test_an_unknown_support_is_refused():
-    with pytest.raises(ValueError, match="'both'"):
+    with pytest.raises(ValueError):
         opd.reverse_kl_topk(logits(1), logits(1), 2, "both")
 
 
@@ -637,7 +639,9 @@ def test_reverse_kl_tail_in_float64_resolves_a_rest_of_one_in_a_billion():
 
 @SUPPORTS
 def test_reverse_kl_tail_is_below_reverse_kl_and_equal_on_the_whole_vocabulary(support):
+    """Even if one of its tokens has probability 0 under both models."""
     z, t = logits(50, seed=1).double(), logits(50, seed=2).double()
+    z[..., 0] = t[..., 0] = -torch.inf
     full = opd.reverse_kl(z, t)
     assert (opd.reverse_kl_tail(z, t, 4, support) < full).all()
     close(opd.reverse_kl_tail(z, t, V, support), full)
@@ -731,8 +735,7 @@ def test_a_token_of_probability_zero_under_both_models_changes_no_alignment_metr
     z, t = logits(1, 4, seed=1), logits(1, 4, seed=2)
     mask = torch.ones(1, 4)
     expected = opd.alignment(z[..., :-1], t[..., :-1], mask, 4)
-    z[..., -1] = -torch.inf
-    t[..., -1] = -torch.inf
+    z[..., -1] = t[..., -1] = -torch.inf
     assert opd.alignment(z, t, mask, 4) == pytest.approx(expected, abs=1e-6)
 
 
@@ -757,6 +760,18 @@ def test_overlap_by_position_averages_over_the_tokens_in_each_of_8_equal_parts_o
 # 3. Which rows go on, and how far: horizon, selection, drift, cap
 
 
+def test_borders_are_the_ends_of_segments_look_at_and_max_length():
+    assert opd.Plan(10, 4).borders() == [4, 8, 10]
+    assert opd.Plan(8, 4, look_at=6).borders() == [4, 6, 8]
+    assert opd.Plan(8, 20, look_at=9).borders() == [8]  # beyond max_length it is ignored
+
+
+def test_by_default_a_segment_is_an_eighth_of_max_length_within_1_to_512_tokens():
+    assert opd.Plan(16).borders() == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert opd.Plan(3).borders() == [1, 2, 3]
+    assert opd.Plan(7168).borders()[:2] == [512, 1024]
+
+
 def test_the_horizon_is_a_staircase_up_to_max_length():
     steps = {0: 512, 9: 512, 10: 768, 19: 768, 20: 1024, 1000: 2048}
     assert {step: opd.horizon(step, 512, 256, 10, 2048) for step in steps} == steps
@@ -766,7 +781,7 @@ def test_the_horizon_is_a_staircase_up_to_max_length():
 @pytest.mark.parametrize("num_keep", [8, 11, 16, 31, 32])
 def test_each_prompt_keeps_its_best_candidate_and_more_slots_go_to_the_best_of_all_others(num_keep):
     """With 8 slots for 8 prompts nothing is left to compete for."""
-    score = random_scores(seed=num_keep)
+    score = torch.rand(8, 4, generator=torch.Generator().manual_seed(num_keep))
     best = {(p, int(score[p].argmax())) for p in range(8)}
     others = {*itertools.product(range(8), range(4))} - best
     others = sorted(others, key=lambda place: -score[place])
@@ -781,7 +796,7 @@ def test_the_first_candidate_wins_a_tie():
 
 @pytest.mark.parametrize("num_keep, last", [(1, 1), (7, 1), (4, math.nan), (4, math.inf)])
 def test_select_prefixes_refuses_too_few_or_too_many_slots_and_scores_not_finite(num_keep, last):
-    with pytest.raises(ValueError, match=f"needs 2 <= num_keep {num_keep} <= 6, and finite"):
+    with pytest.raises(ValueError):
         opd.select_prefixes(torch.tensor([[1, 1, 1], [1, 1, last]]), num_keep)
 
 
@@ -912,34 +927,6 @@ def test_movable_weights_are_copies_of_the_weights_named_after_attention_or_mlp(
         assert stays or moved[name].data_ptr() != parameter.data_ptr()
 
 
-Z, T = logits(2, 3, seed=1), logits(2, 3, seed=2)
-OVERLAP, MASK = torch.rand(2, 3), torch.tensor([[True, True, True], [True, False, False]])
-LEAVES = {
-    "reverse_kl": (Z, T),
-    "reverse_kl_topk": (Z, T, 4, "union"),
-    "reverse_kl_sampled": (Z, T, MASK.long(), True),
-    "reverse_kl_tail": (Z, T, 4, "union"),
-    "forward_kl": (Z, T),
-    "jsd": (Z, T, 0.5),
-    "topk_overlap": (Z, T, 4),
-    "alignment": (Z, T, MASK, 4),
-    "overlap_by_position": (OVERLAP, MASK, 4),
-    "select_prefixes": (OVERLAP, 3),
-    "drift_weights": (OVERLAP, MASK, 0.5, 0.1),
-    "extrapolate": ({"w": Z}, {"w": T}, lambda weights: weights["w"].sum()),
-    "mask_through_eos": (MASK.long(), {1}),
-    "merge_stops": (Z, {1, 2}, 1),
-}
-
-
-@pytest.mark.parametrize("name", LEAVES)
-def test_a_function_made_to_be_copied_does_not_change_its_arguments(name):
-    before = copy.deepcopy(LEAVES[name])
-    getattr(opd, name)(*LEAVES[name])
-    for argument, copied in zip(tree_leaves(LEAVES[name]), tree_leaves(before)):
-        assert not isinstance(copied, torch.Tensor) or torch.equal(argument, copied)
-
-
 # --------------------------------------------------------------------------------------------------
 # 5. Sampling and scoring
 
@@ -1065,16 +1052,6 @@ def test_head_logits_are_cut_divided_by_temperature_and_in_float32_or_better(dty
 
 # Several stop tokens merged into one class
 
-STOPS = {3, 7, 9}
-KEPT = [index for index in range(V) if index not in STOPS - {7}]  # classes: 7 stands for all stops
-
-
-def by_hand(z):
-    """Log-probs of the classes, the probabilities of all stop tokens summed. (..., V - 2)"""
-    p = z.softmax(-1)
-    stop = p[..., sorted(STOPS)].sum(-1, keepdim=True)
-    return torch.cat([p[..., :7], stop, p[..., 8:]], dim=-1)[..., KEPT].log()
-
 
 def test_merge_stops_sums_the_probabilities_of_all_stop_tokens_and_changes_no_other():
     z = logits(2, 3)
@@ -1091,26 +1068,17 @@ def test_merging_a_single_stop_token_returns_an_exact_copy_of_the_logits():
     assert torch.equal(merged, z) and merged.data_ptr() != z.data_ptr()
 
 
-def others(p, q, ids):
-    """The sum of three losses that are not in LOSSES."""
-    return opd.forward_kl(p, q) + opd.jsd(p, q, 0.3) + opd.reverse_kl_tail(p, q, 4)
-
-
-MERGED_LOSSES = {**LOSSES, "others": others}
-
-
-@pytest.mark.parametrize("loss", MERGED_LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_losses_and_gradients_with_merged_stops_are_those_of_classes_summed_by_hand(loss):
     z, t = logits(2, 5, seed=1).double(), logits(2, 5, seed=2).double()
     y = torch.tensor([[0, 1, 7, 2, 7], [7, 4, 5, 6, 23]])
     places = y.clone().apply_(KEPT.index)
 
     def merged(z):
-        p, q = opd.merge_stops(z, STOPS, 7), opd.merge_stops(t, STOPS, 7)
-        return MERGED_LOSSES[loss](p, q, y)
+        return LOSSES[loss](opd.merge_stops(z, STOPS, 7), opd.merge_stops(t, STOPS, 7), y)
 
     def classes(z):
-        return MERGED_LOSSES[loss](by_hand(z), by_hand(t), places)
+        return LOSSES[loss](classes_of(z), classes_of(t), places)
 
     close(merged(z), classes(z))
     close(gradient(merged, z), gradient(classes, z))
@@ -1118,14 +1086,15 @@ def test_losses_and_gradients_with_merged_stops_are_those_of_classes_summed_by_h
 
 def test_overlap_and_alignment_with_merged_stops_are_those_of_classes_summed_by_hand():
     z, t = logits(3, 9, seed=1).double(), logits(3, 9, seed=2).double()
-    p, q = opd.merge_stops(z, STOPS, 7), opd.merge_stops(t, STOPS, 7)
-    close(opd.topk_overlap(p, q, 4), opd.topk_overlap(by_hand(z), by_hand(t), 4))
+    merged = opd.merge_stops(z, STOPS, 7), opd.merge_stops(t, STOPS, 7)
+    by_hand = classes_of(z), classes_of(t)
+    close(opd.topk_overlap(*merged, 4), opd.topk_overlap(*by_hand, 4))
     mask = torch.ones(3, 9)
-    close(opd.alignment(p, q, mask, 4), opd.alignment(by_hand(z), by_hand(t), mask, 4))
+    close(opd.alignment(*merged, mask, 4), opd.alignment(*by_hand, mask, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("loss", MERGED_LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_merged_stops_of_probability_zero_make_no_loss_nan_and_leave_gradients_finite(loss, dtype):
     z, t = logits(1, 3, seed=1).to(dtype), logits(1, 3, seed=2).to(dtype)
     z[0, 0, sorted(STOPS)] = -torch.inf
@@ -1134,14 +1103,9 @@ def test_merged_stops_of_probability_zero_make_no_loss_nan_and_leave_gradients_f
     t = opd.merge_stops(t, STOPS, 7)
 
     def merged(z):
-        return MERGED_LOSSES[loss](opd.merge_stops(z, STOPS, 7), t, y)
+        return LOSSES[loss](opd.merge_stops(z, STOPS, 7), t, y)
 
     assert not merged(z).isnan().any() and gradient(merged, z).isfinite().all()
-
-
-def test_merge_stops_passes_gradcheck_in_float64():
-    z = logits(2, seed=1).double().requires_grad_()
-    assert torch.autograd.gradcheck(opd.merge_stops, (z, STOPS, 7))
 
 
 def test_with_merged_stops_the_sampled_loss_has_the_gradient_of_reverse_kl_in_expectation():
@@ -1173,6 +1137,49 @@ def test_a_teacher_with_another_stop_token_unteaches_stopping_unless_stops_are_m
     close(stop_probability(z - 0.1 * merged), stop_probability(z), atol=1e-3, rtol=0)
 
 
+Z, T = logits(2, 3, seed=1), logits(2, 3, seed=2)
+OVERLAP = torch.tensor([[0.75, 0.25, 0.5], [0.25, 0.5, 0]])
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+IDS, ENDED = MASK.long(), MASK[:, 1]
+GUIDED = {"at": 3, "num_generations": 2, "keep_ratio": 0.5, "probe_window": 2}
+CALLS = [
+    partial(opd.reverse_kl, Z, T),
+    partial(opd.forward_kl, Z, T),
+    partial(opd.jsd, Z, T, 0.5),
+    partial(opd.reverse_kl_sampled, Z, T, IDS, True),
+    partial(opd.is_among, IDS, IDS),
+    partial(opd.topk_support, Z, T, 4, "union"),
+    partial(opd.reverse_kl_topk, Z, T, 4, "union"),
+    partial(opd.reverse_kl_tail, Z, T, 4, "union"),
+    partial(opd.overlap_ratio, IDS, IDS),
+    partial(opd.topk_overlap, Z, T, 4),
+    partial(opd.alignment, Z, T, MASK, 4),
+    partial(opd.overlap_by_position, OVERLAP, MASK, 4),
+    partial(opd.select_prefixes, OVERLAP, 3),
+    partial(opd.best_prefixes, 3, OVERLAP, MASK, ENDED, **GUIDED),
+    partial(opd.drift_weights, OVERLAP, MASK, 0.5, 0.1),
+    partial(opd.reliable_rows, 3, OVERLAP, MASK, ENDED, threshold=0.5, w_drop=0.1),
+    partial(opd.reliable_length, OVERLAP, MASK),
+    partial(opd.next_max_length, IDS.sum(1), 2048, 0, **CAP),
+    partial(opd.extrapolate, {"w": Z}, {"w": T}, lambda weights: weights["w"].sum()),
+    partial(opd.mask_through_eos, IDS, {1}),
+    partial(opd.merge_stops, Z, {1, 2}, 1),
+]
+
+
+def test_functions_up_to_merge_stops_do_not_change_their_arguments():
+    """All that get a tensor, so not horizon; movable_weights gets a model. Copy what you like."""
+    functions = {value for value in vars(opd).values() if inspect.isfunction(value)}
+    last = inspect.getsourcelines(opd.merge_stops)[1]
+    early = {f for f in functions if f.__module__ == "opd" and inspect.getsourcelines(f)[1] <= last}
+    assert early - {call.func for call in CALLS} == {opd.horizon, opd.movable_weights}
+    for call in CALLS:
+        before = copy.deepcopy(call.args)
+        call()
+        for value, copied in zip(tree_leaves(call.args), tree_leaves(before), strict=True):
+            assert torch.as_tensor(value == copied).all(), call.func
+
+
 def test_with_a_stop_id_generate_samples_from_and_records_the_merged_distribution():
     """Of 4000 first tokens, those with the one id have the summed share of all stop tokens."""
     ids, mask = prompts(4)
@@ -1196,25 +1203,13 @@ def test_with_a_stop_id_rows_end_with_it_alone_and_overlap_is_that_of_merged_log
     ]
     assert len(ends) == out["ended"].sum() > 4 and (ends == 7).all()
     for row, (ids, prompt) in enumerate(rows_of(out)):
-        p, q = (opd.merge_stops(m(ids).logits / 1.5, STOPS, 7) for m in (STUDENT, TEACHER))
-        expected = opd.topk_overlap(p, q, 4)[0, prompt - 1 : -1]
+        z, t = (opd.merge_stops(m(ids).logits / 1.5, STOPS, 7) for m in (STUDENT, TEACHER))
+        expected = opd.topk_overlap(z, t, 4)[0, prompt - 1 : -1]
         close(out["overlap"][row][out["response_mask"][row]], expected)
 
 
 # --------------------------------------------------------------------------------------------------
 # 6. Rollout: write (sample), judge (score), choose which rows go on, leave (drop the others)
-
-
-def test_borders_are_the_ends_of_segments_look_at_and_max_length():
-    assert opd.Plan(10, 4).borders() == [4, 8, 10]
-    assert opd.Plan(8, 4, look_at=6).borders() == [4, 6, 8]
-    assert opd.Plan(8, 20, look_at=9).borders() == [8]  # beyond max_length it is ignored
-
-
-def test_by_default_a_segment_is_an_eighth_of_max_length_within_1_to_512_tokens():
-    assert opd.Plan(16).borders() == [2, 4, 6, 8, 10, 12, 14, 16]
-    assert opd.Plan(3).borders() == [1, 2, 3]
-    assert opd.Plan(7168).borders()[:2] == [512, 1024]
 
 
 def test_the_overlap_of_every_row_of_a_rollout_is_topk_overlap_on_full_logits(monkeypatch):
@@ -1235,8 +1230,8 @@ def test_the_overlap_ignores_rows_of_the_heads_that_are_not_tokens():
         model.lm_head.weight.data[V:] *= 9
     out = roll(student, teacher, eos_ids={V})
     for row, (ids, prompt) in enumerate(rows_of(out)):
-        p, q = student(ids).logits[..., :V], teacher(ids).logits[..., :V]
-        expected = opd.topk_overlap(p, q, 4)[0, prompt - 1 : -1]
+        z, t = student(ids).logits[..., :V], teacher(ids).logits[..., :V]
+        expected = opd.topk_overlap(z, t, 4)[0, prompt - 1 : -1]
         assert out["overlap"][row].tolist() == expected.tolist()
 
 
@@ -1246,6 +1241,20 @@ def test_the_teachers_hidden_states_are_those_of_each_row_alone():
     for (ids, prompt), states in zip(rows_of(out), out["teacher_hidden"]):
         expected = TEACHER.model(ids).last_hidden_state[0, prompt - 1 : -1]
         close(states, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_top_p_narrows_what_a_rollout_samples_but_not_its_overlap_and_log_probs():
+    """All tokens that are likelier than a sampled one have together less than top_p."""
+    torch.manual_seed(0)
+    out = roll(STUDENT, TEACHER, temperature=1.0, top_p=0.5, eos_ids={V})
+    for row, (ids, prompt) in enumerate(rows_of(out)):
+        z, t = (model(ids).logits[0, prompt - 1 : -1] for model in (STUDENT, TEACHER))
+        p, sampled = z.softmax(-1), ids[0, prompt:, None]
+        likelier = p > p.gather(-1, sampled)
+        assert ((p * likelier).sum(-1) < 0.5).all()
+        close(out["overlap"][row], opd.topk_overlap(z, t, 4))
+        log_probs = z.log_softmax(-1).gather(-1, sampled)[3::4, 0]
+        close(out["log_probs"][row, 3::4], log_probs, rtol=1e-4, atol=1e-5)
 
 
 def test_an_eos_that_is_also_the_pad_id_stays_once_at_the_end_of_the_response():
@@ -1419,8 +1428,8 @@ def test_a_measure_is_the_plain_mean_over_tokens_whatever_their_chunk_and_weight
     student, values = tiny_llama(1), []
     batch = make_batch(student, TEACHER)
     for ids, prompt in rows_of(batch):
-        p, q = student(ids).logits[0, prompt - 1 : -1], TEACHER(ids).logits[0, prompt - 1 : -1]
-        values += opd.reverse_kl(p, q).tolist()
+        z, t = student(ids).logits[0, prompt - 1 : -1], TEACHER(ids).logits[0, prompt - 1 : -1]
+        values += opd.reverse_kl(z, t).tolist()
     chunks = {"micro_batch_size": 9, "chunk_tokens": len(values) - 1}
     metrics, _ = update(student, TEACHER, batch, **chunks)
     assert metrics["reverse_kl"] == pytest.approx(sum(values) / len(values), rel=1e-4)
@@ -1462,8 +1471,8 @@ def test_a_student_equal_to_its_teacher_has_zero_loss_and_gradient_and_full_over
 
 
 NOT_FINITE = {
-    "a loss of NaN": lambda p, q, ids: opd.reverse_kl(p, q) + math.nan,
-    "an infinite gradient": lambda p, q, ids: (p - p.detach()).sum(-1) * 3e38,
+    "a loss of NaN": lambda z, t, y: opd.reverse_kl(z, t) + math.nan,
+    "an infinite gradient": lambda z, t, y: (z - z.detach()).sum(-1) * 3e38,
 }
 
 
@@ -1481,7 +1490,7 @@ def test_an_infinite_norm_of_finite_gradients_raises_before_any_weight_changes()
     layer = torch.nn.Linear(2, 1, bias=False)
     before = layer.weight.tolist()
     layer.weight.grad = torch.full((1, 2), 3e38)
-    with pytest.raises(FloatingPointError, match="gradient norm inf"):
+    with pytest.raises(FloatingPointError):
         opd.optimizer_step(layer, torch.optim.SGD(layer.parameters(), lr=1.0), 1.0)
     assert layer.weight.tolist() == before
 
@@ -1629,23 +1638,25 @@ def test_prune_stops_rows_at_the_first_border_where_their_reliability_is_zero(ch
     assert out["kept"].tolist() == [length == 12] * 4
 
 
-def test_a_rule_of_your_own_needs_only_another_plan_rollout(world, tmp_path, monkeypatch, updates):
-    """Rows go on while their last four tokens overlap by more than half. README.md has one, too."""
-
-    def plan(config, step, cap):
-        def goes_on(length, overlap, mask, ended):
-            return overlap[:, -4:].mean(-1) > 0.5
-
-        return opd.Plan(config.max_new_tokens, config.segment_length, goes_on=goes_on)
-
-    monkeypatch.setattr(opd, "plan_rollout", plan)
-    train(world, tmp_path, max_steps=1, eval_file=None)
+def test_the_readmes_rule_keeps_rows_while_16_tokens_agree(world, tmp_path, monkeypatch, updates):
+    """Rows go on exactly while their last 16 tokens, or all if fewer, overlap by more than half on
+    average. Here the top 12 of 24 tokens are compared, so that about every second row does."""
+    readme = pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (code,) = [block for block in blocks if "opd.plan_rollout = plan" in block]
+    changes = {"overlap_k": 12, "max_new_tokens": 32, "segment_length": 8, "temperature": 2}
+    changes |= {"batch_size": 8, "num_generations": 16, "max_steps": 1, "eval_file": None}
+    small = partial(opd.main, command(world, tmp_path, **changes))
+    monkeypatch.setattr(opd, "main", lambda argv: small())  # with these flags, not the README's
+    monkeypatch.setattr(opd, "plan_rollout", opd.plan_rollout)  # so it is put back after the test
+    exec(code, {})
     out = updates[0][1]
-    stopped = (~out["kept"]).nonzero().flatten().tolist()
-    assert stopped
-    for row in stopped:
-        length = int(out["response_mask"][row].sum())
-        assert length in (4, 8, 12) and out["overlap"][row, length - 4 : length].mean() <= 0.5
+    lengths = out["response_mask"].sum(-1)
+    assert {8, 16, 24} <= {*lengths[~out["kept"]].tolist()} <= {8, 16, 24, 32}
+    for border in (8, 16, 24, 32):
+        agree = out["overlap"][:, max(0, border - 16) : border].mean(-1) > 0.5
+        assert agree[lengths > border].all()  # they went on
+        assert not agree[~out["kept"] & (lengths == border)].any()  # they were stopped
 
 
 OUT = {  # two rows; the method stopped the second
@@ -1676,45 +1687,6 @@ def test_method_and_flags_decide_what_is_trained_on_and_with_what_weights(change
     got = [row[valid].tolist() for row, valid in zip(weights, OUT["response_mask"])]
     assert got == [pytest.approx(row) for row in weight]
     assert loss_mask.sum(-1).tolist() == learned
-
-
-@pytest.mark.parametrize(
-    "changes, expected",
-    [
-        ({"loss": "reverse_kl"}, lambda p, q, y: opd.reverse_kl(p, q)),
-        ({"loss": "topk"}, lambda p, q, y: opd.reverse_kl_topk(p, q, 4, "student")),
-        ({"loss": "topk", "overlap_k": 6}, lambda p, q, y: opd.reverse_kl_topk(p, q, 6)),
-        (
-            {"loss": "topk", "support": "union"},
-            lambda p, q, y: opd.reverse_kl_topk(p, q, 4, "union"),
-        ),
-        ({"loss": "sampled"}, lambda p, q, y: opd.reverse_kl_sampled(p, q, y, False)),
-        (
-            {"loss": "sampled", "baseline": True},
-            lambda p, q, y: opd.reverse_kl_sampled(p, q, y, True),
-        ),
-    ],
-    ids=range(6),
-)
-def test_the_token_loss_is_the_one_that_the_flags_name(changes, expected):
-    p, q, y = [logits(5, seed=1), logits(5, seed=2), torch.arange(5)]
-    close(settings_of(**changes)["token_loss"](p, q, y), expected(p, q, y), rtol=0, atol=0)
-
-
-def test_for_the_loss_both_models_logits_are_cut_to_the_vocabulary_and_divided_by_temperature():
-    settings = settings_of(temperature=2.0)
-    for role, model in (("student", STUDENT), ("teacher", TEACHER)):
-        hidden = torch.randn(3, model.config.hidden_size)
-        close(settings[f"{role}_head"](hidden), model.lm_head(hidden)[:, :20] / 2)
-
-
-def test_the_update_measures_alignment_and_how_far_log_probs_are_from_those_at_sampling():
-    p, q, y = [logits(3, seed=1), logits(3, seed=2), torch.arange(3)]
-    log_p = p.log_softmax(-1)[torch.arange(3), y]
-    sampled_log_probs = torch.tensor([log_p[0] - 0.25, log_p[1] + 0.5, math.nan])
-    measures = settings_of(overlap_k=6)["measure"](p, q, y, sampled_log_probs)
-    close(measures.pop("sampling_mismatch"), torch.tensor([0.25, 0.5, math.nan]), equal_nan=True)
-    close(measures, opd.alignment(p, q, None, 6))
 
 
 def test_the_misses_of_the_cap_are_counted_across_steps(world, tmp_path):
@@ -1749,21 +1721,26 @@ def test_each_step_samples_from_the_weights_the_last_one_left(world, tmp_path, m
     assert not torch.equal(weights[2], weights[3])
 
 
-def test_rates_warm_up_the_clip_is_passed_on_and_weight_decay_is_zero(world, tmp_path, monkeypatch):
-    seen = []
-    step = opd.optimizer_step
-
-    def watched(student, optimizer, learning_rate, max_grad_norm):
-        norm = step(student, optimizer, learning_rate, max_grad_norm)
-        group = optimizer.param_groups[0]
-        seen.append((group["lr"], group["weight_decay"], max_grad_norm))
-        return norm
-
-    monkeypatch.setattr(opd, "optimizer_step", watched)
-    changes = {"warmup_steps": 2, "learning_rate": 0.008, "max_grad_norm": 3.5, "max_steps": 3}
+@pytest.mark.parametrize("max_steps, rates", [(1, [0.004]), (3, [0.004, 0.008, 0.008])])
+def test_the_rate_warms_up_and_the_one_logged_is_used(world, tmp_path, runs, max_steps, rates):
+    changes = {"warmup_steps": 2, "learning_rate": 0.008, "max_steps": max_steps}
     steps = train(world, tmp_path, eval_file=None, **changes)[1]
-    assert seen == [(0.004, 0, 3.5), (0.008, 0, 3.5), (0.008, 0, 3.5)]
-    assert [line["learning_rate"] for line in steps] == [0.004, 0.008, 0.008]
+    assert [line["learning_rate"] for line in steps] == rates
+    assert runs[0].optimizer.param_groups[0]["lr"] == rates[-1]
+
+
+def test_each_step_of_a_run_clips_at_max_grad_norm_and_no_weight_decays(world, tmp_path):
+    norms, decays = [], []
+
+    def note(optimizer, *_):
+        (group,) = optimizer.param_groups
+        norms.append(torch.cat([weight.grad.flatten() for weight in group["params"]]).norm().item())
+        decays.append(group["weight_decay"])
+
+    hook = register_optimizer_step_pre_hook(note)
+    train(world, tmp_path, eval_file=None, max_grad_norm=0.01)
+    hook.remove()
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3) and decays == [0, 0]
 
 
 def test_extrapolation_runs_at_powers_of_two_and_its_samples_count_as_generated(world, tmp_path):
@@ -1778,7 +1755,8 @@ def test_rejected_tries_do_not_change_the_losses(world, tmp_path, first_run, mon
     monkeypatch.setattr(opd, "is_correct", lambda text, gold: False)  # no try is ever better
     steps = train(world, tmp_path, extrapolate=True, max_steps=4)[1]
     assert [line["loss"] for line in steps] == [line["loss"] for line in first_run[2]]
-    assert {line.get("extrapolation_k", 0) for line in steps} == {0}
+    accepted = {line["step"]: line.get("extrapolation_k") for line in steps}
+    assert accepted == {1: 0, 2: 0, 3: None, 4: 0}  # after step 3 nothing is tried
 
 
 def test_accepted_weights_become_the_next_anchor_and_student(world, tmp_path, monkeypatch, runs):
@@ -1854,29 +1832,37 @@ def test_pass_at_k_refuses_k_outside_1_to_n_and_c_outside_0_to_n(n, c, k):
         opd.pass_at_k(n, c, k)
 
 
-def test_auroc_counts_a_tie_as_half_and_is_nan_if_one_kind_or_a_score_is_missing():
+def test_auroc_is_the_share_of_pairs_that_the_right_answer_wins_with_a_tie_as_half():
     """Right .9 and .4, wrong .4 and .1: of four pairs three are won and one is tied."""
     assert opd.auroc([0.9, 0.4, 0.4, 0.1], [True, False, True, False]) == 3.5 / 4
-    assert opd.auroc([0.1, 0.9], [True, False]) == 0
+    assert opd.auroc([0.1, 0.9], [1, 0]) == 0  # numbers for True and False
+
+
+def test_auroc_is_nan_if_all_are_right_or_all_are_wrong_or_a_score_is_missing():
     assert math.isnan(opd.auroc([0.1, 0.2], [True, True]))
     assert math.isnan(opd.auroc([0.1, 0.2], [False, False]))
     for missing in (math.nan, None):
         assert math.isnan(opd.auroc([0.1, 0.9, missing], [True, False, True]))
-    assert opd.auroc([0.1, 0.9, 0.4], [0, 1, 0]) == 1  # `correct` may be numbers
-    assert opd.auroc(range(100_000), [0, 1] * 50_000) > 0.5  # a pair at a time would take 20 GB
 
 
-def test_the_standard_error_is_over_problems_and_one_right_answer_passes_a_problem():
+def test_auroc_of_100_000_answers_needs_less_than_100_mb():
+    """All pairs at once would take 20 GB. Right ones (1, 3, 5, ...) win a little over half."""
+    tracemalloc.start()
+    assert opd.auroc(range(100_000), [0, 1] * 50_000) == pytest.approx(0.50001)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+
+
+def test_a_summary_averages_over_answers_but_its_error_and_pass_rate_are_over_problems():
     """Four problems, two answers each, 2, 1, 0 and 0 of them right: .375 of all, and half pass."""
     answers = []
     for index, correct in enumerate([1, 1, 0, 1, 0, 0, 0, 0]):
-        facts = {"length": index, "truncated": index < 2, "no_box": index < 4}
-        answers.append(
-            {"correct": bool(correct), "repetition": index > 6, "reward": -index, **facts}
-        )
+        facts = {"truncated": index < 2, "no_box": index < 4, "repetition": index > 6}
+        answers.append({"correct": bool(correct), "length": index, "reward": -index, **facts})
     got = opd.summarise(answers, 2)
-    assert (got["avg_at_n"], got["pass_at_n"], got["n"], got["num_problems"]) == (0.375, 0.5, 2, 4)
     assert got["se"] == pytest.approx(torch.tensor([1, 0.5, 0, 0]).std().item() / 2)
+    assert (got["avg_at_n"], got["pass_at_n"], got["n"], got["num_problems"]) == (0.375, 0.5, 2, 4)
     assert (got["mean_length"], got["mean_reward"], got["truncated_fraction"]) == (3.5, -3.5, 0.25)
     assert (got["no_box_fraction"], got["repetition"]) == (0.5, 0.125)
 
@@ -1884,23 +1870,29 @@ def test_the_standard_error_is_over_problems_and_one_right_answer_passes_a_probl
 TWO = {"prompt_ids": [2, 7, 3], "answer": "1"}, {"prompt_ids": [2, 7, 8, 3], "answer": "2"}
 
 
-def test_an_evaluation_depends_on_its_own_seed_and_samples_at_temperature_and_top_p_1_by_default():
-    """Not on the global RNG before it. The answers come in order, in batches of up to four rows."""
-
-    def sampled(before, **changes):
+def test_the_answers_of_an_evaluation_depend_on_its_seed_and_not_on_what_was_drawn_before():
+    def sampled(before, seed):
         torch.manual_seed(before)
-        metrics, answers = evaluate(*TWO, **changes)
-        places = [(answer["index"], answer["sample"]) for answer in answers]
-        assert places == [*itertools.product(range(2), range(3))]
-        assert (metrics["top_p"], metrics["temperature"]) == (1, 1)
-        return [answer["response_ids"] for answer in answers]
+        return [answer["response_ids"] for answer in evaluate(*TWO, seed=seed)[1]]
 
-    shapes, stop = forward_shapes(STUDENT)
     assert sampled(before=0, seed=5) == sampled(before=1, seed=5) != sampled(before=0, seed=6)
-    assert sampled(before=0, seed=5) == sampled(before=0, seed=5, top_p=1.0, temperature=1.0)
+
+
+def test_an_evaluation_samples_at_temperature_and_top_p_1_by_default_and_says_so():
+    metrics, answers = evaluate(*TWO)
+    assert (metrics["temperature"], metrics["top_p"]) == (1, 1)
+    assert answers == evaluate(*TWO, temperature=1.0, top_p=1.0)[1]
+
+
+def test_answers_come_in_order_and_each_batch_of_four_prefills_a_problem_once():
+    """Three answers to each of two problems: four of the six, then two."""
+    shapes, stop = forward_shapes(STUDENT)
+    _, answers = evaluate(*TWO)
     stop()
-    # The prefills of five evaluations, each of four and then two of the six answers
-    assert [rows for rows, columns in shapes if columns > 1] == [2, 1] * 5  # different prompts
+    places = [(answer["index"], answer["sample"]) for answer in answers]
+    assert places == [*itertools.product(range(2), range(3))]
+    assert [rows for rows, columns in shapes if columns > 1] == [2, 1]
+    assert max(rows for rows, _ in shapes) == 4
 
 
 def test_the_reward_of_an_answer_is_the_mean_of_log_q_minus_log_p_over_its_tokens(monkeypatch):
@@ -1953,19 +1945,26 @@ def test_each_update_of_a_run_has_loss_and_gradients_of_autograd_on_full_logits(
 
 
 def test_a_run_logs_all_its_steps_evaluations_and_answers(whole_run):
-    """Log-probs are as sampled; only prune moves its cap; progressive grows by 4 a step to 12."""
-    changes, out, _ = whole_run
-    lines = read(out / "metrics.jsonl")
-    steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
-    for line in steps:
-        assert line["sampling_mismatch"] < 1e-4
-        assert line["cap"] == 8 or changes["method"] == "prune"
-        length = min(4 * line["step"], 12)
-        assert line["max_length"] == length or changes["method"] != "progressive"
+    lines = read(whole_run[1] / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
     graded = [(line["step"], line["model"]) for line in lines if "eval" in line]
     assert graded == [(0, "teacher"), (0, "student"), (4, "student"), (5, "student")]
-    assert len(read(out / "samples.jsonl")) == 4 * 3
+    assert len(read(whole_run[1] / "samples.jsonl")) == 4 * 3
+
+
+def test_in_a_run_the_log_probs_of_the_update_are_those_of_sampling(whole_run):
+    steps = [line for line in read(whole_run[1] / "metrics.jsonl") if "loss" in line]
+    assert all(line["sampling_mismatch"] < 1e-4 for line in steps)
+
+
+def test_a_run_samples_up_to_the_length_of_its_method_and_only_prune_moves_the_cap(whole_run):
+    """prune: up to the cap that the step before left."""
+    changes, out, _ = whole_run
+    steps = [line for line in read(out / "metrics.jsonl") if "loss" in line]
+    lengths, caps = [line["max_length"] for line in steps], [line["cap"] for line in steps]
+    told = {"prefix": [6] * 5, "progressive": [4, 8, 12, 12, 12], "prune": [8, *caps[:-1]]}
+    assert lengths == told.get(changes["method"], [12] * 5)
+    assert (len(set(caps)) > 1) == (changes["method"] == "prune")
 
 
 def test_a_run_draws_no_problem_again_while_others_are_left(whole_run):

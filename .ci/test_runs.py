@@ -191,6 +191,15 @@ def same_weights(a, b):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+def settings_of(**changes):
+    """The arguments of backward under these flags, with a vocabulary of 20."""
+    config = test_opd.flags(**changes)
+    run = opd.Run({}, [], student=STUDENT, teacher=TEACHER, vocab_size=20, autocast="low")
+    run.sampling = {"vocab_size": 20, "temperature": config.temperature}
+    run.rows_at_once = {"micro_batch_size": 3}
+    return opd.update_settings(config, run)
+
+
 def changed_copy(world, name, folder, change):
     """A model of the world with change(model, tokenizer), saved in a folder -> the folder"""
     model = load_student(world / name)
@@ -2861,7 +2870,7 @@ def test_autocast_is_bfloat16_in_a_bfloat16_run_and_off_in_a_float32_run(world, 
 
 
 def test_the_update_gets_its_sizes_and_its_precision():
-    told = test_opd.settings_of()  # as many tokens at once as the vocabulary of 20 allows
+    told = settings_of()  # as many tokens at once as the vocabulary of 20 allows
     assert told["chunk_tokens"] == 25_000_000 // 20
     assert (told["micro_batch_size"], told["autocast"]) == (3, "low")
 
@@ -4896,6 +4905,22 @@ def test_the_suspect_teacher_is_asked_with_its_own_prompt(world, tmp_path, monke
 
 # --------------------------------------------------------------------------------------------------
 # 17. What a run does besides its steps: cost accounting, evaluations, EffOPD, the cold start
+
+
+def test_for_the_loss_both_models_logits_are_cut_to_the_vocabulary_and_divided_by_temperature():
+    settings = settings_of(temperature=2.0)
+    for role, model in (("student", STUDENT), ("teacher", TEACHER)):
+        hidden = torch.randn(3, model.config.hidden_size)
+        close(settings[f"{role}_head"](hidden), model.lm_head(hidden)[:, :20] / 2)
+
+
+def test_the_update_measures_alignment_and_how_far_log_probs_are_from_those_at_sampling():
+    z, t, y = [test_opd.logits(3, seed=1), test_opd.logits(3, seed=2), torch.arange(3)]
+    log_p = z.log_softmax(-1)[torch.arange(3), y]
+    sampled_log_probs = torch.tensor([log_p[0] - 0.25, log_p[1] + 0.5, math.nan])
+    measures = settings_of(overlap_k=6)["measure"](z, t, y, sampled_log_probs)
+    close(measures.pop("sampling_mismatch"), torch.tensor([0.25, 0.5, math.nan]), equal_nan=True)
+    close(measures, opd.alignment(z, t, None, 6))
 
 
 @pytest.mark.parametrize(
