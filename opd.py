@@ -632,7 +632,7 @@ def rollout(
 
     teacher: None to sample without scoring, else overlap_k >= 1. for_teacher: the teacher's
     prompts, if they differ [OPSD]. sampling: vocab_size, stop_id, temperature, top_p of generate.
-    Both models in eval mode. Needs sections 1 to 3, 5, 6, 10. -> dict, T the longest response:
+    Both models in eval mode. Needs sections 1, 2, 3, 5, 6, 10. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
         log_probs   (B, T), before top_p, at the last token of each full segment; NaN elsewhere

@@ -989,7 +989,7 @@ def test_a_docstring_names_all_of_opd_py_that_its_function_uses(name):
 
 
 def test_the_docstring_of_rollout_names_all_sections_that_it_needs():
-    names, needed = ["rollout"], set()
+    names, needed = ["rollout"], {OWN["Plan"][0]}  # of its argument
     for name in names:
         section, used, _ = OWN[name]
         needed.add(section)
@@ -3675,10 +3675,20 @@ def test_evaluations_come_every_eval_every_steps_and_at_the_end(every, steps, mo
     monkeypatch.setattr(opd, "evaluate_files", evaluate_files)
     monkeypatch.setattr(opd, "save_checkpoint", lambda *_: None)
     config, run = opd.Config(max_steps=5, eval_every=every), opd.Run({}, [])
+    run.device = torch.device("cpu")
     for run.step in range(6):
         opd.evaluate_and_save(config, run)
         opd.evaluate_and_save(config, run)  # nothing is done twice
     assert done == steps
+
+
+def test_the_peak_memory_of_a_step_is_not_that_of_the_evaluation_before_it(monkeypatch):
+    done = []
+    monkeypatch.setattr(opd, "evaluate_files", lambda *_: done.append("evaluation"))
+    monkeypatch.setattr(opd, "save_checkpoint", lambda *_: None)
+    monkeypatch.setattr(opd, "peak_memory", lambda device: done.append("reset"))
+    opd.evaluate_and_save(opd.Config(max_steps=1), opd.Run({}, [], step=1))
+    assert done == ["evaluation", "reset"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_saves_nothing(
