@@ -684,7 +684,7 @@ def memory_lines(sizes):
         peak = {}
         for name, job in update_jobs(V, sizes.update_width, sizes.device, rows=8).items():
             peak[name] = torch.tensor(peak_bytes(job, sizes.device) / 2**30)
-        most = 0.125 if V > 100_000 else None
+        most = 0.1 if V > 100_000 else None
         name = f"update, V {V:,}, N 2,048; full logits"
         table.append(line(name, peak["ours"], peak["full"], " GiB", most=most))
     return table

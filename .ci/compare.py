@@ -117,6 +117,7 @@ def main(folder, picture):
     teacher = interval([run["teacher"] for run in plain.values()])
     print(f"±: half of a 95% interval over {len(seeds)} seeds; opd's tokens in thousands")
     print(f"the student had {before} at first, its teacher {teacher}")
+    print("opd, seed by seed:", *[f"{100 * run['after']:.0f}" for run in plain.values()])
     print("*: outside of plain OPD's curve for a seed or more: its end, or a line from its start,")
     print("stands in. Two runs share the machine: seconds are good to a quarter")
     draw(methods, plain).savefig(picture, dpi=110)

@@ -93,6 +93,7 @@ def test_the_table_has_only_the_seeds_that_all_methods_have_finished(tmp_path, m
     table = capsys.readouterr().out.splitlines()[3:]
     assert table[0].split() == ["opd", "80.0", "3", "30", "0.50-0.75"]
     assert table[1].split()[:5] == ["a", "80.0", "+0.0", "+0.0", "+0.0"]
+    assert "opd, seed by seed: 80" in table
     assert "over 1 seeds" in table[2] and (tmp_path / "picture.png").exists()
     assert all(len(line) <= 100 for line in table)
 
