@@ -2671,13 +2671,14 @@ def rows_that_fit(config, run):
         if left(count) < 0:
             instead = use_less(vars(config), flag, count)
             if left(0) < 0:  # whatever the rows
-                instead = "halve --batch_size: the teacher's states of a step take too much"
-                if left(0) + sizes.get("states", 0) < 0:
-                    instead = "the models alone are too large for it"
+                instead = "halve --batch_size, for fewer hidden states of the teacher"
+            instead += ", or use smaller models"
+            if left(0) + sizes.get("states", 0) < 0:
+                instead = "the models alone take more than there is: use smaller ones"
             lacks = f"lacks {tqdm.format_sizeof(-left(count))}B of GPU memory"
             raise ValueError(
                 f"{count} rows of {sizes['columns']} tokens do not fit: by the plan the {phase} "
-                f"{lacks}; {instead}, or use smaller models"
+                f"{lacks}; {instead}"
             )
         rows[flag] = min(gather([count]))
         if rows[flag] < before and not given:
@@ -3331,7 +3332,7 @@ def row_facts(config, batch):
         "reliable_length": reliable_length(reliability, mask),
         "agreed_tokens": overlap.sum(-1),
         # Of the rows that the method let go on: the others could not stop
-        "stopped_fraction": torch.where(batch["kept"], batch["ended"].double(), math.nan),
+        "stopped_fraction": torch.where(batch["kept"], batch["ended"].float(), math.nan),
         "truncated_fraction": ~batch["ended"],
         "kept_fraction": batch["kept"],
         "repetition": torch.tensor(repeated),
@@ -3590,8 +3591,8 @@ def why_stopped(config, out, row):
     # With random selection, or a custom rule, there is no score to report
     if config.method != "prefix-guided" or config.select == "random" or not len(least):
         return "not selected"
-    least = f"the least that was kept of this prompt {least.min():.3f}"
-    return f"not selected: overlap {score[row]:.3f} at first, {least}"
+    kept = f"the least that was kept of this prompt {least.min():.3f}"
+    return f"not selected: overlap {score[row]:.3f} at first, {kept}"
 
 
 def first_rows(config, problems, plan, out, prompts=4):

@@ -3055,7 +3055,7 @@ def test_what_cannot_fit_is_refused_with_the_flag_to_change(flags, instead, monk
 
 @pytest.mark.parametrize(
     "gigabytes, states, instead",
-    [(7, 0, "the models alone are"), (28, 21e9, "halve --batch_size"), (28, 0, "halve --rollout")],
+    [(7, 0, "the models alone take"), (28, 21e9, "halve --batch_size"), (28, 0, "halve --rollout")],
 )
 def test_where_no_row_fits_the_flag_to_change_is_not_that_of_the_rows(
     gigabytes, states, instead, monkeypatch
