@@ -933,7 +933,7 @@ def last_boxed(text):
     does not count; the one before it does. \boxed 4 is a box, too.
     Example: r"\boxed{1} no, \boxed{\frac{1}{2}}" -> r"\frac{1}{2}"
     """
-    text = re.sub(r"\\boxed\s*(-?[\d.,/]*\d|\\[a-z][^\s$]*)", r"\\boxed{\1}", text)
+    text = re.sub(r"\\boxed\s*(-?[\d.,/]*\d|\\[a-z][^\s$]*|\w(?=\$))", r"\\boxed{\1}", text)
     for rest in reversed(re.split(r"\\boxed\s*\{", text)[1:]):
         depth = 1
         for brace in re.finditer(r"\\.|[{}]", rest):  # \{ is a brace of a set, not of the box
@@ -1022,11 +1022,11 @@ def evaluate(
             log_p = response_log_probs(model, out, **head)
             rewards = [(theirs - ours).mean().item() for theirs, ours in zip(log_q, log_p)]
 
-        # Grade the text, without special tokens
+        # Grade the text
         for row, answer in enumerate(batch):
             ids = out["response_ids"][row][out["response_mask"][row]].tolist()
             ids = answer.get("begun", []) + ids
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+            text = graded_text(tokenizer, ids)
             graded = re.sub(THOUGHTS, "", prompt_end(tokenizer, answer) + text)
             answer |= {
                 "response": text,
@@ -1341,8 +1341,9 @@ WORKED = ("solution", "assistant:")
 REASONED = ("rationale", "reasoning")  # only steps, no answer to grade by
 # What data sets put where there is no answer
 NO_ANSWER = (
-    r"(?i)[-–—?.\s]*|(?:an? |the )?proof\W*|n/a|n\.a\.|none|null|nan|-?inf|unknown|not ?found"
-    r"|no (?:final )?answer|see (?:the )?solution"
+    r"(?i)[-–—?.\s]*|n\.a\.|none|null|nan|-?inf|unknown|(?:\\(?:text|math)\w*|\W)*(?:(?-i:NA)"
+    r"|(?:an? |the )?proof(?: problem)?|n ?/ ?a|not[ _]?found|no[ _](?:final[ _])?answer|tbd"
+    r"|(?:no answer|not) provided|see (?:the )?solution(?: below)?)\W*"
 )
 
 
@@ -1365,7 +1366,7 @@ def first_of(values):
 
 def read_fields(record):
     """A record of any data set -> problem, answer and worked solution, each None if it is missing;
-    the turns of a chat that are left out
+    what was said before the problem and is left out
     """
     fields = {name.lower(): value for name, value in record.items()}  # some have Problem, Answer
     left_out = []
@@ -1379,13 +1380,14 @@ def read_fields(record):
         turns = [turn for turn in chat if isinstance(turn, dict)]
         last = max((at for at, turn in enumerate(turns) if turn.get("role") == "user"), default=0)
         fields |= {f"{turn.get('role')}:": turn.get("content") for turn in turns[last:]}
-        left_out = turns[:last]
+        left_out = [turn.get("content") for turn in turns[:last]]
     if fields.get("problem") or fields.get("question"):
         left_out = []  # the problem is not taken from the chat
 
     def values(names):
         return [fields[name] for name in names if fields.get(name) is not None]
 
+    left_out += filter(None, values(("system", "system_prompt", "history")))
     # Labels come last, as some are no answers. With an answer field or a label, even one that says
     # "no answer", a solution counts only if it has a box or "####"
     given, labels, worked = map(values, (ANSWERS, LABELS, WORKED))
@@ -1419,7 +1421,10 @@ INSTRUCTIONS = (
     r"|Present the answer in LaTex format: \\boxed\{Your answer\}"
 )
 # Other requests for an answer format; lone surrogates, half characters that UTF-8 cannot encode
-FORMAT = r"(?i)\\boxed|####|answer:|</?(?:answer|think)>|step[ -]by[ -]step"
+FORMAT = (
+    r"(?i)\\f?box|###|answer:|</?(ans(wer)?|think)>|step[ -]by[ -]step|double square brackets"
+    r"|\[\[(your |final )?answer|(as|return) json|only (a|the) letter|[\"'*]the (final )?answer is"
+)
 HALF = "[\ud800-\udfff]"
 
 
@@ -1437,7 +1442,7 @@ def load_problems(path, needs_answers=False):
         # Refuse what cannot be used
         wrong = ""
         if not isinstance(problem, str) or not problem.strip():
-            wrong = "needs a text in problem, question, prompt or messages"
+            wrong = "needs a text in problem, question, prompt or a turn of the role user"
         elif re.search(HALF, f"{problem}{answer}{solution}"):
             wrong = "has half a character, a lone surrogate"
         elif needs_answers and not answer:
@@ -1455,7 +1460,7 @@ def load_problems(path, needs_answers=False):
         if {"choices", "options"} & {name.lower() for name in record if record[name]}:
             notes["records have choices, which no model is shown"].append(problem)
         if left_out:
-            notes["chats lose all before their last question"].append(left_out[0].get("content"))
+            notes["records lose what stands before their question"].append(left_out[0])
         if not answer and len(record) > 1:
             notes["records have no answer"].append(f"one with the fields {fields}")
         if problem in problems:
@@ -1487,9 +1492,12 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
     text = template.replace("{problem}", problem)
     if chat_template and tokenizer.chat_template:
         turns = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(
+        ids = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_dict=False, **template_flags
         )
+        if ids[-1:] == [tokenizer.eos_token_id]:
+            warnings.warn("the chat template ends prompts in the EOS", stacklevel=2)
+        return ids
 
     # A BOS at the start is wanted. An EOS at the end is not: the response continues from here
     encoded = tokenizer(text + "\n", return_special_tokens_mask=True)
@@ -1508,17 +1516,24 @@ def teacher_prompt(problem):
     return problem.get("teacher_prompt_ids", problem["prompt_ids"])
 
 
+def graded_text(tokenizer, ids):
+    """Ids -> their text without special tokens, but with the tags of thoughts, special or not"""
+    tags, added = ("<think>", "</think>"), tokenizer.added_tokens_decoder
+    hidden = {id for id, token in added.items() if token.special and token.content not in tags}
+    return tokenizer.decode([id for id in ids if id not in hidden])
+
+
 def prompt_end(tokenizer, problem):
     """The last characters of a prompt, as many as <think> has: if they are <think>, the response
     begins inside the thoughts
     """
-    prompt = tokenizer.decode(problem["prompt_ids"], skip_special_tokens=True)
+    prompt = graded_text(tokenizer, problem["prompt_ids"])
     return prompt.rstrip()[-len("<think>") :]
 
 
 def is_solved(tokenizer, problem, ids):
     """Whether a response, the ids after a problem's prompt, has the problem's answer"""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+    text = graded_text(tokenizer, ids)
     return is_correct(prompt_end(tokenizer, problem) + text, problem["answer"])
 
 
@@ -1553,18 +1568,22 @@ def draw_prompts(config, run, step):
     return [problem for problem in own for _ in range(config.num_generations)]
 
 
-# Spellings of one answer: signs, then patterns in this order, each with an example. Quotes hold
-# text: words, a unit, a base. *+ does not backtrack: on 5,000 spaces that would take minutes
-SIGNS = dict(
-    zip("–—−‐‑（），：｛｝²³½¼¾", r"- - - - - ( ) , : \{ \} ^2 ^3 \frac12 \frac14 \frac34".split())
-)
-SIGNS |= dict(zip("∞°º·∪∩∈…", r"\infty ^\circ ^\circ \cdot \cup \cap \in \dots".split()))
+# Spellings of one answer. First signs, before NFKC, which would join 2½ or x⁻² to the digits that
+# stand before: x₁₂, ｛1｝ and 90º, too; NFKC makes full-width digits plain, and ℃ °C
+BEFORE_NFKC = {"[¹²³⁰-ⁿ]+": r"^{\g<0>}", "[₀-₎]+": r"_{\g<0>}", "[¼-¾⅐-⅞]": r" \g<0>"}
+BEFORE_NFKC |= {"[｛｝]": r"\\\g<0>", "[º˚]": "°"}
+SIGNS = r"–- —- −- ‐- ∞\infty °^\circ ·\cdot~ ∪\cup~ ∩\cap~ ∈\in~ ≈\approx~ ≡\equiv~ 。.".split()
+BASES = "two three four five six seven eight nine ten eleven twelve 13 14 15 sixteen".split()
+# Then patterns in this order, each with an example. Quotes hold text: words, a unit, a base. *+
+# does not backtrack: on 5,000 spaces that would take minutes
 SPELLINGS = {
+    # powers: x^{2}
+    r"\^\{(\d)\}(?! *\d)": r"^\1",
     # spaces and sizes: \;  \big)  ~
     r"(?<!\\)\\([,;: >]|[bB]igg?[lr]?(?![a-z]))|~|(?<=\\\\)\[[\d.]+\w\w\]": " ",
     # marks: \$5  **7**  \color{red}7
-    r"\\?\$|\\checkmark|[¢-¥€✓✔✅]|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|&(?= *=)|`"
-    r"|\\(bf|rm|it|[lL]arge|displaystyle)\b": "",
+    r"\\?\$|\\checkmark|[¢-¥₠-₿✓✔✅]|^(USD|Rs)\b\.?|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|`"
+    r"|&(?= *=)|\\(bf|rm|it|[lL]arge|displaystyle)\b|(?<!\\)\\!": "",
     # dots, a colon, braces, pi: \ldots  3{:}00  \mathbb R  2pi
     r"\\[lc]dots|\.\.\.": r"\\dots",
     r"\\colon\b|(?<![a-z])\{:\}": ":",
@@ -1574,6 +1593,8 @@ SPELLINGS = {
     r"(?<=\d)[eE]\+?(-?\d+)\b": r"\\times 10^{\1}",
     # lists: 1 and 2
     r"(?i)[, ]*+(\\\w+\{ *+)?\b(and|or)\b( equivalently)? *\}?,?": ", ",
+    # a base in words: 1011_{\text{base two}}
+    rf"(_ *+\{{? *+)\\(?:text|mathrm)\{{ *+(?:base\b)? *+({'|'.join(BASES)}|\d*) *+\}}": r"\1\2",
     # a unit that looks like a variable: 5 \text{ N}
     r"(?<=[\d}]) *\\(text|mathrm) *\{ *([A-Z]|eV|([^{}]*\^\{-?\d\})+) *\}(?!\w)": r' "\2"',
     # wrapped words: 5 \text{people} is 5 "people"
@@ -1597,15 +1618,21 @@ SPELLINGS = {
     # the same after a fraction, a root or \pi: 2\pi inches
     r"(\\pi|\}) ([a-z]{4,}( [a-z]+)*|[ckm]m)\b(?!\()": r'\1 "\2"',
     # or a short unit: 5m
-    r"^ *(-?[\d.,]*\d) *((sq |cu )?(kg|lbs?|oz|ft|in|mi|hrs?|[gmshL])(/[a-z]+)?)\.?$": r'\1 "\2"',
+    r'^[" ]*((?:\w *= *)?-?[\d.,]*\d) *(((sq|cu)\.? )?(([ckm]?m|ft|in)(\^?[23])?|units?|kg|lbs?|oz'
+    r"|mi|hrs?|[gshL])(/[a-z]+)?) *\.?$": r'\1 "\2"',
     # a word, or letters in order: north, ABC
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
-    # a mixed number: 1 2/3
+    # letters in order in a list or a name, as one variable: \angle ABC is \angle x_{ABC}
+    r'((?:^(?:[" ]*\w *=)?|,|\\\{)(?:\\left)?[(" ]*+(?:\\(?:angle|triangle)\b)?)[{" ]*+'
+    r'([A-Z](?: ?[A-Z])+)(?![a-zA-Z])[} ]*+(?![^,]*([-+=^/_"]|\\(?!right)[a-z]))': r"\1 x_{\2}",
+    # a fraction, a mixed number: 1⁄2, 1 2/3
+    r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",
     r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
     # degrees: 90^\circ
     r'\\degree|"? ?\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?([ "]*([CF])\b)?': r' "degrees\3"',
     # a base, a modulus: 1011_2, 3 \pmod 4
-    r"(?:\(?\b(\d\w*)\)? *+_|\(? *+\\?[pb]?(mod)\b) *+\{? *+(\w++) *+\}? *+\)?$": r'\1 "\2\3"',
+    r'(?:\(?\b(\d\w*|[\dA-F]+(?=\)? *_\W*1[1-6]\b))\)? *+_|\(? *+["\\]?[pb]?(mod)\b)[{(" ]*+(\w++)'
+    r"[)}. ]*+$": r'\1 "\2\3"',
     # roots: 2√3
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
     # the set of all: \{x \mid x > 1\}
@@ -1628,18 +1655,26 @@ SPELLINGS = {
 
 def spell(answer):
     r"""An answer -> (its value, its text in lower case). Example: 5\,\text{cm} -> 5, cm"""
-    answer = " ".join(answer.replace('"', " ").split()).translate(str.maketrans(SIGNS))
+    import unicodedata  # needed only here
+
+    for signs, plain in BEFORE_NFKC.items():
+        answer = re.sub(signs, plain, answer)
+    answer = " ".join(unicodedata.normalize("NFKC", answer).replace('"', " ").split())
+    answer = answer.translate({ord(sign[0]): sign[1:] for sign in SIGNS})
     for pattern, plain in SPELLINGS.items():
         answer = re.sub(pattern, plain, answer)
-    text = "".join(re.findall('"[^"]*"', answer)).lower()
-    return re.sub('"[^"]*"|"', "", answer), re.sub(r"\W", "", text)
+    text = re.sub(r"\W", "", "".join(re.findall('"[^"]*"', answer)).lower())
+    text = str(BASES.index(text) + 2) if text in BASES else text
+    return re.sub('"[^"]*"|"', "", answer), text
 
 
 # Gold answers, as value;unit, that math-verify would misread: words, a modulus, dots
-NOT_FOR_MATH_VERIFY = r"^ *;|:.*:|\\text|;mod|\.\.|\\[lc]?dots"
-
-
-BOX = r"\\boxed *\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+NOT_FOR_MATH_VERIFY = (
+    r"^ *;|:.*:|\\text|\.\.|\\[lc]?dots"
+    r"|;(mod|(at|more|less)(least|most|than)|(is)?(even|odd|prime)$)"
+)
+# Those that an answer must have in their own words: \gcd(x, n) = 1, x \in A, 6:30 (pm), 2A;16
+LITERAL = r"(gcd|lcm)\W*[a-z]|\\in *[A-Z]\b|[02468]:[0-5][02468]\b|:0\d|[A-Z][^;]*;\d"
 
 
 def is_same(answer, gold, text):
@@ -1648,7 +1683,7 @@ def is_same(answer, gold, text):
         return answer.strip() == gold.strip()
     gold, unit = spell(read_gold(gold))
     # If the gold answer is a list, as many boxes count as one answer
-    boxes = dict.fromkeys(re.findall(BOX, text))
+    boxes = dict.fromkeys(filter(None, map(last_boxed, re.split(r"(?=\\boxed)", text))))
     parts = re.split(r",(?!\d{3}\b)(?![^(\[{]*[)\]}])", gold)
     answer, other = spell(answer)
     if len(boxes) == len(parts) > 1 and answer.count(",") < gold.count(","):
@@ -1664,6 +1699,9 @@ def is_same(answer, gold, text):
     short_for &= len(long) > 2 or short in ("", long)  # m is not short for mm
     short_for &= short != "m" or re.match("m$|met", long) is not None  # nor for miles
     short_for &= not short or short[-1].isdigit() == long[-1].isdigit()  # nor cm for cm^2
+    if re.search(LITERAL, f"{gold};{unit}"):
+        words, given = (re.sub(r"\\(left|right)\b| ", "", text) for text in (gold, answer))
+        short_for &= bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", given))
     if not short_for or same or ask_math_verify(gold, answer):
         return short_for
     # 12.5 may be 12.5%, but 0.5 is not 0.5%. math-verify does this with integers only

@@ -82,6 +82,13 @@ SPELLINGS = [
     ("-7", ["‐7", "‑7"], ["7"]),
     (r"\{1, 2\}", ["｛1，2｝"], ["｛1，3｝"]),
     (r"\frac{3}{4}", ["¾"], ["¼"]),
+    (r"\frac{2}{3}", ["⅔", "2⁄3"], ["⅓"]),
+    ("x^{-12}", ["x⁻¹²"], ["x⁻¹", "x^{-1}2"]),
+    ("x_1", ["x₁"], ["x₂", "x¹"]),
+    ("x_{12}", ["x₁₂"], ["x₁₃"]),
+    ("-4", ["－４", "−4。", "≈-4"], ["４"]),
+    (r"50\%", ["５０％"], ["６０％"]),
+    (r"(-\infty,1)\cup(2,\infty)", ["(−∞,1)∪(2,∞)"], ["(−∞,1)∩(2,∞)"]),
     (r"[1,2] \cup [3,4]", ["[1,2] ∪ [3,4]"], ["[1,2] ∩ [3,4]"]),
     # Fonts, braces, dots, pi
     ("14", [r"\boldsymbol{14}", r"\bf 14", r"\Large 14", "`14`", r"\underline{14}"], [r"\bf 15"]),
@@ -109,6 +116,15 @@ SPELLINGS = [
     ("12.5", [r"12.5\%"], [r"13.5\%"]),
     ("0.5", [r"50\%"], [r"0.5\%"]),
     (r"7 \text{ hours}", ["7 hours", r"7\,\text{h}"], [r"7 \text{ days}"]),
+    (
+        "4",
+        ["4cm", "4cm^2", "4m²", "4 m^3", "4 sq units", "A = 4 cm", "USD 4", "₹4", "Rs. 4"],
+        ["4x"],
+    ),
+    (r"4\text{ cm}^2", ["4cm^2", "4cm²", "4 sq cm", r"4\text{cm}^{2}"], ["4cm", "4cm³", "4m²"]),
+    (r"5^\circ C", ["5 ℃", "5℃", "5º"], ["6℃"]),
+    ("6:30", [r"6\!:\!30", "6:30 PM", "t = 6:30"], ["6/30", r"\frac{1}{5}", "16:30"]),
+    ("3:4", [r"\frac{3}{4}", "6:8"], ["4:3"]),
     (r"\frac{5}{2}", [r"\frac{5}{2} inches", r"\frac{5}{2} cm"], [r"\frac{5}{2} xyz"]),
     (r"90\pi", [r"90\pi cubic feet", r"90\pi \text{ cm}^3"], [r"90\pi sin(x)"]),
     (r"2\sqrt{3} miles", [r"2\sqrt{3}", r"2\sqrt{3} \text{ miles}"], [r"2\sqrt{3} hours"]),
@@ -121,6 +137,18 @@ SPELLINGS = [
     # Bases and remainders
     ("1101_2", ["1101", "(1101)_2", "1101_{2}", r"1101_{\text{two}}"], ["1101_8", "1100_2"]),
     (r"345_{6}", ["345_6", "(345)_{6}"], ["345_7", "354_6"]),
+    ("1011_2", [r"1011_{\text{base }2}", r"1011_{\text{base two}}"], [r"1011_{\text{three}}"]),
+    (r"1011_{\text{two}}", ["1011_2", "1011"], ["1011_3", r"1011_{\text{three}}"]),
+    ("1011_{16}", [r"1011_{\text{sixteen}}", r"1011_{\text{base 16}}"], [r"1011_{\text{six}}"]),
+    ("101_{(3)}", ["101_3", "(101)_{(3)}"], ["101_{(2)}", "101_2"]),
+    ("2A_{16}", ["2A", r"2A_{\text{sixteen}}", r"\text{2A}_{16}"], ["A2_{16}", "2A_{12}"]),
+    ("ABC_{16}", ["ABC_{16}."], ["BAC_{16}", "ABC_{12}"]),
+    (r"n \equiv 1 \pmod 4", [r"n\equiv1\,(\text{mod }4)", "n ≡ 1 (mod 4)"], ["n ≡ 1 (mod 3)"]),
+    (r"\gcd(x, n) = 1", [r"\gcd\left(x,n\right)=1"], [r"\gcd(y,n)=1", r"\gcd(x,n)=2", r"p \in I"]),
+    (r"\gcd(c,d)", [r"\gcd(c, d)"], [r"\gcd(a,b)"]),
+    (r"\gcd(12,18)", ["6"], ["5"]),
+    (r"p \in I", [r"p\in I"], [r"q \in I"]),
+    (r"x \in [1,2]", ["[1,2]"], ["[1,3]"]),
     (
         r"x \equiv 2 \pmod{5}",
         [r"x\equiv 2 \pmod 5", r"x \equiv 2 (\bmod 5)"],
@@ -144,7 +172,17 @@ SPELLINGS = [
     ("CAB", [r"\text{CAB}"], ["ABC", "BCA"]),
     ("DE", [r"\mathrm{DE}"], ["ED"]),
     ("A, D", [r"\text{A, D}", r"\text{A and D}", "D, A"], ["A", "A, C"]),
+    (r"\angle ABC", [r"\angle{ABC}", r"\angle \text{ABC}", r"\angle A B C"], [r"\angle BAC"]),
+    ("(ABC)", [r"(\text{ABC})", r"\left(ABC\right)"], ["(ACB)"]),
+    ("ABC1", ["ABC1"], ["ACB1"]),
+    ("ABC, CAB", ["CAB, ABC", r"\text{ABC, CAB}"], ["ABC, BCA"]),
+    (r"\{HH, HT\}", [r"\{\text{HT}, \text{HH}\}"], [r"\{HH, TH\}"]),
+    (r"\text{I and III}", ["I, III"], [r"\text{I and II}"]),
+    ("4AC - B^2", ["-B^2 + 4CA"], ["4AB - C^2"]),
+    (r"\frac{MN}{2}", [r"\frac{NM}{2}"], [r"\frac{MP}{2}"]),
     ("abc", ["cab"], ["abd"]),
+    (r"\text{at least } 5", [r"\text{at least }5"], ["5", r"\text{at most } 5"]),
+    (r"n \text{ even}", [r"n \text{ even}"], ["n", r"n \text{ odd}"]),
     (r"m \text{ is even}", [r"m \text{ is even}"], [r"m \text{ is odd}"]),
     (r"1, 2, \ldots, 9", [r"1,2,\ldots,9"], [r"1,3,\ldots,9", "2"]),
     ("1, 2, 3, ...", ["1,2,3,..."], ["1, 2, 3"]),
@@ -200,6 +238,9 @@ def test_every_gold_in_a_box_is_right(gold):
         (r"\boxed 1,234, or so", "1,234"),
         (r"\boxed 3/4.", "3/4"),
         (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
+        (r"$\boxed A$", "A"),
+        (r"$\boxed x$", "x"),
+        (r"$\boxed4$ as \boxed was asked for", "4"),
         (r"\boxed{3}, as \boxed was asked for", "3"),
         (r"\boxed{\begin{pmatrix}1\\{2}\end{pmatrix}}", r"\begin{pmatrix}1\\{2}\end{pmatrix}"),
         (r"\boxed{\{1\}\\\{2\}}", r"\{1\}\\\{2\}"),
@@ -221,6 +262,10 @@ def test_last_boxed_returns_the_content_of_the_last_whole_box_with_or_without_br
         (r"\boxed{6}, \boxed{8}", r"6, \text{ and } 8", True),
         (r"\boxed{6}, \boxed{7}, \boxed{8}", "6,8", False),
         (r"\boxed{6} or \boxed{9}", "6,8", False),
+        (r"x = \boxed 6 or x = \boxed 8", "6,8", True),
+        (r"$\boxed6$ and $\boxed{8}$", "6,8", True),
+        (r"$\boxed6$ and $\boxed9$", "6,8", False),
+        (r"$\boxed6$ and $\boxed8$", "8", True),
         (r"\boxed{6, 8}. Again: \boxed{6, 8}", "6,8", True),
         (r"\boxed{6} or \boxed{8}, as I said \boxed{8}", "6,8", True),
         (r"\boxed{5}, no: \boxed{6, 8}", "6,8", True),
@@ -278,6 +323,19 @@ def test_a_prompt_can_open_the_thoughts(prompt, text, no_box, monkeypatch):
     assert metrics["no_box_fraction"] == no_box
     assert metrics["avg_at_n"] == 1 - no_box
     assert answers[0]["response"] == text
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_tags_of_thoughts_that_are_special_tokens_count_as_well(opened):
+    """The other special tokens are left out."""
+    words = ["<pad>", "<end>", "<think>", "</think>", "Try", "\\boxed{42}", "\\boxed{9}"]
+    tokenizer = opd.tiny_tokenizer(words)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    problem = {"prompt_ids": [4, 2] if opened else [4], "answer": "42"}
+    begun = [] if opened else [2]
+    assert opd.graded_text(tokenizer, [2, 4, 3, 5, 1, 0]) == "<think> Try </think> \\boxed{42}"
+    assert not opd.is_solved(tokenizer, problem, [*begun, 4, 5, 1])
+    assert opd.is_solved(tokenizer, problem, [*begun, 6, 3, 5, 1])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -763,6 +763,21 @@ NO_ANSWERS = [
     "nan",
     "-",
     "no answer",
+    "no answer.",
+    "no_answer",
+    "No answer provided",
+    "not provided",
+    "not found.",
+    "NOT_FOUND",
+    "N / A",
+    "NA",
+    "TBD",
+    "See solution below",
+    "proof problem",
+    "(proof)",
+    "**Proof**",
+    r"\text{proof}",
+    r"\boxed{\text{proof}}",
 ]
 INSTRUCTIONS = [
     DAPO.partition("\n")[0],
@@ -777,6 +792,14 @@ FORMATS = [
     "End in a line Answer: and the number.",
     "Put it between <answer> and </answer>.",
     "Solve it Step-by-Step.",
+    r"Put it into \fbox{}.",
+    "Use double square brackets: [[answer]].",
+    "Give [[your answer]].",
+    "Return JSON.",
+    "Respond with only a letter.",
+    "Conclude with 'The answer is X'.",
+    "Put it into <ans>.",
+    "Write it after ###.",
 ]
 UNREADABLE = [
     ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3: not JSON"),
@@ -789,6 +812,7 @@ UNREADABLE = [
     ('{"problem": "a"}\n{"problem": 5}\n', "record 2"),
     ('{"problem": "  "}\n', "record 1"),
     ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "record 1"),
+    ('{"messages": [{"role": "human", "content": "2+3?"}]}\n', "or a turn of the role user"),
     ('{"problem": "a"}\n{"problem": "\\ud800"}\n', "record 2: has half a character"),
     ('{"problem": "a", "answer": "\\udfff"}\n', "record 1: has half a character"),
     ('{"problem": "a", "solution": "\\udfff"}\n', "record 1: has half a character"),
@@ -1262,8 +1286,27 @@ def test_a_note_quotes_other_instructions_about_the_form_of_answers(instruction,
 def test_system_and_earlier_turns_that_are_dropped_are_quoted(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": CHAT}, {"prompt": [*CHAT[1:], TWO, CHAT[1]]})
     told = noted(path)
-    assert told[0] == "2 chats lose all before their last question, such as 'Be brief.'"
+    assert told[0] == "2 records lose what stands before their question, such as 'Be brief.'"
     assert noted(write(tmp_path / "a.jsonl", {"prompt": [*CHAT[1:], TWO]})) == []
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "history"])
+def test_texts_before_a_problem_that_are_dropped_are_quoted(name, tmp_path):
+    path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": 5, name: "Be brief."})
+    assert noted(path) == ["1 records lose what stands before their question, such as 'Be brief.'"]
+    path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": 5, name: ""})
+    assert noted(path) == []
+
+
+@pytest.mark.parametrize("answer", ["N_A", r"\{\}", r"\text{None}", r"-\infty", "na", "Na"])
+def test_an_answer_that_resembles_no_answer_is_kept(answer, tmp_path):
+    path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": answer})
+    assert opd.load_problems(path)[0]["answer"] == answer
+
+
+@pytest.mark.parametrize("text", ["[[1, 2], [3, 4]]", "the answer is 5", "a JSON of 4 letters"])
+def test_a_problem_that_asks_for_no_form_gives_no_note(text, tmp_path):
+    assert noted(write(tmp_path / "a.jsonl", {"problem": text})) == []
 
 
 def test_a_chat_beside_a_problem_gives_no_note_and_beside_a_text_prompt_the_answer(tmp_path):
@@ -1415,6 +1458,14 @@ def test_the_chat_template_is_called_with_add_generation_prompt():
     assert tokenizer.decode(opd.encode_prompt(tokenizer, "2", "{problem}")) == "1"
 
 
+def test_a_chat_template_that_ends_prompts_in_the_eos_is_noted_and_its_prompts_stay():
+    tokenizer = opd.tiny_tokenizer(WORDS)
+    tokenizer.chat_template = "{{ messages[0]['content'] }} <end>"
+    with pytest.warns(UserWarning, match="the chat template ends prompts in the EOS"):
+        ids = opd.encode_prompt(tokenizer, "1", "{problem}")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["1", "<end>"]
+
+
 @pytest.mark.parametrize("chat_template", [True, False])
 def test_a_tokenizer_with_a_bos_gives_every_prompt_one(chat_template):
     """The chat template writes it, or without a template the tokenizer adds it."""
@@ -1455,7 +1506,7 @@ def test_braces_in_a_template_or_a_problem_are_text():
     tokenizer = opd.tiny_tokenizer(WORDS)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     asked = []
-    tokenizer.apply_chat_template = lambda turns, **_: asked.append(turns[0]["content"])
+    tokenizer.apply_chat_template = lambda turns, **_: asked.append(turns[0]["content"]) or []
     opd.encode_prompt(tokenizer, "{x} {problem}", r"{problem} in \boxed{}, {0}")
     assert asked == [r"{x} {problem} in \boxed{}, {0}"]
 
