@@ -50,7 +50,6 @@ import glob
 import hashlib
 import html
 import inspect
-import itertools
 import json
 import math
 import operator
@@ -65,6 +64,7 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args, get_origin
@@ -1496,7 +1496,7 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
             turns, add_generation_prompt=True, return_dict=False, **template_flags
         )
         if ids[-1:] == [tokenizer.eos_token_id]:
-            warnings.warn("the chat template ends prompts in the EOS", stacklevel=2)
+            note("the chat template ends prompts in the EOS")
         return ids
 
     # A BOS at the start is wanted. An EOS at the end is not: the response continues from here
@@ -1519,8 +1519,8 @@ def teacher_prompt(problem):
 def graded_text(tokenizer, ids):
     """Ids -> their text without special tokens, but with the tags of thoughts, special or not"""
     tags, added = ("<think>", "</think>"), tokenizer.added_tokens_decoder
-    hidden = {id for id, token in added.items() if token.special and token.content not in tags}
-    return tokenizer.decode([id for id in ids if id not in hidden])
+    hidden = {key for key, token in added.items() if token.special and token.content not in tags}
+    return tokenizer.decode([token for token in ids if token not in hidden])
 
 
 def prompt_end(tokenizer, problem):
@@ -1655,8 +1655,6 @@ SPELLINGS = {
 
 def spell(answer):
     r"""An answer -> (its value, its text in lower case). Example: 5\,\text{cm} -> 5, cm"""
-    import unicodedata  # needed only here
-
     for signs, plain in BEFORE_NFKC.items():
         answer = re.sub(signs, plain, answer)
     answer = " ".join(unicodedata.normalize("NFKC", answer).replace('"', " ").split())
@@ -1673,8 +1671,8 @@ NOT_FOR_MATH_VERIFY = (
     r"^ *;|:.*:|\\text|\.\.|\\[lc]?dots"
     r"|;(mod|(at|more|less)(least|most|than)|(is)?(even|odd|prime)$)"
 )
-# Those that an answer must have in their own words: \gcd(x, n) = 1, x \in A, 6:30 (pm), 2A;16
-LITERAL = r"(gcd|lcm)\W*[a-z]|\\in *[A-Z]\b|[02468]:[0-5][02468]\b|:0\d|[A-Z][^;]*;\d"
+# Those that an answer must have in their own words: \gcd(x, n) = 1, x \in A, 6:05, 2A;16
+LITERAL = r"(gcd|lcm)\W*[a-z]|\\in *[A-Z]\b|:0\d|[A-Z][^;]*;\d"
 
 
 def is_same(answer, gold, text):
@@ -3878,10 +3876,13 @@ def report_table(runs):
     """Runs, as read_run gives them -> lines: a row per method, the baseline first"""
     # The baseline: the first group whose folder is named opd, else the first by name
     runs = sorted(runs, key=lambda run: (os.path.basename(run["group"]) != "opd", run["group"]))
-    groups = [list(own) for _, own in itertools.groupby(runs, operator.itemgetter("group"))]
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["group"], []).append(run)
+    baseline = groups[runs[0]["group"]]
     return [
         *TITLES.splitlines(),
-        *[report_row(group, groups[0]) for group in groups],
+        *[report_row(group, baseline) for group in groups.values()],
         f"accuracy in %; ±: standard error over seeds; opd up to its last step; runs: {len(runs)}",
         f"opd: here {runs[0]['group']}, the first row; x: times its cost; seconds of training",
     ]

@@ -1254,6 +1254,13 @@ def test_if_the_answer_field_has_no_answer_that_of_the_solution_counts(
     assert opd.load_problems(write(tmp_path / "a.jsonl", record))[0]["answer"] == answer
 
 
+def test_an_evaluation_problem_whose_solution_has_no_answer_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "rationale": "Add them."})
+    assert opd.load_problems(path)[0]["solution"] == "Add them."
+    with pytest.raises(ValueError, match="record 1: evaluation needs an answer"):
+        opd.load_problems(path, needs_answers=True)
+
+
 @pytest.mark.parametrize("value", NO_ANSWERS, ids=repr)
 def test_a_value_that_is_no_answer_is_read_as_none(value, tmp_path):
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": value})
