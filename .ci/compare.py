@@ -91,7 +91,7 @@ def draw(methods, plain):
             panel.errorbar(ends[:, place].mean(), 100 * ends[:, 2].mean(), error, **spot)
         panel.set_xlabel(told)
     panels[0].set_ylabel("accuracy in %, with standard error")
-    panels[1].legend(loc="lower right", fontsize=8)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
