@@ -1517,10 +1517,10 @@ def teacher_prompt(problem):
 
 
 def graded_text(tokenizer, ids):
-    """Ids -> their text without special tokens, but with the tags of thoughts, special or not"""
+    """Ids (a list or a tensor) -> text without special tokens, but for the tags of thoughts"""
     tags, added = ("<think>", "</think>"), tokenizer.added_tokens_decoder
     hidden = {key for key, token in added.items() if token.special and token.content not in tags}
-    return tokenizer.decode([token for token in ids if token not in hidden])
+    return tokenizer.decode([token for token in map(int, ids) if token not in hidden])
 
 
 def prompt_end(tokenizer, problem):
