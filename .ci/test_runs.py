@@ -5138,6 +5138,16 @@ def test_the_facts_of_each_row_by_hand():
     }
 
 
+def test_the_facts_are_those_of_the_rows_of_all_processes(monkeypatch):
+    """Another process has rows of the same kind: costs double, and means stay."""
+    rows, metrics, _ = counted()
+    monkeypatch.setattr(opd, "gather", lambda items: items + items)
+    of_both, told, _ = counted()
+    assert of_both["response_length"].tolist() == 2 * rows["response_length"].tolist()
+    assert told["generated_tokens"] - 1000 == 2 * (metrics["generated_tokens"] - 1000)
+    assert told["response_length"] == metrics["response_length"]
+
+
 def test_the_reliable_length_depends_on_threshold_and_drop():
     assert counted(drift_threshold=0.4)[0]["reliable_length"].tolist() == [4, 1]
     assert counted(w_drop=1.0)[0]["reliable_length"].tolist() == [1, 0]
