@@ -5738,6 +5738,23 @@ def test_the_anchor_of_an_extrapolation_is_the_student_after_its_cold_start(
     assert any(not torch.equal(anchors[0][name], begin[name]) for name in begin)
 
 
+def test_tries_that_do_not_help_move_the_anchor_to_the_student_as_it_is(
+    world, tmp_path, monkeypatch
+):
+    anchors, weights_then = [], []
+
+    def reject(weights, anchor, validate):
+        anchors.append(anchor)
+        weights_then.append(weights)
+        return weights, 0, [0.0]
+
+    monkeypatch.setattr(opd, "extrapolate", reject)
+    train(world, tmp_path, extrapolate=True, max_steps=4, eval_file=None)
+    assert len(anchors) == 3
+    for anchor, before in zip(anchors[1:], weights_then):
+        assert_same(anchor, before, tolerance=0)
+
+
 def test_a_cold_start_counts_its_tokens_separately_and_its_flops_with_the_rest(
     world, tmp_path, monkeypatch, updates
 ):
