@@ -3803,6 +3803,16 @@ def test_a_teacher_that_breaks_on_some_tokens_ends_the_run_before_anything_is_pa
         assert f"; the teacher's logits are not, on the problem '{first}'" in line
 
 
+def test_a_single_log_prob_of_the_teacher_that_is_nan_ends_the_preflight(
+    world, tmp_path, monkeypatch
+):
+    config, run = opened(world, tmp_path)
+    some = [torch.tensor([-1.0, math.nan])]
+    monkeypatch.setattr(opd, "response_log_probs", lambda *_, **__: some)
+    with pytest.raises(FloatingPointError):
+        opd.preflight(config, run)
+
+
 def spoil_the_moments(student, optimizer, *_):
     for moments in optimizer.state.values():
         moments["exp_avg"].fill_(math.nan)
