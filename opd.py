@@ -2331,7 +2331,8 @@ def stop_ids(model, tokenizer):
 
 def load(auto_class, path, **options):
     """from_pretrained, or a ValueError of one line. Code that comes with a model is never run."""
-    no_hub_name = path[0] in "./~" or path.count("/") > 1 or "/checkpoint-" in path
+    of_a_run = "/checkpoint-" in path and os.path.isdir(os.path.dirname(path))
+    no_hub_name = path[0] in "./~" or path.count("/") > 1 or of_a_run
     if no_hub_name and not os.path.exists(path):
         raise ValueError(f"{path} does not load: there is no such folder")
     adapter = os.path.exists(f"{path}/adapter_config.json")

@@ -4058,10 +4058,18 @@ def test_a_second_run_in_a_folder_says_what_became_of_the_files_of_the_first(wor
     ],
 )
 def test_a_folder_without_a_model_is_told_so(path, why, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
         opd.load(transformers.AutoTokenizer, path)
     assert str(error.value) == f"{path} does not load: {why}"
+
+
+def test_a_hub_name_may_look_like_a_checkpoint(tmp_path, monkeypatch):
+    """Its owner is no folder here, so the hub is asked."""
+    monkeypatch.chdir(tmp_path)
+    asked = types.SimpleNamespace(from_pretrained=lambda path, **_: path)
+    assert opd.load(asked, "someone/checkpoint-300") == "someone/checkpoint-300"
 
 
 def test_an_output_folder_under_a_tilde_is_refused():
