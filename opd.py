@@ -2826,6 +2826,9 @@ def plan_lines(config, run, out):
     step, update = sizes_of("rollout_batch_size"), sizes_of("micro_batch_size")
     seconds = seconds_at_most(config, run, out)
     times = [f"{what} {tqdm.format_interval(took)}" for what, took in seconds.items()]
+    first = " and ".join(evaluated_first(config, run)) or "nobody"
+    if first == "student":
+        first += "; --eval_first both adds the teacher"
     return [
         f"plan for {device}: weights {step['weights']}, gradient {step['gradient']}, Adam's "
         f"moments {step['moments']}, the teacher's hidden states of a step {step['states']}",
@@ -2837,7 +2840,7 @@ def plan_lines(config, run, out):
         f"rows at once of the student, {rows['teacher_eval_batch_size']} of the teacher",
         "time at most, if all tokens cost what the first did, without cold start, probes and "
         f"extrapolation: {', '.join(times)}",
-        f"evaluated before step 1: {' and '.join(evaluated_first(config, run)) or 'nobody'}",
+        f"evaluated before step 1: {first}",
     ]
 
 

@@ -3525,6 +3525,9 @@ def test_the_preflight_prints_what_a_run_is_about(world, tmp_path, monkeypatch):
     for part in ("plan for cpu: weights", "rollout: 12 rows at once", "update: 4 rows at once"):
         assert part in told
     assert "time at most" in told and "evaluated before step 1: teacher and student" in told
+    config.eval_first = "student"
+    *_, last = opd.preflight(config, run)
+    assert last == "evaluated before step 1: student; --eval_first both adds the teacher"
 
 
 def test_every_size_in_the_plan_is_that_of_the_rows_in_its_line(world, tmp_path, monkeypatch):
