@@ -1341,9 +1341,12 @@ WORKED = ("solution", "assistant:")
 REASONED = ("rationale", "reasoning")  # only steps, no answer to grade by
 # What data sets put where there is no answer
 NO_ANSWER = (
-    r"(?i)[-–—?.\s]*|n\.a\.|none|null|nan|-?inf|unknown|(?:\\(?:text|math)\w*|\W)*(?:(?-i:NA)"
-    r"|(?:an? |the )?proof(?: problem)?|n ?/ ?a|not[ _]?found|no[ _](?:final[ _])?answer|tbd"
-    r"|(?:no answer|not) provided|see (?:the )?solution(?: below)?)\W*"
+    r"(?i)[-–—?.\s]*|n\.a\.|none|null|nan|-?inf|unknown"
+    # these in wrappers, too: \text{proof}, (N/A), not found.
+    r"|(?:\\(?:text|math)\w*|\W)*(?:"
+    r"(?-i:NA)|n ?/ ?a|tbd|not[ _]?found|no[ _](?:final[ _])?answer|(?:no answer|not) provided"
+    r"|(?:an? |the )?proof(?: problem)?|see (?:the )?solution(?: below)?"
+    r")\W*"
 )
 
 
@@ -1698,12 +1701,12 @@ def is_same(answer, gold, text):
     short_for &= short != "m" or re.match("m$|met", long) is not None  # nor for miles
     short_for &= not short or short[-1].isdigit() == long[-1].isdigit()  # nor cm for cm^2
     if re.search(LITERAL, f"{gold};{unit}"):
-        words, given = (re.sub(r"\\(left|right)\b| ", "", text) for text in (gold, answer))
+        words, given = (re.sub(r"\\(left|right)\b| ", "", value) for value in (gold, answer))
         short_for &= bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", given))
     if not short_for or same or ask_math_verify(gold, answer):
         return short_for
     # 12.5 may be 12.5%, but 0.5 is not 0.5%. math-verify does this with integers only
-    bare = [text.replace(r"\%", "") for text in (gold, answer)]
+    bare = [value.replace(r"\%", "") for value in (gold, answer)]
     may_lack_it = "%" in gold and "%" in answer or re.match(" *[1-9]", gold)
     return bool(may_lack_it) and bare != [gold, answer] and ask_math_verify(*bare)
 

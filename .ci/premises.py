@@ -66,17 +66,19 @@ def openings(config, run, out, after):
     """Does prefix-guided OPD's score of a row tell how the row goes on? -> a line. Rows that drift
     within the tokens that are scored are left out: there is nothing left to foretell
     """
-    score = out["overlap"][:, : config.probe_window].mean(-1)
-    drifted = (after & out["response_mask"]).any(-1)
+    mask = out["response_mask"]
+    problems = opd.draw_prompts(config, run, 1)  # those of sample
+    rows = zip(problems, out["response_ids"], mask)
+    right = [opd.is_solved(run.tokenizer, problem, ids[valid]) for problem, ids, valid in rows]
+    sound = ~(after & mask).any(-1)
+
+    # A mumble at the last scored token shows in after one token later
     going = ~after[:, : config.probe_window + 1].any(-1)
-    problems = opd.draw_prompts(config, run, 1)
-    rows = zip(problems, out["response_ids"], out["response_mask"])
-    right = [opd.is_solved(run.tokenizer, problem, ids[mask]) for problem, ids, mask in rows]
-    told = [
-        f"{name} {opd.auroc(score[going].tolist(), of_row[going].tolist()):.2f}"
-        for name, of_row in (("right", torch.tensor(right)), ("sound to its end", ~drifted))
-    ]
-    return f"AUROC over {int(going.sum())} rows that are sound so far: {', '.join(told)}"
+    score = out["overlap"][going, : config.probe_window].mean(-1).tolist()
+    of_right = opd.auroc(score, torch.tensor(right)[going].tolist())
+    of_sound = opd.auroc(score, sound[going].tolist())
+    told = f"AUROC over {len(score)} rows that are sound so far"
+    return f"{told}: right {of_right:.2f}, sound to its end {of_sound:.2f}"
 
 
 def bad_events(config, out, after):
@@ -86,17 +88,13 @@ def bad_events(config, out, after):
     drifted = (after & mask).any(-1)
     reliability = opd.drift_weights(overlap, mask, config.drift_threshold, config.w_drop)
     stopped = opd.reliable_length(reliability, mask) < mask.sum(-1)
-    sides = (mask & ~drifted[:, None], mask & drifted[:, None] & ~after, mask & after)
-    shares = [f"{mean_of(bad, side):.0%}" for side in sides]
-    rows = [f"{mean_of(stopped.float(), side):.0%}" for side in (~drifted, drifted)]
-    return [
-        "of the tokens: {} in rows that do not drift, {} before a drift, {} after it".format(
-            *shares
-        ),
-        "reliability reaches 0 in {} of the rows that do not drift, and in {} of the others".format(
-            *rows
-        ),
-    ]
+    sound = mean_of(bad, mask & ~drifted[:, None])
+    before = mean_of(bad, mask & drifted[:, None] & ~after)
+    lost = mean_of(bad, mask & after)
+    stops, others = (mean_of(stopped.float(), rows) for rows in (~drifted, drifted))
+    told = f"of the tokens: {sound:.0%} in rows that do not drift, {before:.0%} before a drift, "
+    reached = f"reliability reaches 0 in {stops:.0%} of the rows that do not drift, and in "
+    return [f"{told}{lost:.0%} after it", f"{reached}{others:.0%} of the others"]
 
 
 def learn(folder, world, side, seed):

@@ -168,6 +168,35 @@ def test_overlap_is_printed_separately_for_rows_that_drift_and_for_others(first_
     assert told.endswith("there 1.00 until they do, 0.00 afterwards")
 
 
+def test_an_openings_auroc_leaves_out_rows_that_drift_while_they_are_scored(made, tmp_path):
+    """Scores .1 to .4; the last row mumbles at the last scored token. Of the others the best drifts
+    later, so that the two sound ones score lower; no row is right."""
+    config, run = premises.open_world(str(tmp_path), str(made[0]), batch_size=1)
+    W = config.probe_window
+    after = torch.zeros(4, W + 9, dtype=torch.bool)
+    after[2, W + 5 :] = True
+    after[3, W:] = True
+    out = {
+        "overlap": torch.tensor([[0.1], [0.2], [0.3], [0.4]]).expand(4, W + 9),
+        "response_mask": torch.ones(4, W + 9, dtype=torch.bool),
+        "response_ids": torch.zeros(4, W + 9, dtype=torch.long),
+    }
+    told = premises.openings(config, run, out, after)
+    assert told == "AUROC over 3 rows that are sound so far: right nan, sound to its end 0.00"
+
+
+def test_bad_events_are_counted_in_sound_rows_and_on_both_sides_of_a_drift():
+    """Four tokens a row, threshold .5, .5 lost at a bad event: two bad ones stop a row."""
+    config = premises.opd.Config(drift_threshold=0.5, w_drop=0.5)
+    overlap = torch.tensor([[0.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    after = torch.tensor([[False] * 4, [False, False, True, True]])
+    out = {"overlap": overlap, "response_mask": torch.ones(2, 4, dtype=torch.bool)}
+    assert premises.bad_events(config, out, after) == [
+        "of the tokens: 25% in rows that do not drift, 50% before a drift, 100% after it",
+        "reliability reaches 0 in 0% of the rows that do not drift, and in 100% of the others",
+    ]
+
+
 @pytest.mark.parametrize("side", ["before", "after", "elsewhere"])
 def test_each_update_trains_on_budget_tokens_all_of_its_side(side, made, tmp_path, monkeypatch):
     learned = []
