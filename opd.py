@@ -3625,17 +3625,19 @@ def why_stopped(config, out, row):
     if config.method == "prune":
         bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
-    # Rows that ended within the prefix were kept without a score
-    score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
-    selected = out["kept"] & (out["response_mask"].sum(-1) > config.prefix)
+    # With random selection, or a custom rule, there is no score to report
+    if config.method != "prefix-guided" or config.select == "random":
+        return "not selected"
     first = row - row % config.num_generations
     of_prompt = slice(first, first + config.num_generations)
-    least = score[of_prompt][selected[of_prompt]]
-    # With random selection, or a custom rule, there is no score to report
-    if config.method != "prefix-guided" or config.select == "random" or not len(least):
+    score = out["overlap"][of_prompt, : config.probe_window].mean(-1)  # (G,)
+    # Rows that ended within the prefix were kept without a score
+    went_on = out["response_mask"][of_prompt].sum(-1) > config.prefix
+    selected = score[out["kept"][of_prompt] & went_on]
+    if not len(selected):
         return "not selected"
-    kept = f"the least that was kept of this prompt {least.min():.3f}"
-    return f"not selected: overlap {score[row]:.3f} at first, {kept}"
+    least = f"the least that was kept of this prompt {selected.min():.3f}"
+    return f"not selected: overlap {score[row - first]:.3f} at first, {least}"
 
 
 def first_rows(config, problems, plan, out, prompts=4):
