@@ -19,17 +19,17 @@ Data flow of one step, from the problems to the sampler of the next step:
                                    choose   which rows go on? the method's rule  kept
                                    leave    the other rows leave both caches
 
-Papers, by the tags used below
-    [GKD]             2306.13649   distillation on the student's own samples
+Papers, by the tags used below, with the --method that each is, or its flag
+    [GKD]             2306.13649   opd: distillation on the student's own samples
     [Rethinking-OPD]  2604.13016   overlap and the other alignment metrics; the student's top-k loss
-    [FastOPD]         2602.15260   train on prefixes only, and let the prefix grow
-    [POPD]            2605.31490   the same schedule as a staircase; TOPD: a fixed horizon
+    [FastOPD]         2602.15260   prefix: train on prefixes only; progressive: let them grow
+    [POPD]            2605.31490   progressive as a staircase; TOPD: prefix, a fixed horizon
     [PG-OPD]          2606.21994   prefix-guided: continue the candidates whose prefix agrees
-    [Prune-OPD]       2605.07804   down-weight and stop rows that drift, and adapt the length cap
-    [EffOPD]          2605.11739   extrapolate the update while a small validation set improves
-    [vOPD]            2605.07865   a closed-form baseline for the sampled-token loss
-    [EOS]             2609.20511   all tokens that end a response count as one
-    [OPSD]            2601.18734   the teacher is the student, with the solution in its prompt
+    [Prune-OPD]       2605.07804   prune: down-weight and stop rows that drift, adapt the length cap
+    [EffOPD]          2605.11739   --extrapolate the update while a small validation set improves
+    [vOPD]            2605.07865   --baseline: a closed-form one for the sampled-token loss
+    [EOS]             2609.20511   all tokens that end a response count as one: merge_stops
+    [OPSD]            2601.18734   the teacher: the initial student, given the solution to read
 
 Shapes: P prompts, G candidates per prompt, B = P * G rows (candidate g of prompt i is row
 i * G + g), of which b still run; S prompt length, T response length, L = S + T columns, n new
@@ -87,9 +87,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gene
 # --------------------------------------------------------------------------------------------------
 # Part I, the papers
 #
-# 1. Losses, one value per token. The samples are constants: no gradient flows through sampling, so
-# what a token does to the later ones is not learned.
-# (B, T, V) stands for any (..., V): the update passes the n tokens of a chunk, (n, V).
+# 1. Losses, one value per token; --loss picks one (token_loss, section 17), backward averages it.
+# The samples are constants: no gradient flows through sampling, so what a token does to the later
+# ones is not learned. (B, T, V) stands for any (..., V): the update passes n tokens, (n, V).
 
 
 def reverse_kl(student_logits, teacher_logits):
@@ -97,8 +97,8 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    A step's loss: the sum of token_weight times this over its trained tokens / their number. A v
-    with q = 0 and p > 0 costs about 1e30 p, not inf, and the norm of its gradient overflows.
+    A step's loss is the mean of token_weight times this over its trained tokens (see backward).
+    A v with q = 0 < p costs about 1e30 p, not inf; its gradient's norm overflows: the run ends.
     """
     # Not F.kl_div(log_p, q): that is KL(q || p), which spreads the student over all that the
     # teacher might say. bfloat16 is promoted to float32; float64 stays float64
@@ -190,12 +190,12 @@ def topk_support(log_p, log_q, k, support):
 def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     """Reverse KL on a support S of top-k tokens. (B, T, V), (B, T, V) -> (B, T)
                                                                    [Rethinking-OPD, released code]
-        value       sum_S p_bar (log p - log q),    p_bar = p / P_S,   P_S = sum_S p
-        gradient    by logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S,   rho = log p - log q
+        value       sum_S p_bar rho,    p_bar = p / P_S,   P_S = sum_S p,   rho = log p - log q
+        gradient    by logit u: p(u) (1[u in S] rho(u) - sum_S p rho) / P_S
 
     support: see topk_support, which it needs. The value may be negative; it is 0 where S is empty.
-    The gradient is that of the released code, not of the renormalised KL printed in the paper: it
-    also moves mass into and out of S.
+    The gradient is the released code's. That of the renormalised KL printed in the paper would
+    move no mass into or out of S; this one does.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_p = F.log_softmax(student_logits, dim=-1, dtype=dtype).clamp(min=-1e30)
@@ -204,8 +204,8 @@ def reverse_kl_topk(student_logits, teacher_logits, k, support="student"):
     top_log_p, top_log_q = log_p.gather(-1, candidates), log_q.gather(-1, candidates)
     # At an empty S the softmax is NaN
     p_bar = top_log_p.masked_fill(~in_support, -torch.inf).softmax(-1).nan_to_num(0)
-    # Only the ratio, which is 1, carries gradient. Through rho, too, there would be grad log P_S:
-    # it is 0 only if S is all of V, and else pushes mass out of S even at p = q
+    # Only the ratio, which is 1, carries gradient. If rho did, too, that would add grad log P_S,
+    # which pushes mass out of S even at p = q, unless S is all of V
     ratio = (top_log_p - top_log_p.detach()).exp()
     return ((p_bar * (top_log_p - top_log_q)).detach() * ratio).sum(-1)
 
@@ -233,7 +233,7 @@ def reverse_kl_tail(student_logits, teacher_logits, k, support="student"):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Agreement of the two models
+# 2. Agreement of the two models. Methods decide by overlap_ratio (judge); alignment is only logged
 
 
 def overlap_ratio(student_topk, teacher_topk):
@@ -245,8 +245,8 @@ def topk_overlap(student_logits, teacher_logits, k):
     """The share of the student's k likeliest tokens among the teacher's k.         [Rethinking-OPD]
     (B, T, V), (B, T, V) -> (B, T), each one of 0, 1/k, ..., 1. Needs overlap_ratio, is_among.
 
-    Rank within the top k does not count. Two unrelated models overlap by k / V on average. For
-    unfiltered logits: -inf in both counts as agreement. In a run judge calls overlap_ratio.
+    Rank within the top k does not count. Two unrelated models overlap by k / V on average. In
+    filtered logits -inf in both would count as agreement. In a run judge calls overlap_ratio.
     """
     student_topk = student_logits.topk(k, dim=-1).indices  # (B, T, K)
     teacher_topk = teacher_logits.topk(k, dim=-1).indices  # (B, T, K)
@@ -255,13 +255,13 @@ def topk_overlap(student_logits, teacher_logits, k):
 
 def alignment(student_logits, teacher_logits, response_mask, k):
     """How well the two models agree on the student's samples. (B, T, V), (B, T, V), (B, T) -> dict
-    of floats, means over the mask. With response_mask None, as in a run: dict of (B, T), a value at
-    each position. Needs is_among.                                      [Rethinking-OPD, eqs. 6-10]
+    of floats, means over the mask. With response_mask None: dict of (B, T), as a run measures them
+    on trained tokens; backward takes the means. Needs is_among.        [Rethinking-OPD, eqs. 6-10]
 
         overlap_ratio            |I| / k,    I: the tokens in the top k of both
         overlap_token_advantage  1/|I| sum_I p_bar (log q_bar - log p_bar) = -KL(p_bar || q_bar)/|I|
-                                 (1/|I| is the paper's), p_bar and q_bar renormalised on I; NaN
-                                 where I is empty, not in the mean
+                                 with p_bar, q_bar renormalised on I; 1/|I| is the paper's; NaN
+                                 where I is empty, which the mean leaves out
         overlap_mass_student     sum_I p
         overlap_mass_teacher     sum_I q
         entropy_student, entropy_teacher, entropy_gap (absolute difference), reverse_kl: in nats,
@@ -299,7 +299,7 @@ def alignment(student_logits, teacher_logits, response_mask, k):
 
 
 def overlap_by_position(overlap, response_mask, parts=8):
-    """Mean overlap in equal parts of T. (B, T), (B, T) -> `parts` floats, NaN where one is empty"""
+    """Mean overlap in `parts` parts of T, nearly equal. (B, T), (B, T) -> floats, NaN if empty"""
     valid = overlap.where(response_mask.bool(), torch.nan)
     return [part.nanmean().item() for part in valid.tensor_split(parts, dim=1)]
 
@@ -310,14 +310,14 @@ def overlap_by_position(overlap, response_mask, parts=8):
 
 @dataclass
 class Plan:
-    """How long the rollouts of a step may get, and which rows go on at each border."""
+    """How long a step's rollouts may get; which rows go on at borders, where ended ones leave"""
 
     max_length: int  # cap of a response, in tokens
     segment_length: int = 0  # tokens between borders; 0: an eighth of max_length, at most 512
     look_at: int = 0  # one more border, at this many tokens; 0: none
     # The rule, called at each border for all B rows, even those that left: (length, overlap
-    # (B, length), mask (B, length), ended (B,)) -> (B,) bool. False is final; for rows that have
-    # ended it is not used. None: all rows go on
+    # (B, length), mask (B, length), ended (B,)) -> (B,) bool. False is final; what it says of ended
+    # rows is ignored. None: all rows go on
     goes_on: object = None
 
     def borders(self):
@@ -361,10 +361,10 @@ def best_prefixes(
 ):
     """The rule of prefix-guided OPD, a goes_on for Plan. overlap (B, length) -> (B,) bool  [PG-OPD]
 
-    At length `at` (the prefix, the plan's look_at) keep_ratio * B rows that have not ended go on:
-    the best of every prompt, then the best of all others, by mean overlap over the first
-    probe_window tokens; if by_chance, random ones (a control). The others leave both caches with
-    kept False, and token_weights drops them from the loss, unless --train_pruned_prefix. B is one
+    At length `at` (the prefix, the plan's look_at) max(P, round(keep_ratio * B)) rows that have not
+    ended go on; ended ones count in B, but take no slot. First the best of every prompt, then the
+    best of all others, by mean overlap over the first probe_window tokens, or by_chance, a control.
+    The rest leave both caches, and the loss (token_weights), unless --train_pruned_prefix. B is one
     group of rollout_in_groups; the paper's is the batch. Needs select_prefixes.
     """
     if length != at:
@@ -375,14 +375,14 @@ def best_prefixes(
     # Ended rows are complete without a slot: a score below all others puts them last
     score = score.masked_fill(ended, -1).view(-1, num_generations)  # (P, G)
     slots = max(len(score), round(keep_ratio * len(ended)))
-    # A prompt whose candidates have all ended still takes a slot of select_prefixes: add one
+    # select_prefixes also spends a slot on each prompt whose candidates have all ended: add those
     slots += int((score == -1).all(1).sum())
     return select_prefixes(score, min(len(ended), slots)).flatten()
 
 
-# Prune-OPD: drift_weights computes the reliability w from the overlap; reliable_rows stops a row at
-# a border where w is 0; token_weights makes w + w_base the loss weight; after each update next_cap
-# moves the cap, by reliable_length and next_max_length.
+# Prune-OPD: drift_weights gives the reliability w; reliable_rows stops a row at the first border
+# where w is 0; token_weights weighs tokens by w + w_base, also those of stopped rows; next_cap
+# moves the cap after an update, by next_max_length of all rows' reliable_length (row_facts).
 
 
 def drift_weights(overlap, response_mask, threshold, w_drop):
@@ -404,17 +404,17 @@ def reliable_rows(length, overlap, mask, ended, *, threshold, w_drop):
 
 
 def reliable_length(weights, response_mask):
-    """How many tokens of a row have w > 1e-8, w of drift_weights. (B, T), (B, T) -> (B,)"""
+    """The number of tokens with w of drift_weights > 1e-8 (as released). (B, T), (B, T) -> (B,)"""
     return ((weights > 1e-8) & response_mask.bool()).sum(-1)
 
 
 def next_max_length(reliable, max_length, misses, *, step, margin, hit_ratio, patience, low, high):
     """The next cap, from the reliable lengths (B,) under this one -> max_length, misses [Prune-OPD]
 
-    It grows by step tokens if at least a share hit_ratio of the rows has max(low, max_length -
-    margin) reliable tokens or more. It shrinks by step after `patience` misses in a row. It stays
-    between low and high. Example: cap 2048, margin 100, step 100, hit_ratio .1, and one of 10 rows
-    reliable for 1948 tokens -> (2148, 0).
+    A row hits if reliable >= max(low, max_length - margin). If at least a share hit_ratio of the
+    rows hits, the cap grows by step tokens; else that is a miss, and after `patience` misses in a
+    row it shrinks by step. It stays between low and high. Example: cap 2048, margin 100, step 100,
+    hit_ratio .1, and one of 10 rows reliable for 1948 tokens -> (2148, 0).
     """
     boundary = max(low, max_length - margin)
     # A row that ends early cannot hit: growth needs responses that are long and still reliable
@@ -435,10 +435,10 @@ def extrapolate(weights, anchor, validate, max_tries=5):
         try weights + 2 * k * (weights - anchor), k = 1, ..., max_tries; stop at the first that is
         not strictly better than the one before
 
-    weights: copies of the current tensors, a dict; anchor: the dict that the last call accepted; at
-    the first call, the weights before step 1; validate: dict -> float, which may load the dict.
-    Example: anchor 1, weight 2 give the tries 4, 6, 8, 10, 12. A run tries after steps 1, 2, 4, 8,
-    ... and keeps Adam's moments (extrapolate_student).
+    weights: the current ones, copied (movable_weights); anchor: the dict that the last call
+    accepted, at first the weights before step 1; validate: dict -> score, and it may load the dict.
+    Example: anchor 1, weight 2: tries 4, 6, 8, 10, 12. A run tries after steps 1, 2, 4, 8, ...,
+    scores avg@1 on training problems, and keeps Adam's moments (extrapolate_student, section 17).
     -> the accepted dict, to be loaded; its k (0: weights); the scores of weights and of every try
     """
     accepted, accepted_k = weights, 0
@@ -523,11 +523,11 @@ def generate(
     """
     topk_of, last_two = [], []
 
-    def as_scored(_, logits):  # (B, rows of the head), float32
+    def as_scored(_, logits):  # (B, V or more), float32
         logits = logits[:, :vocab_size] / (temperature or 1)  # the head may have more rows
         if stop_id is not None:
             logits = merge_stops(logits, eos_ids, stop_id)
-        last_two[:] = [*last_two[-1:], logits]  # for mps: see below
+        last_two[:] = [*last_two[-1:], logits]  # two: on mps the last may be taken back
         topk_of.append(logits.topk(record_k).indices)  # (B, K)
         return logits
 
@@ -627,16 +627,16 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
 def rollout(
     student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=0, **sampling
 ):
-    """Sample responses to B prompts, lists of ids, by a Plan. No column of a row passes through a
-    model twice: equal prompts are prefilled once; then each model computes what its cache lacks.
+    """Sample responses to B prompts, lists of ids, by a Plan. Here no column of a row passes a
+    model twice: prefill runs equal prompts once; generate and judge run what their caches lack.
 
     teacher: None to sample without scoring, else overlap_k >= 1. for_teacher: the teacher's
     prompts, if they differ [OPSD]. sampling: vocab_size, stop_id, temperature, top_p of generate.
     Both models in eval mode. Needs sections 1, 2, 3, 5, 6, 10. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
-        log_probs   (B, T), before top_p, at the last token of each full segment; NaN elsewhere
-        ended, kept   (B,) bool: has an EOS; goes_on was never False, at the cap, too
+        log_probs   (B, T), before top_p, at tokens in the last column of a segment; NaN elsewhere
+        ended, kept   (B,) bool: has an EOS; goes_on was True until then, or up to the cap
         teacher_hidden   list of B tensors (length, H'), or of Nones;   teacher_seconds
     """
     device = student.device
@@ -668,7 +668,7 @@ def rollout(
         out["log_probs"][running, length - 1] = log_probs.where(new_mask[:, -1], torch.nan)
         out["ended"][running] = is_eos.any(-1)
 
-        # Judge: the teacher scores new tokens. Keep its states, V / H' times smaller than logits
+        # Judge: the teacher scores new tokens. Keep its states: logits are V / H' times as large
         if teacher:
             began = clock(device)
             ids, mask = tokens_so_far(out, "teacher_prompt", running, length)
@@ -769,7 +769,7 @@ def backward(student, batch, *, micro_batch_size, autocast=None, **chunk):
         count = most_tokens // len(rows[0][0])
         micro_batch, rows = rows[:count], rows[count:]
         ids = pad_sequence([row[0] for row in micro_batch], batch_first=True)  # (b, L)
-        # No real token attends to the padding after it; with a mask there is no flash attention
+        # All True: no real token attends to the padding, and a mask would bar flash attention
         mask = torch.ones_like(ids, dtype=torch.bool)
         learned = pad_sequence([row[1] for row in micro_batch], batch_first=True)
         values = concatenate([row[2] for row in micro_batch])  # each (N, ...)
@@ -837,7 +837,7 @@ def plan_rollout(config, step, cap):
 
     elif config.method == "prune":
         plan.max_length = min(cap, config.max_new_tokens)
-        # The abstract stops drifting rows in flight; the released code only moves the cap
+        # The abstract stops drifting rows in flight; the released code does not, it moves the cap
         if not config.no_prune_in_flight:
             plan.goes_on = functools.partial(
                 reliable_rows, threshold=config.drift_threshold, w_drop=config.w_drop
@@ -850,7 +850,7 @@ def token_weights(config, out):
     weight = torch.ones_like(out["overlap"])
     loss_mask = out["response_mask"]
     if config.method == "prune":
-        # As released: the loss is divided by the number of tokens, not by the sum of weights
+        # As released: divided by the number of tokens, not the sum of weights. Stopped rows count
         reliability = drift_weights(
             out["overlap"], out["response_mask"], config.drift_threshold, config.w_drop
         )
@@ -879,7 +879,7 @@ def next_cap(config, run, reliable):
 
 def train(config, run):
     """Every method, step by step: sample, score, update, and sample from the updated student."""
-    if run.untried:  # after a resume: what had been cut short
+    if run.untried:  # after a resume: a signal had cut these tries short
         extrapolate_student(config, run)
     evaluate_and_save(config, run)
     for step in range(run.step + 1, config.max_steps + 1):
@@ -901,7 +901,7 @@ def train(config, run):
             rate, clip = update["learning_rate"], config.max_grad_norm
             update["grad_norm"] = optimizer_step(run.student, run.optimizer, rate, clip)
             run.optimizer.zero_grad()  # the next rollout's caches need the gradients' memory
-            # On-policy: the next rollout samples from the updated weights
+            # On-policy: sample next from the updated weights (in float32 they are the same model)
             run.sampler.load_state_dict(run.student.state_dict())
             update["time_update"] = clock(run.device) - began
 
@@ -997,8 +997,8 @@ def evaluate(
     problems: dicts with prompt_ids, answer, and optionally teacher_prompt_ids, begun (the first ids
     of the answer). max_length: tokens. sampling: vocab_size, eos_ids, stop_id, temperature, top_p
     of rollout. reward: an answer's mean of log q - log p at temperature 1; NaN without a teacher.
-    -> (metrics, among them avg_at_n and its error, see summarise, and settings; answers, one dict
-       each). Needs what is_correct and rollout need, and sections 11, 12, 17      [Rethinking-OPD]
+    -> (metrics, answers). avg_at_n: the mean of the problems' shares of right answers; se: their
+       std / sqrt(num_problems), see summarise. Needs what rollout and is_correct do, 11, 12, 17
     """
     # The answers to sample, and this process's share of them
     answers = []
