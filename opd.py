@@ -1135,19 +1135,15 @@ def trim_rollout(out, length):
     return out
 
 
-def rollout_in_groups(
-    student, teacher, prompts, plan, rows_at_once, num_generations=1, for_teacher=None, **settings
-):
-    """rollout, at most rows_at_once rows at a time, a prompt's candidates together -> its dict, and
-    seconds. Prompts are padded to the longest of their group, so sort them by length; the rows that
-    are returned, to the longest of all. The plan's rule sees one group at a time.
+def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, for_teacher=None, **settings):
+    """rollout, rows_at_once rows at a time, a multiple of G -> its dict, and seconds. Prompts are
+    padded to the longest of their group, so sort them by length; the rows that are returned, to the
+    longest of all. The plan's rule sees one group at a time.
     """
-    # A multiple of num_generations, so that the candidates of a prompt stay together
-    size = max(1, rows_at_once // num_generations) * num_generations
     began = clock(student.device)
     groups, teacher_seconds = [], 0.0
-    for start in range(0, len(prompts), size):
-        own = slice(start, start + size)
+    for start in range(0, len(prompts), rows_at_once):
+        own = slice(start, start + rows_at_once)
         asked = (for_teacher or prompts)[own]
         groups.append(rollout(student, teacher, prompts[own], plan, asked, **settings))
         teacher_seconds += groups[-1].pop("teacher_seconds")
@@ -2607,7 +2603,7 @@ def kept_for_backward(student, autocast, checkpointed):
 def memory_plan(
     student, teacher, *, bf16, rows, columns, vocab, cache=0, segment=0, judged=0, kept=0, states=0
 ):
-    """Memory that a GPU needs -> dict of bytes: the parts, and the totals of rollout and update.
+    """Memory that a GPU needs -> the parts of the phases rollout and update, two dicts of bytes.
 
     student, teacher: parameter counts. rows: at once, of so many columns each, prompt and response.
     segment: columns that the teacher scores at once. Bytes per token: cache, in the caches; judged,
@@ -2617,20 +2613,18 @@ def memory_plan(
     read = min(rows * segment, 2**15)  # tokens per pass of hidden_states
     judged_logits = min(read * vocab, LOGITS_AT_ONCE)
     learned_logits = min(rows * columns * vocab, LOGITS_AT_ONCE)
-    plan = {
+    always = {
         "weights": 4 * student + copy + (2 if bf16 else 4) * teacher,
+        "Adam's moments": 8 * student,
+        "hidden states": states,
+    }
+    rollout = {"caches": rows * columns * cache, "judging": read * judged + 10 * judged_logits}
+    update = {
         "gradient": 4 * student,
-        "moments": 8 * student,  # Adam's two
-        "states": states,
-        "caches": rows * columns * cache,
-        "judging": read * judged + 10 * judged_logits,
         "activations": rows * columns * kept + copy,
         "logits": 32 * learned_logits,  # both models', with losses, measures, gradient
     }
-    always = plan["weights"] + plan["moments"] + states
-    plan["rollout"] = always + plan["caches"] + plan["judging"]
-    plan["update"] = always + plan["gradient"] + plan["activations"] + plan["logits"]
-    return plan
+    return {"rollout": {**always, **rollout}, "update": {**always, **update}}
 
 
 def plan_phases(config, run):
@@ -2696,8 +2690,8 @@ def rows_that_fit(config, run):
 
         def left(count, phase=phase, sizes=sizes):
             """Bytes left free by so many rows; the weights are loaded already"""
-            plan = memory_plan(**sizes, rows=count)
-            return free - (plan[phase] - plan["weights"])
+            plan = memory_plan(**sizes, rows=count)[phase]
+            return free - (sum(plan.values()) - plan["weights"])
 
         # Keep a fifth of what is free in reserve for what is not planned
         while fits > 1 and left(fits) < 0.2 * left(0):
@@ -2707,7 +2701,7 @@ def rows_that_fit(config, run):
             fits = before
         given = getattr(config, flag.removeprefix("teacher_"))
         least = config.num_generations if flag == "rollout_batch_size" else 1
-        count = max(given or fits, least)
+        count = max(given or fits, least) // least * least  # a prompt's candidates stay together
         if left(count) < 0:
             instead = use_less(vars(config), flag, count)
             if left(0) < 0:  # whatever the rows
@@ -2751,14 +2745,12 @@ def try_update(config, run):
 def columns_at_most(run):
     """The columns, sampled one after another, that a step and an evaluation take at most -> dict"""
     rows, most = run.rows_at_once, run.most
-    G = run.flags["num_generations"]
-    together = rows["rollout_batch_size"] // G * G  # as rollout_in_groups does
 
     def answering(flag):
         return sum(math.ceil(count / rows[flag]) for count in most["answers"]) * most["answer"]
 
     return {
-        "step": math.ceil(most["rows"] / together) * most["response"],
+        "step": math.ceil(most["rows"] / rows["rollout_batch_size"]) * most["response"],
         "student": answering("eval_batch_size"),
         "teacher": answering("teacher_eval_batch_size"),
     }
@@ -2813,37 +2805,32 @@ def seconds_at_most(config, run, out):
 
 def plan_lines(config, run, out):
     """The memory and time a run takes at most; the time extrapolates a short rollout -> lines"""
-
-    def sizes_of(flag):
-        """memory_plan for the rows at once of this flag, as texts"""
-        _, _, sizes = plan_phases(config, run)[flag]
-        plan = memory_plan(**sizes, rows=run.rows_at_once[flag])
-        return {name: f"{tqdm.format_sizeof(size)}B" for name, size in plan.items()}
-
-    most, rows = run.most, run.rows_at_once
     device = run.device.type
     if device == "cuda":
         free, total = map(tqdm.format_sizeof, torch.cuda.mem_get_info(run.device))
         device += f", {free}B of {total}B free"
-    prompt = max(most["prompt"], most["teacher_prompt"])
-    step, update = sizes_of("rollout_batch_size"), sizes_of("micro_batch_size")
+    lines = [f"plan for {device}"]
+    what = {
+        "rollout_batch_size": "rollout",
+        "micro_batch_size": "update",
+        "eval_batch_size": "evaluation",
+        "teacher_eval_batch_size": "evaluation of the teacher",
+    }
+    for flag, (phase, _, sizes) in plan_phases(config, run).items():
+        rows = run.rows_at_once[flag]
+        plan = memory_plan(**sizes, rows=rows)[phase]
+        plan["total"] = sum(plan.values())
+        parts = [f"{part} {tqdm.format_sizeof(size)}B" for part, size in plan.items() if size]
+        told = f"{what[flag]}, {rows} rows at once of {sizes['columns']} tokens"
+        lines.append(f"{told}: {', '.join(parts)}")
     seconds = seconds_at_most(config, run, out)
     times = [f"{what} {tqdm.format_interval(took)}" for what, took in seconds.items()]
     first = " and ".join(evaluated_first(config, run)) or "nobody"
-    if first == "student":
-        first += "; --eval_first both adds the teacher"
     return [
-        f"plan for {device}: weights {step['weights']}, gradient {step['gradient']}, Adam's "
-        f"moments {step['moments']}, the teacher's hidden states of a step {step['states']}",
-        f"rollout: {rows['rollout_batch_size']} rows at once of {prompt} + {most['response']} "
-        f"tokens, caches {step['caches']}, judging {step['judging']}; total {step['rollout']}",
-        f"update: {rows['micro_batch_size']} rows at once, activations {update['activations']}, "
-        f"logits of a chunk {update['logits']}; total {update['update']}",
-        f"evaluation: {most['question']} + {most['answer']} tokens, {rows['eval_batch_size']} "
-        f"rows at once of the student, {rows['teacher_eval_batch_size']} of the teacher",
+        *lines,
         "time at most, if all tokens cost what the first did, without cold start, probes and "
         f"extrapolation: {', '.join(times)}",
-        f"evaluated before step 1: {first}",
+        f"evaluated before step 1, see --eval_first: {first}",
     ]
 
 
@@ -3265,7 +3252,6 @@ def rollout_settings(config, run, problems):
         "prompts": [problem["prompt_ids"] for problem in problems],
         "for_teacher": [teacher_prompt(problem) for problem in problems],
         "rows_at_once": run.rows_at_once["rollout_batch_size"],
-        "num_generations": config.num_generations,
         "overlap_k": config.overlap_k,
         **run.sampling,
     }

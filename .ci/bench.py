@@ -801,7 +801,8 @@ def plan_line(subject):
         column = (opd.clock(student.device) - began) / columns
     # All jobs take about as long as 30 rollouts of all rows
     seconds = 30 * (REPEATS[sizes.device] + 1) * sizes.tokens * column
-    most = max(plan["rollout"], plan["update"] + plan["caches"])
+    rollout, update = (sum(phase.values()) for phase in plan.values())
+    most = max(rollout, update + plan["rollout"]["caches"])
     return f"plan: {most / 1e9:.1f} GB, about {seconds:.0f} s"
 
 

@@ -91,7 +91,7 @@ def plan(student, teacher, gigabytes):
     run.pools, run.evals = [[PROMPT]], {"eval": [PROMPT] * 30}
     run.most = opd.work_at_most(config, run)
     sizes = opd.plan_phases(config, run)
-    weights = opd.memory_plan(**sizes["rollout_batch_size"][2], rows=0)["weights"]
+    weights = opd.memory_plan(**sizes["rollout_batch_size"][2], rows=0)["rollout"]["weights"]
     free = (gigabytes * 1e9 - weights, gigabytes * 1e9)
     with mock.patch.object(torch.cuda, "mem_get_info", lambda device: free):
         try:
@@ -100,11 +100,12 @@ def plan(student, teacher, gigabytes):
             lacks = str(error).split("by the plan ")[1].split(" of GPU")[0]
             return [student, teacher, gigabytes, f"does not fit: {lacks}"]
     plans = {}
-    for flag, (_, _, told) in sizes.items():
-        plans[flag] = opd.memory_plan(**told, rows=rows[flag])
+    for flag, (phase, _, told) in sizes.items():
+        plans[flag] = opd.memory_plan(**told, rows=rows[flag])[phase]
     rollout, update = plans["rollout_batch_size"], plans["micro_batch_size"]
-    numbers = [rollout[part] for part in ("weights", "moments", "states", "caches", "rollout")]
-    numbers += [update["activations"], update["update"]]
+    parts = ("weights", "Adam's moments", "hidden states", "caches")
+    numbers = [*(rollout[part] for part in parts), sum(rollout.values())]
+    numbers += [update["activations"], sum(update.values())]
     shown = [f"{number / 1e9:.1f}" for number in numbers]
     return [student, teacher, gigabytes, *shown, *rows.values()]
 

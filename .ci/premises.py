@@ -34,11 +34,9 @@ def open_world(folder, world, **changes):
 def sample(config, run, step):
     """The rollout of a step of plain OPD -> (its dict, (B, T) bool: tokens after a drift)"""
     prompts = [problem["prompt_ids"] for problem in opd.draw_prompts(config, run, step)]
-    settings = {"num_generations": config.num_generations, "overlap_k": config.overlap_k}
+    settings = {"overlap_k": config.overlap_k, **run.sampling}
     plan = opd.plan_rollout(config, step, run.cap)
-    out = opd.rollout_in_groups(
-        run.sampler, run.teacher, prompts, plan, len(prompts), **settings, **run.sampling
-    )
+    out = opd.rollout(run.sampler, run.teacher, prompts, plan, **settings)
     mumble = torch.tensor(run.tokenizer.convert_tokens_to_ids(opd.LEXICON["mumble"]))
     mumbled = torch.isin(out["response_ids"], mumble)
     return out, mumbled.cumsum(-1) - mumbled.long() > 0

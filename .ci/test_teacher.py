@@ -577,7 +577,7 @@ def test_the_plan_of_a_rollout_has_room_for_the_teachers_longer_prompt(
     config, run = opened(world, tmp_path, **informed())
     longest = max(len(problem["teacher_prompt_ids"]) for problem in run.pools[0])
     assert longest > max(len(problem["prompt_ids"]) for problem in run.pools[0])
-    assert f"rows at once of {longest} + 12 tokens" in opd.plan_lines(config, run, {})[1]
+    assert f"rows at once of {longest + 12} tokens" in opd.plan_lines(config, run, {})[1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
