@@ -1578,8 +1578,9 @@ BASES = "two three four five six seven eight nine ten eleven twelve 13 14 15 six
 SPELLINGS = {
     # powers: x^{2}
     r"\^\{(\d)\}(?! *\d)": r"^\1",
-    # spaces and sizes: \;  \big)  ~
-    r"(?<!\\)\\([,;: >]|[bB]igg?[lr]?(?![a-z]))|~|(?<=\\\\)\[[\d.]+\w\w\]": " ",
+    # spaces and sizes: \;  \left(  ~
+    r"(?<!\\)\\([,;: >]|([bB]igg?[lr]?|left|right|middle)(?![a-zA-Z])\.?)|~": " ",
+    r"(?<=\\\\)\[[\d.]+\w\w\]": " ",
     # marks: \$5  **7**  \color{red}7
     r"\\?\$|\\checkmark|[¢-¥₠-₿✓✔✅]|^(USD|Rs)\b\.?|\*\*|\\(text)?color\{\w+\}|\\\w+\{aligned\}|`"
     r"|&(?= *=)|\\(bf|rm|it|[lL]arge|displaystyle)\b|(?<!\\)\\!": "",
@@ -1593,14 +1594,12 @@ SPELLINGS = {
     # lists: 1 and 2
     r"(?i)[, ]*+(\\\w+\{ *+)?\b(and|or)\b( equivalently)? *\}?,?": ", ",
     # a base in words: 1011_{\text{base two}}
-    rf"(_ *+\{{? *+)\\(?:text|mathrm)\{{ *+(?:base\b)? *+({'|'.join(BASES)}|\d*) *+\}}": r"\1\2",
-    # a unit that looks like a variable: 5 \text{ N}
-    r"(?<=[\d}]) *\\(text|mathrm) *\{ *([A-Z]|eV|([^{}]*\^\{-?\d\})+) *\}(?!\w)": r' "\2"',
+    r"(_ *+\{? *+)\\(?:text|mathrm)\{ *+(?:base\b)? *+(\w*) *+\}": r"\1\2",
+    # a unit that looks like a variable, or has powers: 5 \text{ N}  5 \text{m s^{-2}}
+    r"(?<=[\d}]) *\\(text|mathrm) *\{ *(e?[A-Z]|([^{}]*\^\{-?\d\})+) *\}(?!\w)": r' "\2"',
     # wrapped words: 5 \text{people} is 5 "people"
     r"\\(text\w*|\wbox|math(?:rm|bf|it|sf)|boldsymbol|underline) *\{(?=[^{}]*\})"
     r"([^{}\d]*[a-df-hj-z][^{}\d]*\d?|)([^{}]*)\}": r'"\2"\3 ',
-    # percent: 5 percent
-    r'" *per ?cent *" *': r"\\%",
     # a lead-in: the final answer is 5, = 5
     r'(?i)^[" ]*(the )?(final |correct )?(answer|option|choice)( is)?[": ]*=?'
     r'|^ *("[^"]*" *|\w\(\w, *\w\) *)?(=|\\approx)': "",
@@ -1610,33 +1609,29 @@ SPELLINGS = {
     r'(?i)"? *+((the )?empty set|no (real )?solutions?|\\varnothing)': r"\\emptyset ",
     # all real numbers
     r'(?i)"? *+\b(for )?all (the )?reals?( numbers)?[ ".]*$': r"\\mathbb{R}",
-    # a unit: 5 cm, 3 hours
-    r'(?<=\d) *+(""|(?<= )) *+([a-zA-Z.]{3,}( [a-z]+)*|[A-Z]{2}|[ckm]m|[ap]\.?m)\b(/[a-z]+)?': (
-        r' "\2\4"'
-    ),
-    # the same after a fraction, a root or \pi: 2\pi inches
-    r"(\\pi|\}) ([a-z]{4,}( [a-z]+)*|[ckm]m)\b(?!\()": r'\1 "\2"',
-    # or a short unit: 5m
-    r'^[" ]*((?:\w *= *)?-?[\d.,]*\d) *(((sq|cu)\.? )?(([ckm]?m|ft|in)(\^?[23])?|units?|kg|lbs?|oz'
-    r"|mi|hrs?|[gshL])(/[a-z]+)?) *\.?$": r'\1 "\2"',
+    # a unit: 5 cm, 3 hours, 2\pi inches; but not variables: 5 xyz
+    r'([\d}]|\\pi) *+(""|(?<= )) *+(?![a-dw-z]+\b)'
+    r"([a-zA-Z.]{3,}( [a-z]+)*|[A-Z]{2}|[ckm]m|[ap]\.?m)\b(?!\()(/[a-z]+)?": r'\1 "\3\5"',
+    # a short unit, which after more than a number would be a variable: 5m, 12 sq ft
+    r'^[" ]*(-?[\d.,]*\d) *((sq |cu )?([ckm]?m|ft|in|units?|kg|lbs?|oz|mi|hrs?|[gshL])(\^?[23])?'
+    r"(/[a-z]+)?)$": r'\1 "\2"',
     # a word, or letters in order: north, ABC
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
     # letters in order in a list or a name, as one variable: \angle ABC is \angle x_{ABC}
-    r'((?:^(?:[" ]*\w *=)?|,|\\\{)(?:\\left)?[(" ]*+(?:\\(?:angle|triangle)\b)?)[{" ]*+'
-    r'([A-Z](?: ?[A-Z])+)(?![a-zA-Z])[} ]*+(?![^,]*([-+=^/_"]|\\(?!right)[a-z]))': r"\1 x_{\2}",
+    r'(?<![-+=/\w])(?<![a-z}]\{|[-+=/] )"*+ *+([A-Z](?: ?[A-Z])++)(?![a-zA-Z])'
+    r'(?![^,]*([-+=^/_"]|\\[a-z]))': r" x_{\1}",
     # a fraction, a mixed number: 1⁄2, 1 2/3
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",
     r"^ *(-?\d+) +(\d+)/ *(\d+) *$": r"\1\\frac{\2}{\3}",
     # degrees: 90^\circ
     r'\\degree|"? ?\^ *\{?[ "]*(\\circ|o\b)[ "]*\}?([ "]*([CF])\b)?': r' "degrees\3"',
-    # a base, a modulus: 1011_2, 3 \pmod 4
-    r'(?:\(?\b(\d\w*|[\dA-F]+(?=\)? *_\W*1[1-6]\b))\)? *+_|\(? *+["\\]?[pb]?(mod)\b)[{(" ]*+(\w++)'
-    r"[)}. ]*+$": r'\1 "\2\3"',
+    # a base: 1011_2; a modulus: 3 \pmod 4
+    r'\(?\b([\dA-F]+)\)? *+_[{(" ]*+(\w++)[)}. ]*+$': r'\1 "\2"',
+    r'\(? *+["\\]?[pb]?mod\b[{(" ]*+(\w++)[)}. ]*+$': r' "mod\1"',
     # roots: 2√3
     r"(√|\\sqrt)(\[\w\])? *\(?(\d+)\)?": r"\\sqrt\2{\3}",
     # the set of all: \{x \mid x > 1\}
-    r"^ *(?:\\left)? *\\\{ *[a-z] *(?:\\in *\\mathbb *\{R\} *)?(?:\\mid|:|(?:\\left|\\middle)? *\|)"
-    r"(.*?)(?:\\right *\.)? *(?:\\right)? *\\\} *$": r"\1",
+    r"^ *\\\{ *[a-z] *(?:\\in *\\mathbb *\{R\} *)?(?:\\mid|:|\|)(.*)\\\} *$": r"\1",
     # two answers in one: 1 \pm i
     r'^(?!.*(["(\[]|\\[{}]|\\mp))(.*,)?([^,]*)(\\pm|±)([^,]*)': r"\2\3+\5,\3-\5",
     # any integer: k\pi, k \in \mathbb{Z}
@@ -1697,7 +1692,7 @@ def is_same(answer, gold, text):
     short_for &= short != "m" or re.match("m$|met", long) is not None  # nor for miles
     short_for &= not short or short[-1].isdigit() == long[-1].isdigit()  # nor cm for cm^2
     if re.search(LITERAL, f"{gold};{unit}"):
-        words, given = (re.sub(r"\\(left|right)\b| ", "", value) for value in (gold, answer))
+        words, given = (value.replace(" ", "") for value in (gold, answer))
         short_for &= bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", given))
     if not short_for or same or ask_math_verify(gold, answer):
         return short_for
