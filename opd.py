@@ -1617,8 +1617,9 @@ SPELLINGS = {
     r"(/[a-z]+)?)$": r'\1 "\2"',
     # a word, or letters in order: north, ABC
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
-    # letters in order in a list or a name, as one variable: \angle ABC is \angle x_{ABC}
-    r'(?<![-+=/\w])(?<![a-z}]\{|[-+=/] )"*+ *+([A-Z](?: ?[A-Z])++)(?![a-zA-Z])'
+    # letters in order in a list or a name, as one variable: \angle ABC is \angle x_{ABC}; but they
+    # commute in a product or a sum (t is of \cdot)
+    r'(?<![-+=/\w}])(?<![a-z}]\{|[-+=/t] )"*+ *+([A-Z](?: ?[A-Z])++)(?![a-zA-Z])'
     r'(?![^,]*([-+=^/_"]|\\[a-z]))': r" x_{\1}",
     # a fraction, a mixed number: 1⁄2, 1 2/3
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",

@@ -174,6 +174,7 @@ SPELLINGS = [
     ("DE", [r"\mathrm{DE}"], ["ED"]),
     ("A, D", [r"\text{A, D}", r"\text{A and D}", "D, A"], ["A", "A, C"]),
     ("AB + CD", ["CD + AB", "CD+AB"], ["AB - CD"]),
+    ("2AB", [r"2 \cdot AB", "2BA"], ["2AC"]),
     (r"\angle ABC", [r"\angle \text{ABC}", r"\angle A B C"], [r"\angle BAC"]),
     ("(ABC)", [r"(\text{ABC})", r"\left(ABC\right)"], ["(ACB)"]),
     ("ABC1", ["ABC1"], ["ACB1"]),
