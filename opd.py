@@ -2434,8 +2434,7 @@ def check_model(model, only_sampled):
 
 def load_models(config, run, path):
     """Load both models, the student from this path, and all that depends on them, into the run."""
-    on_gpu = config.device.startswith("cuda")
-    bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and on_gpu
+    bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and config.device.startswith("cuda")
     low = torch.bfloat16 if bf16 else torch.float32
 
     def load_model(path, dtype):
@@ -2483,6 +2482,11 @@ def load_models(config, run, path):
     }
     run.device = run.sampler.device
     run.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=bf16)
+
+
+def prepare_training(config, run):
+    """Put the student's optimizer into the run, and turn on gradient checkpointing if it is due."""
+    on_gpu = config.device.startswith("cuda")
     # fused: the default on a GPU would make temporary copies of all weights
     run.optimizer = torch.optim.AdamW(run.student.parameters(), weight_decay=0.0, fused=on_gpu)
     checkpointed = config.gradient_checkpointing or on_gpu and not config.no_gradient_checkpointing
@@ -3355,7 +3359,6 @@ def row_facts(config, batch):
         "response_length": mask.sum(-1),
         "trained_length": batch["loss_mask"].sum(-1),
         "reliable_length": reliable_length(reliability, mask),
-        "agreed_tokens": overlap.sum(-1),
         # Of the rows that the method let go on: the others could not stop
         "stopped_fraction": torch.where(batch["kept"], batch["ended"].float(), math.nan),
         "truncated_fraction": ~batch["ended"],
@@ -3385,7 +3388,7 @@ def step_metrics(run, batch, rows, update):
         **run.standing(),
         **means,
         # Over all sampled tokens, not only those trained on
-        "overlap_ratio": rows["agreed_tokens"].sum().item() / sampled,
+        "overlap_ratio": overlap.nanmean().item(),
         "overlap_by_position": overlap_by_position(overlap, ~overlap.isnan()),
         "time_rollout": batch["seconds"] - batch["teacher_seconds"],
         "time_teacher": batch["teacher_seconds"],
@@ -3961,6 +3964,7 @@ def open_run(config):
     run.tokenizer = load(AutoTokenizer, folder or config.student)
     read_files(config, run)
     load_models(config, run, folder or config.student)
+    prepare_training(config, run)
     check_tokens(run)
     problems = json.dumps([run.pools, *run.evals.values()]).encode()  # no paths: folders may move
     run.data = hashlib.sha256(problems).hexdigest()
