@@ -97,8 +97,8 @@ def reverse_kl(student_logits, teacher_logits):
 
         sum_v p(v) (log p(v) - log q(v)),    p student, q teacher
 
-    A step's loss is the mean of token_weight times this over its trained tokens (see backward).
-    A v with q = 0 < p costs about 1e30 p, not inf; its gradient's norm overflows: the run ends.
+    A step's loss is the mean of token_weight times this over its trained tokens (see backward). A v
+    with q = 0 < p costs about 1e30 p, not inf; unless p is tiny, the gradient's norm overflows.
     """
     # Not F.kl_div(log_p, q): that is KL(q || p), which spreads the student over all that the
     # teacher might say. bfloat16 is promoted to float32; float64 stays float64
@@ -349,7 +349,7 @@ def select_prefixes(score, num_keep):
     if not P <= num_keep <= P * G or not score.isfinite().all():
         raise ValueError(f"needs {P} <= num_keep {num_keep} <= {P * G}, and finite scores")
     best = score.argmax(dim=1, keepdim=True)  # (P, 1)
-    best_first = score.scatter(1, best, torch.inf).flatten()  # (P * G,)
+    best_first = score.float().scatter(1, best, torch.inf).flatten()  # (P * G,)
     order = best_first.argsort(descending=True, stable=True)  # stable: the first wins a tie
     keep = torch.zeros_like(best_first, dtype=torch.bool)
     keep[order[:num_keep]] = True
@@ -473,8 +473,7 @@ def movable_weights(model):
 def mask_through_eos(ids, eos_ids):
     """(B, T) ids -> (B, T) bool, True through the first EOS: else no model would learn to stop"""
     is_eos = torch.isin(ids, torch.tensor(sorted(eos_ids), dtype=ids.dtype, device=ids.device))
-    eos_before = is_eos.cumsum(-1) - is_eos.long()
-    return eos_before == 0
+    return is_eos.cumsum(-1) - is_eos.long() == 0  # no EOS before
 
 
 def merge_stops(logits, stop_ids, stop_id):
@@ -625,14 +624,14 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
 
 @torch.no_grad()
 def rollout(
-    student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=0, **sampling
+    student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=16, **options
 ):
     """Sample responses to B prompts, lists of ids, by a Plan. Here no column of a row passes a
     model twice: prefill runs equal prompts once; generate and judge run what their caches lack.
 
-    teacher: None to sample without scoring, else overlap_k >= 1. for_teacher: the teacher's
-    prompts, if they differ [OPSD]. sampling: vocab_size, stop_id, temperature, top_p of generate.
-    Both models in eval mode. Needs sections 1, 2, 3, 5, 6, 10. -> dict, T the longest response:
+    teacher: None to sample without scoring. for_teacher: the teacher's prompts, if they differ
+    [OPSD]. options: vocab_size, stop_id, temperature, top_p of generate. Both models in eval mode.
+    Needs sections 1, 2, 3, 5, 6, 10. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
         log_probs   (B, T), before top_p, at tokens in the last column of a segment; NaN elsewhere
@@ -647,8 +646,9 @@ def rollout(
         teacher_cache = prefill(teacher, out["teacher_prompt_ids"], out["teacher_prompt_mask"])
         out["teacher_seconds"] += clock(device) - began
     running = torch.arange(len(prompts), device=device)  # the rows in the caches, in their order
-    settings = {"eos_ids": eos_ids, "pad_id": pad_id, "record_k": overlap_k, **sampling}
-    head = {"eos_ids": eos_ids, **sampling}
+    record_k = overlap_k if teacher else 0
+    settings = {"eos_ids": eos_ids, "pad_id": pad_id, "record_k": record_k, **options}
+    head = {"eos_ids": eos_ids, **options}
     head.pop("top_p", None)  # it applies to sampling, not to scoring
 
     # Between segments each cache holds all columns but the last, whose token no model has read yet
@@ -1159,6 +1159,8 @@ def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, for_teacher
         else:
             side = "left" if "prompt" in name else "right"
             blank = math.nan if name == "log_probs" else 0
+            if name.endswith("_ids"):
+                blank = settings.get("pad_id", 0)
             out[name] = pad_sequence(rows, batch_first=True, padding_value=blank, padding_side=side)
     return out
 
@@ -1311,7 +1313,7 @@ def peak_memory(device):
 def read_records(path):
     """A jsonl, json or parquet file -> list of its records. OSError, or ValueError with the line"""
     with open(path, "rb") as file:
-        if path.endswith(".parquet"):
+        if str(path).endswith(".parquet"):
             import pyarrow.parquet  # needed only here; if it is missing, ImportError names it
 
             return pyarrow.parquet.read_table(file).to_pylist()
@@ -1354,7 +1356,7 @@ def read_gold(value):
     texts = [str(item) for item in items if type(item) in (str, int, float)]
     text = ", ".join(texts).rsplit("####", 1)[-1]
     boxed = last_boxed(text)
-    text = (text if boxed is None else boxed).strip().strip("$").strip()
+    text = re.sub(r"(?<!\\)\$", "", text if boxed is None else boxed).strip()
     return "" if re.fullmatch(NO_ANSWER, text) else text
 
 
@@ -1372,14 +1374,14 @@ def read_fields(record):
     if isinstance(fields.get("reward_model"), dict):
         fields = fields["reward_model"] | fields
     # In a chat the last user turn is the problem, and what follows it is an answer
-    chat = fields.get("prompt")
-    if not isinstance(chat, list):
-        chat = fields.get("messages")
-    if isinstance(chat, list):
-        turns = [turn for turn in chat if isinstance(turn, dict)]
-        last = max((at for at, turn in enumerate(turns) if turn.get("role") == "user"), default=0)
-        fields |= {f"{turn.get('role')}:": turn.get("content") for turn in turns[last:]}
-        left_out = [turn.get("content") for turn in turns[:last]]
+    lists = {name: value for name, value in fields.items() if isinstance(value, list)}
+    chat = first_of(map(lists.get, ("prompt", "messages", "conversations"))) or []
+    chat = chat + lists.get("completion", [])
+    turns = [read_turn(turn) for turn in chat if isinstance(turn, dict)]
+    if turns:
+        last = max((at for at, (role, _) in enumerate(turns) if role == "user"), default=0)
+        fields |= {f"{role}:": text for role, text in turns[last:]}
+        left_out = [text for _, text in turns[:last]]
     if fields.get("problem") or fields.get("question"):
         left_out = []  # the problem is not taken from the chat
 
@@ -1400,10 +1402,19 @@ def read_fields(record):
     return problem, answer, first_of(map(read_solution, solutions)), left_out
 
 
+def read_turn(turn):
+    """A turn of a chat -> its role and its text. Some say human and gpt, and value for content"""
+    role = turn.get("role") or turn.get("from")
+    role = {"human": "user", "gpt": "assistant"}.get(role, role)
+    return role, turn.get("content") or turn.get("value")
+
+
 def read_solution(value):
     """A field -> the text of a worked solution, "" if it holds none. GSM8K's <<1+1=2>> and "####"
     line are removed.
     """
+    if isinstance(value, list):
+        value = "\n".join(filter(lambda item: isinstance(item, str), value))
     text = value.strip() if isinstance(value, str) else ""
     before, mark, last = text.rpartition("####")
     if mark and "\n" not in last:
@@ -1571,7 +1582,8 @@ def draw_prompts(config, run, step):
 # stand before: x₁₂, ｛1｝ and 90º, too; NFKC makes full-width digits plain, and ℃ °C
 BEFORE_NFKC = {"[¹²³⁰-ⁿ]+": r"^{\g<0>}", "[₀-₎]+": r"_{\g<0>}", "[¼-¾⅐-⅞]": r" \g<0>"}
 BEFORE_NFKC |= {"[｛｝]": r"\\\g<0>", "[º˚]": "°"}
-SIGNS = r"–- —- −- ‐- ∞\infty °^\circ ·\cdot~ ∪\cup~ ∩\cap~ ∈\in~ ≈\approx~ ≡\equiv~ 。.".split()
+SIGNS = r"–- —- −- ‐- ∞\infty °^\circ ·\cdot~ ∪\cup~ ∩\cap~ ∈\in~ 。."
+SIGNS = rf"{SIGNS} ≈\approx~ ≡\equiv~ ≤\le~ ≥\ge~".split()
 BASES = "two three four five six seven eight nine ten eleven twelve 13 14 15 sixteen".split()
 # Then patterns in this order, each with an example. Quotes hold text: words, a unit, a base. *+
 # does not backtrack: on 5,000 spaces that would take minutes
@@ -1614,7 +1626,7 @@ SPELLINGS = {
     r"([a-zA-Z.]{3,}( [a-z]+)*|[A-Z]{2}|[ckm]m|[ap]\.?m)\b(?!\()(/[a-z]+)?": r'\1 "\3\5"',
     # a short unit, which after more than a number would be a variable: 5m, 12 sq ft
     r'^[" ]*(-?[\d.,]*\d) *((sq |cu )?([ckm]?m|ft|in|units?|kg|lbs?|oz|mi|hrs?|[gshL])(\^?[23])?'
-    r"(/[a-z]+)?)$": r'\1 "\2"',
+    r"(/[a-z]+)?(\^?2)?)$": r'\1 "\2"',
     # a word, or letters in order: north, ABC
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
     # letters in order in a list or a name, as one variable: \angle ABC is \angle x_{ABC}; but they
@@ -1649,7 +1661,7 @@ SPELLINGS = {
 
 
 def spell(answer):
-    r"""An answer -> (its value, its text in lower case). Example: 5\,\text{cm} -> 5, cm"""
+    r"""An answer -> (its value, its text in lower case). Example: 5\,\text{cm} -> "5 ", "cm"""
     for signs, plain in BEFORE_NFKC.items():
         answer = re.sub(signs, plain, answer)
     answer = " ".join(unicodedata.normalize("NFKC", answer).replace('"', " ").split())
@@ -1674,7 +1686,12 @@ def is_same(answer, gold, text):
     """Whether an answer, the last box of a text, equals the gold one."""
     if len(answer) + len(gold) > 5000:  # no pattern may take minutes
         return answer.strip() == gold.strip()
-    gold, unit = spell(read_gold(gold))
+    gold = read_gold(gold)
+    # The same words are the same answer, whether in \text{} or not
+    plain = [re.sub(r"\\text\w*\{([^{}]*)\}", r"\1", value).split() for value in (gold, answer)]
+    if plain[0] == plain[1]:
+        return True
+    gold, unit = spell(gold)
     # If the gold answer is a list, as many boxes count as one answer
     boxes = dict.fromkeys(filter(None, map(last_boxed, re.split(r"(?=\\boxed)", text))))
     parts = re.split(r",(?!\d{3}\b)(?![^(\[{]*[)\]}])", gold)
@@ -3565,7 +3582,7 @@ def cold_start_step(config, run, step):
     problems = draw_prompts(config, run, step)
     plan = Plan(config.max_new_tokens, config.segment_length)
     settings = rollout_settings(config, run, problems)
-    settings |= {"prompts": settings["for_teacher"], "overlap_k": 0}
+    settings["prompts"] = settings["for_teacher"]
     out = rollout_in_groups(run.teacher, None, plan=plan, **settings)
     # The student learns them after its own prompt
     out = with_prompts(out, [problem["prompt_ids"] for problem in problems])
@@ -4022,8 +4039,9 @@ def work(config, run):
 
 
 def main(argv=None):
-    """Do what the flags ask for -> dict of the final metrics. argv: a list of strings, or a Config.
-    A user's mistake ends in one line and exit status 2.
+    """Do what the flags ask for -> dict of the final metrics: after training that of the last step
+    (last), of the last evaluation (final, by file), costs, checkpoint. argv: a list of strings, or
+    a Config. A user's mistake ends in one line and exit status 2.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # it would raise where stderr is closed

@@ -173,6 +173,13 @@ SPELLINGS = [
     ("CAB", [r"\text{CAB}"], ["ABC", "BCA"]),
     ("DE", [r"\mathrm{DE}"], ["ED"]),
     ("A, D", [r"\text{A, D}", r"\text{A and D}", "D, A"], ["A", "A, C"]),
+    # The same words, as text or not
+    ("Alice and Bob", [r"\text{Alice and Bob}"], ["Alice", r"\text{Bob and Eve}"]),
+    (r"\text{Paris, France}", ["Paris, France"], ["Paris", "Lyon, France"]),
+    (r"\text{I and III only}", ["I and III only"], ["I and II only"]),
+    (r"x \le 3", ["x ≤ 3"], ["x ≥ 3"]),
+    (r"\ge 3", ["≥3"], ["≤3"]),
+    (r"10 \text{ m/s}^2", ["10 m/s^2", "10"], ["10 m/s"]),
     ("AB + CD", ["CD + AB", "CD+AB"], ["AB - CD"]),
     ("2AB", [r"2 \cdot AB", "2BA"], ["2AC"]),
     (r"\angle ABC", [r"\angle \text{ABC}", r"\angle A B C"], [r"\angle BAC"]),

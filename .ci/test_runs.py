@@ -712,6 +712,7 @@ DAPO = (
     '\n\nRemember to put your answer on its own line after "Answer:".'
 )
 TWO = {"role": "assistant", "content": "2"}
+SHARED = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2+3?"}]
 RECORDS = [
     ({"problem": "2+3?", "answer": "\\frac{5}{1}", "solution": "long"}, "\\frac{5}{1}"),  # MATH-500
     ({"problem": "2+3?", "answer": 5}, "5"),
@@ -726,6 +727,9 @@ RECORDS = [
     ({"problem": "2+3? Please reason step by step, and put it within \\boxed{}."}, None),
     ({"problem": "2+3?", "solution": "So \\boxed{4}, no, \\boxed{5}."}, "5"),  # NuminaMath
     ({"messages": [*CHAT, {"role": "assistant", "content": "\\boxed{5}"}]}, "5"),
+    ({"conversations": [{"from": "human", "value": "2+3?"}], "answer": 5}, "5"),  # ShareGPT
+    ({"conversations": [*SHARED, {"from": "gpt", "value": "So \\boxed{5}"}]}, "5"),
+    ({"prompt": CHAT, "completion": [{"role": "assistant", "content": "\\boxed{5}"}]}, "5"),  # TRL
     ({"prompt": [{"role": "user", "content": "1+1?"}, *CHAT], "answer": "5"}, "5"),
     (
         {"user": "alice", "assistant": "gpt", "prompt": CHAT, "answer": "5", "reward_model": "x"},
@@ -811,8 +815,8 @@ UNREADABLE = [
     ('{"problem": null}\n', "problem"),
     ('{"problem": "a"}\n{"problem": 5}\n', "record 2"),
     ('{"problem": "  "}\n', "record 1"),
-    ('{"prompt": [{"from": "human", "value": "2+3?"}]}\n', "record 1"),
-    ('{"messages": [{"role": "human", "content": "2+3?"}]}\n', "or a turn of the role user"),
+    ('{"prompt": [{"from": "gpt", "value": "2+3?"}]}\n', "record 1"),
+    ('{"messages": [{"role": "bot", "content": "2+3?"}]}\n', "or a turn of the role user"),
     ('{"problem": "a"}\n{"problem": "\\ud800"}\n', "record 2: has half a character"),
     ('{"problem": "a", "answer": "\\udfff"}\n', "record 1: has half a character"),
     ('{"problem": "a", "solution": "\\udfff"}\n', "record 1: has half a character"),
@@ -1303,6 +1307,19 @@ def test_texts_before_a_problem_that_are_dropped_are_quoted(name, tmp_path):
     assert noted(path) == ["1 records lose what stands before their question, such as 'Be brief.'"]
     path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": 5, name: ""})
     assert noted(path) == []
+
+
+def test_a_file_of_problems_may_be_named_by_a_path_object(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": "5"})
+    assert opd.load_problems(pathlib.Path(path))[0]["answer"] == "5"
+
+
+@pytest.mark.parametrize(
+    "answer, read", [("$x=4$.", "x=4."), ("$4$, $5$", "4, 5"), ("$5$ cm", "5 cm"), (r"\$5", r"\$5")]
+)
+def test_dollars_around_formulas_are_no_part_of_an_answer(answer, read, tmp_path):
+    path = write(tmp_path / "a.jsonl", {"problem": "2+3?", "answer": answer})
+    assert opd.load_problems(path)[0]["answer"] == read
 
 
 @pytest.mark.parametrize("answer", ["N_A", r"\{\}", r"\text{None}", r"-\infty", "na", "Na"])
@@ -5032,6 +5049,16 @@ def test_groups_of_prompts_give_the_rollout_of_all_rows(rows_at_once, widths):
     assert out["log_probs"][~out["response_mask"]].isnan().all()
     seen = ~whole["log_probs"].isnan()  # a group that ended sooner has one more column of them
     close(out["log_probs"][seen], whole["log_probs"][seen], rtol=1e-4, atol=1e-5)
+
+
+def test_the_padding_of_joined_groups_is_that_of_a_rollout():
+    rows, plan = without_padding(*prompts(3, 2, 5)), opd.Plan(6)
+    settings = {**SAMPLING, "pad_id": 3}
+    settings["eos_ids"] = staggered_ends(STUDENT, *prompts(3, 2, 5))
+    out = opd.rollout_in_groups(STUDENT, None, rows, plan, 1, temperature=0, **settings)
+    assert (out["prompt_ids"][~out["prompt_mask"]] == 3).all()
+    blank = out["response_ids"][~out["response_mask"]]
+    assert len(blank) and (blank == 3).all()
 
 
 def test_groups_without_a_teacher_have_no_hidden_states_of_it():

@@ -219,7 +219,8 @@ SOLUTIONS = [
         {"messages": [ASKED, {"role": "assistant", "content": "it is \\boxed{5}"}]},
         "it is \\boxed{5}",
     ),
-    ({"problem": "2+3?", "solution": ["5"], "answer": 5}, None),
+    ({"problem": "2+3?", "solution": ["2+3", 4, "is 5"], "answer": 5}, "2+3\nis 5"),
+    ({"problem": "2+3?", "solution": {"text": "5"}, "answer": 5}, None),
     ({"problem": "2+3?", "answer": "5"}, None),
     ({"problem": "2+3?", "answer": "#### 5"}, None),
 ]
