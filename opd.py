@@ -626,8 +626,8 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
 def rollout(
     student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=16, **options
 ):
-    """Sample responses to B prompts, lists of ids, by a Plan. Here no column of a row passes a
-    model twice: prefill runs equal prompts once; generate and judge run what their caches lack.
+    """Sample responses to B prompts, lists of ids, by a Plan. No model reads a column of a row
+    twice: prefill runs equal prompts once; generate and judge run what their caches lack.
 
     teacher: None to sample without scoring. for_teacher: the teacher's prompts, if they differ
     [OPSD]. options: vocab_size, stop_id, temperature, top_p of generate. Both models in eval mode.
