@@ -3548,14 +3548,15 @@ def test_the_preflight_prints_what_a_run_is_about(world, tmp_path, monkeypatch):
 
 def test_every_size_in_the_plan_is_that_of_the_rows_in_its_line(world, tmp_path, monkeypatch):
     def memory_plan(*, rows, **_):
-        return {"rollout": {"caches": 100 + rows, "nothing": 0}, "update": {"logits": 200 + rows}}
+        rollout = {"weights": 1, "caches": 100 + rows, "nothing": 0}
+        return {"rollout": rollout, "update": {"logits": 200 + rows}}
 
     config, run = opened(world, tmp_path, batch_size=6, eval_batch_size=7)
     monkeypatch.setattr(opd, "memory_plan", memory_plan)
     monkeypatch.setattr(opd, "seconds_at_most", lambda *_: {})
     _, sampling, update, evaluation, of_teacher, *_ = opd.plan_lines(config, run, {})
     assert sampling.startswith("rollout, 12 rows at once")
-    assert sampling.endswith(" tokens: caches 112B, total 112B")
+    assert sampling.endswith(" tokens: weights 1.00B, caches 112B, total 113B")
     assert update.startswith("update, 4 rows at once")
     assert update.endswith(" tokens: logits 204B, total 204B")
     assert evaluation.startswith("evaluation, 7 rows") and "caches 107B" in evaluation
@@ -5049,6 +5050,13 @@ def test_groups_of_prompts_give_the_rollout_of_all_rows(rows_at_once, widths):
     assert out["log_probs"][~out["response_mask"]].isnan().all()
     seen = ~whole["log_probs"].isnan()  # a group that ended sooner has one more column of them
     close(out["log_probs"][seen], whole["log_probs"][seen], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("teacher, recorded", [(TEACHER, 16), (None, 0)])
+def test_the_students_top_16_are_recorded_for_a_teacher_alone(teacher, recorded, monkeypatch):
+    calls = watch(monkeypatch, "generate")["generate"]
+    opd.rollout(STUDENT, teacher, without_padding(*prompts(3, 2)), opd.Plan(4), **SAMPLING)
+    assert {call["record_k"] for call in calls} == {recorded}
 
 
 def test_the_padding_of_joined_groups_is_that_of_a_rollout():
