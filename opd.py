@@ -1313,10 +1313,13 @@ def peak_memory(device):
 def read_records(path):
     """A jsonl, json or parquet file -> list of its records. OSError, or ValueError with the line"""
     with open(path, "rb") as file:
-        if str(path).endswith(".parquet"):
+        if str(path).lower().endswith(".parquet"):
             import pyarrow.parquet  # needed only here; if it is missing, ImportError names it
 
-            return pyarrow.parquet.read_table(file).to_pylist()
+            try:
+                return pyarrow.parquet.read_table(file).to_pylist()
+            except Exception as error:  # pyarrow has errors of its own
+                raise ValueError(f"{path} is not a whole parquet file: {error}") from None
         text = file.read().removeprefix("\ufeff".encode())
     # One JSON list, or JSON lines, which many .json files hold, too
     is_list = text.lstrip().startswith(b"[")
@@ -1433,7 +1436,8 @@ INSTRUCTIONS = (
 # Other requests for an answer format; lone surrogates, half characters that UTF-8 cannot encode
 FORMAT = (
     r"(?i)\\f?box|###|answer:|</?(ans(wer)?|think)>|step[ -]by[ -]step|double square brackets"
-    r"|\[\[(your |final )?answer|(as|return) json|only (a|the) letter|[\"'*]the (final )?answer is"
+    r"|\[\[(your |final )?answer|(as|return) json|only (a|the) letter|[\"'*`]the (final )?answer is"
+    r"|double brackets|\bbox (your|the) (final )?answer|<final>|最终答案"
 )
 HALF = "[\ud800-\udfff]"
 
@@ -1487,11 +1491,14 @@ def load_problems(path, needs_answers=False):
     return list(problems.values())
 
 
+FIELDS = ("problem", "answer", "solution")  # of load_problems, and of a template
+
+
 def fill_template(template, problem):
     """Fill {problem}, {answer} and {solution} in a template from a problem, a dict -> text, or None
     if the problem lacks one of them. Braces in the inserted texts are not filled in turn.
     """
-    names = r"\{(problem|answer|solution)\}"
+    names = rf"\{{({'|'.join(FIELDS)})\}}"
     if None in [problem[name] for name in re.findall(names, template)]:
         return None
     return re.sub(names, lambda name: problem[name[1]], template)
@@ -1513,7 +1520,7 @@ def encode_prompt(tokenizer, problem, template, chat_template=True, **template_f
     encoded = tokenizer(text + "\n", return_special_tokens_mask=True)
     while encoded.special_tokens_mask.pop():
         last = tokenizer.decode(encoded.input_ids.pop())
-        warnings.warn(f"{last!r} after prompts is left out", stacklevel=2)
+        note(f"{last!r} after prompts is left out")
     return encoded.input_ids
 
 
@@ -2136,7 +2143,7 @@ def parse_args(argv=None):
 
     given = vars(parser.parse_args(argv if argv is None else list(map(str, argv))))
     for name, value in given.items():
-        if value == "":
+        if value == "" or isinstance(value, list) and "" in value:
             fail(f"--{name} is empty, as from an unset variable of the shell")
     named = given.get("student") or given.get("teacher")
     return replace(Config() if named else TINY, **given)
@@ -2171,6 +2178,8 @@ def check_values(config):
 
         zero_ok = name in may_be_zero
         most = 1 if name in ("keep_ratio", "eval_top_p") else 1e12
+        if of_type is int and name != "seed":  # counts, of which lists are made
+            most = 1e8
         if type(value) in (int, float) and not (0 <= value <= most and (value or zero_ok)):
             least = "at least 0" if zero_ok else "above 0"
             raise ValueError(f"--{name} {value} must be {least}, and at most {most:g}")
@@ -2200,11 +2209,19 @@ def check_config(config):
         raise ValueError(f"--output_dir {config.output_dir}: no shell expands this ~; write $HOME")
     if re.search(HALF, config.output_dir):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
+    if config.gradient_checkpointing and config.no_gradient_checkpointing:
+        raise ValueError("--gradient_checkpointing and --no_gradient_checkpointing: give one")
     if "{problem}" not in config.prompt_template:
         raise ValueError("--prompt_template must say {problem} where the problem goes")
     own_template = config.teacher_prompt_template
     if own_template and "{problem}" not in own_template:
         raise ValueError("--teacher_prompt_template must say {problem} where the problem goes")
+    fields = [("prompt_template", ["problem"]), ("teacher_prompt_template", list(FIELDS))]
+    for name, known in fields:
+        # Not what is in a LaTeX command, as in \frac{a}{b}
+        for field_name in re.findall(r"(?<![\w\\}])\{(\w+)\}", getattr(config, name)):
+            if field_name not in known:
+                raise ValueError(f"--{name}: {{{field_name}}} is none of {', '.join(known)}")
     # A checkpoint in --output_dir would be renamed, or removed as the oldest
     for model in filter(None, (config.student, config.teacher)):
         folder, name = os.path.split(os.path.abspath(model))
@@ -2222,7 +2239,9 @@ def check_config(config):
             holds = f"--probe_window <= --prefix_length {config.prefix} < --max_new_tokens"
             raise ValueError(f"{holds} must hold")
         if config.keep_ratio * config.num_generations < 0.999:  # .333 passes for 1/3
-            raise ValueError(f"--keep_ratio {config.keep_ratio} is under one candidate per prompt")
+            raise ValueError(
+                f"--keep_ratio {config.keep_ratio} is under one candidate per prompt: raise it"
+            )
     if config.mix:
         # Rounded, so that .3333 passes for 1/3
         prompts = round(min(config.mix) * config.batch_size, 2)  # of the smallest share
@@ -2338,6 +2357,8 @@ def stop_ids(model, tokenizer):
     """All ids that end a response: those of the generation config, and the tokenizer's EOS."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
+    if not all(item is None or type(item) is int for item in listed):
+        raise ValueError(f"{model.name_or_path}: its eos_token_id {listed} must be ids")
     return {tokenizer.eos_token_id, *listed} - {None, -1}  # -1: never, as some models write it
 
 
@@ -2367,6 +2388,8 @@ def load(auto_class, path, **options):
         raise ValueError(f"{path} is an adapter (LoRA), not a full model: merge it into its base")
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of its weights, such as {missing[0]}")
+    if auto_class is AutoTokenizer and len(loaded) < 16:  # transformers makes up an empty one
+        raise ValueError(f"{path} has no tokenizer: copy that of its base model there")
     return loaded
 
 
@@ -2489,7 +2512,7 @@ def load_models(config, run, path):
     # Both heads may have rows beyond the tokens that exist
     heads = [model.get_output_embeddings().weight.shape[0] for model in models]
     run.vocab_size = min(tokens, *heads)
-    if config.overlap_k > run.vocab_size:
+    if config.overlap_k > run.vocab_size and not config.eval_only:
         raise ValueError(f"--overlap_k {config.overlap_k} is more than the {run.vocab_size} tokens")
     run.sampling = {
         "vocab_size": run.vocab_size,
@@ -2927,9 +2950,13 @@ def preflight(config, run):
 # 16. Files, checkpoints, endings
 
 
+class Note(UserWarning):
+    """What main shows whatever PYTHONWARNINGS says."""
+
+
 def note(text):
     """Tell the user. main prints it as "note: ...", each text once in a run, on rank 0 only"""
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, Note, stacklevel=3)
 
 
 def say(*lines, file=None):
@@ -3155,11 +3182,14 @@ def prepare_files(config, run, checkpoint):
 SIGNALS = [getattr(signal, f"SIG{name}") for name in "INT TERM HUP USR1 USR2 XCPU".split()]
 
 
+STOPPED = []  # the signals that came: an exception is lost where Python ignores it, as in __del__
+
+
 def interrupt(number, _):
     """The signal handler: stop at once. whole_step replaces it with one that waits."""
-    for another in SIGNALS:  # a second one must not disturb the last checkpoint
-        signal.signal(another, signal.SIG_IGN)
-    raise KeyboardInterrupt(number)
+    STOPPED.append(number)
+    if len(STOPPED) == 1:  # a second one must not disturb the last checkpoint
+        raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
@@ -3179,8 +3209,9 @@ def on_signals(act):
 
 @contextlib.contextmanager
 def whole_step(run):
-    """A block that is done whole or not at all: signals wait for its end. If it fails, its lines
-    are removed from the run's files, and run.halfway is True: the state must not be saved.
+    """A block that is done whole or not at all: signals wait for its end, where one that was lost
+    before takes effect, too. If it fails, its lines are removed from the run's files, and
+    run.halfway is True: the state must not be saved.
     """
     waiting = []
     files = run.files if is_main() else []
@@ -3193,8 +3224,9 @@ def whole_step(run):
             for path in filter(os.path.exists, files):
                 os.truncate(path, sizes.get(path, 0))
             raise
-    if waiting:
-        raise KeyboardInterrupt(waiting[0])
+    came = STOPPED + waiting
+    if came:
+        raise KeyboardInterrupt(came[0])
 
 
 @torch.no_grad()
@@ -3815,7 +3847,7 @@ def read_run(root, name):
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:  # half a line, from a run that was killed
+        except (ValueError, RecursionError):  # half a line, from a run that was killed
             continue
         if not isinstance(record, dict) or "generated_tokens" not in record:
             continue  # it is of another program
@@ -3928,9 +3960,15 @@ def report(folder):
     runs = []
     for path in sorted(glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)):
         # Not the copies in checkpoints, whole, half or old
-        if not re.search(r"(\A|/)checkpoint(-\d+(\.old)?|\.partial)/metrics", path):
-            runs.append(read_run(folder, os.path.dirname(path)))
-    runs = list(filter(None, runs))
+        if re.search(r"(\A|/)checkpoint(-\d+(\.old)?|\.partial)/metrics", path):
+            continue
+        try:
+            run = read_run(folder, os.path.dirname(path))
+            if run:
+                report_row([run], [run])  # whether it has all that the table shows
+                runs.append(run)
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            note(f"{path} is left out, it lacks what a report needs: {error!r}")
     if not runs:
         raise ValueError(f"--report {folder}: no run below it has a metrics.jsonl with steps")
     say(*report_table(runs))
@@ -4050,7 +4088,9 @@ def main(argv=None):
     try:
         held.enter_context(warnings.catch_warnings())  # each run of a process shows its notes
         held.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
+        held.callback(STOPPED.clear)
         warnings.formatwarning = lambda message, *_: f"note: {message}\n"
+        warnings.simplefilter("default" if is_main() else "ignore", Note)
         held.enter_context(on_signals(interrupt))
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the tiny world takes one
         # Not isinstance(argv, Config): after a reload of the module there are two such classes
@@ -4064,13 +4104,15 @@ def main(argv=None):
         if is_main():
             held.enter_context(own_folder(config))
         run = open_run(config)
+        with whole_step(run):  # a signal that was lost so far
+            pass
         result = work(config, run)
         if dist.is_initialized():
             dist.destroy_process_group()
         return result
     except (Exception, KeyboardInterrupt) as error:
-        # A second signal must not interrupt the saving
-        held.enter_context(on_signals(signal.SIG_IGN))
+        # A second signal must not interrupt the saving. Not SIG_IGN, which Python reports as lost
+        held.enter_context(on_signals(lambda *_: None))
         traceback.clear_frames(error.__traceback__)  # they keep the caches alive on a full GPU
         flags = {**run.flags, **run.rows_at_once}  # empty in set-up
         told, status = explain(error, run.phase, flags)
@@ -4083,7 +4125,7 @@ def main(argv=None):
                 # A resumed run would break again; weights that led there push out no good ones
                 if not run.halfway and not broken:
                     save_checkpoint(config, run)
-            if told:
+            if told and is_main():
                 told += f"; last checkpoint: {last_checkpoint(config) or 'none'}"
         if not told:
             raise

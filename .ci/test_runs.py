@@ -109,6 +109,9 @@ def world(small_world):
     weights = {name: value for name, value in half.state_dict().items() if "layers.1" not in name}
     half.save_pretrained(small_world / "half", state_dict=weights)
     TOKENIZER.save_pretrained(small_world / "half")
+    tiny("Qwen3", 3).save_pretrained(small_world / "mute")  # without a tokenizer
+    shutil.copytree(small_world / "student", small_world / "words")
+    write(small_world / "words" / "generation_config.json", {"eos_token_id": "<end>"})
     # An adapter, custom code, a template that raises, one with a token that the models lack
     write(small_world / "adapter" / "adapter_config.json", {"peft_type": "LORA", "r": 4})
     opd.tiny_tokenizer(WORDS).save_pretrained(small_world / "adapter")
@@ -868,6 +871,26 @@ MISTAKES = {
         {"teacher": "{world}/half"},
         "half lacks 11 of its weights, such as model.layers.1.input_layernorm.weight",
     ),
+    "a student without a tokenizer": ({"student": "{world}/mute"}, "mute has no tokenizer"),
+    "a teacher without a tokenizer": ({"teacher": "{world}/mute"}, "mute has no tokenizer"),
+    "a stop that is no id": ({"student": "{world}/words"}, "eos_token_id ['<end>'] must be ids"),
+    "a template that names a field of another name": (
+        {"teacher_prompt_template": "{problem} {sollution}"},
+        "--teacher_prompt_template: {sollution} is none of problem, answer, solution",
+    ),
+    "a prompt that would tell the answer": (
+        {"prompt_template": "{problem} {answer}"},
+        "--prompt_template: {answer} is none of problem",
+    ),
+    "checkpointing on and off": (
+        {"gradient_checkpointing": True, "no_gradient_checkpointing": True},
+        "give one",
+    ),
+    "a file from an unset variable of the shell": (
+        {"train_file": ["{world}/train.jsonl", ""]},
+        "--train_file is empty",
+    ),
+    "more tokens than a list can have": ({"max_new_tokens": 10**12}, "and at most 1e+08"),
     "a model with code of its own": (
         {"student": "{world}/custom"},
         "models that come with code are not supported",
@@ -1462,6 +1485,17 @@ def test_a_parquet_file_is_read_with_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", package.parquet)
     path = write(tmp_path / "a.parquet", text='[{"problem": "1", "answer": 2}]')
     assert opd.load_problems(path) == [{"problem": "1", "answer": "2", "solution": None}]
+
+
+def test_a_broken_parquet_file_is_named(tmp_path, monkeypatch):
+    package = types.ModuleType("pyarrow")
+    package.parquet = types.ModuleType("pyarrow.parquet")
+    package.parquet.read_table = throw(OSError("magic bytes not found"))
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", package.parquet)
+    path = write(tmp_path / "a.PARQUET", text="x")
+    with pytest.raises(ValueError, match="a.PARQUET is not a whole parquet file: magic bytes"):
+        opd.load_problems(path)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(world, tmp_path, monkeypatch, capfd):
@@ -2157,6 +2191,14 @@ def test_a_run_of_a_config_with_paths_and_numpy_numbers_can_be_resumed(world, tm
     opd.main(dataclasses.replace(config, **odd))
     train(world, tmp_path, max_steps=2, eval_file=None, resume=True)
     assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("action", ["ignore", "error"])
+def test_notes_are_shown_whatever_filter_of_warnings_there_is(action, world, tmp_path):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter(action)
+        train(world, tmp_path, max_steps=1, eval_file=None, resume=True)
+    assert any("no checkpoint in" in str(warning.message) for warning in shown)
 
 
 def test_warnings_after_a_run_look_as_before_it(world, tmp_path):
@@ -4498,6 +4540,36 @@ def test_a_second_signal_right_after_the_first_changes_nothing():
         for number in ALL_SIGNALS:
             os.kill(os.getpid(), number)
             time.sleep(0.01)
+    opd.STOPPED.clear()
+
+
+class SignalsWhenDeleted:
+    """Python ignores what is raised in __del__, also by the handler of a signal."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("function, step", [("read_files", None), ("draw_prompts", 3)])
+def test_a_signal_whose_exception_python_ignores_ends_the_run_at_the_end_of_the_step(
+    function, step, world, tmp_path, monkeypatch, capfd
+):
+    real, calls = getattr(opd, function), []
+
+    def signals(*args, **kwargs):
+        calls.append(args)
+        if step is None or len(calls) == step + 1:  # the first draw is the preflight's
+            SignalsWhenDeleted()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(opd, function, signals)
+    argv = command(world, tmp_path / "out", max_steps=9, eval_file=None)
+    status, line = stopped(argv, capfd)
+    assert status == 128 + signal.SIGTERM and "opd.py: interrupted" in line
+    if step:
+        assert line.endswith(f"last checkpoint: {tmp_path}/out/checkpoint-{step}")
 
 
 @pytest.mark.parametrize("number", ALL_SIGNALS)
@@ -6208,6 +6280,26 @@ def test_a_report_leaves_out_the_metrics_of_another_program(tmp_path):
     made_run(tmp_path / "same")
     rows = table(tmp_path)[0]
     assert rows["opd"]["after"] == rows["same"]["after"]
+
+
+@pytest.mark.parametrize("key, value", [("flops", None), ("time_update", "1"), ("eval", [0.5])])
+def test_a_run_that_lacks_what_a_report_needs_is_left_out_with_a_note(key, value, tmp_path):
+    """Such as one of an older version."""
+    made_run(tmp_path / "opd")
+    made_run(tmp_path / "odd")
+    lines = test_opd.read(tmp_path / "odd" / "metrics.jsonl")
+    for line in lines:
+        if key in line:
+            line[key] = value
+    os.remove(tmp_path / "odd" / "metrics.jsonl")
+    write(tmp_path / "odd" / "metrics.jsonl", *lines)
+    with pytest.warns(UserWarning, match="^odd/metrics.jsonl is left out"):
+        assert set(opd.report(str(tmp_path))) == {"opd"}
+
+
+def test_a_line_nested_too_deep_for_json_is_left_out(tmp_path):
+    made_run(tmp_path / "opd", text="[" * 100_000 + "\n")
+    assert set(opd.report(str(tmp_path))) == {"opd"}
 
 
 def test_half_a_line_is_left_out_wherever_it_is(tmp_path):
