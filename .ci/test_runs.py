@@ -4344,6 +4344,11 @@ def test_grading_shows_how_it_asks(world, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == f"first prompt: {prompt!r}"
 
 
+def test_grading_alone_needs_no_overlap_of_more_tokens_than_there_are(world, tmp_path):
+    flags = {"eval_only": True, "teacher": None, "train_file": None, "overlap_k": V + 1}
+    assert opd.main(command(world, tmp_path, **flags))["eval"]["num_problems"] > 0
+
+
 def test_a_new_run_keeps_the_metrics_of_the_last_one_and_grading_adds_to_them(world, tmp_path):
     first = train(world, tmp_path, max_steps=1)[1]
     train(world, tmp_path, max_steps=2)
@@ -4570,6 +4575,19 @@ def test_a_signal_whose_exception_python_ignores_ends_the_run_at_the_end_of_the_
     assert status == 128 + signal.SIGTERM and "opd.py: interrupted" in line
     if step:
         assert line.endswith(f"last checkpoint: {tmp_path}/out/checkpoint-{step}")
+    else:
+        assert os.path.getsize(tmp_path / "out" / "metrics.jsonl") == 0  # before any step
+
+
+def test_only_the_process_that_saves_names_the_last_checkpoint(world, tmp_path, monkeypatch, capfd):
+    """Another one may end before it is saved."""
+    calls = []
+    monkeypatch.setattr(opd, "is_main", lambda: False)
+    monkeypatch.setattr(opd, "say", lambda *lines, file=None: calls.extend(lines))
+    monkeypatch.setattr(opd, "optimizer_step", send(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        opd.main(command(world, tmp_path / "out", max_steps=9, eval_file=None))
+    assert calls[-1] == "opd.py: interrupted"
 
 
 @pytest.mark.parametrize("number", ALL_SIGNALS)
