@@ -626,8 +626,7 @@ def judge(teacher, cache, ids, mask, student_topk, vocab_size, **head):
 def rollout(
     student, teacher, prompts, plan, for_teacher=None, *, eos_ids, pad_id=0, overlap_k=16, **options
 ):
-    """Sample responses to B prompts, lists of ids, by a Plan. No model reads a column of a row
-    twice: prefill runs equal prompts once; generate and judge run what their caches lack.
+    """Sample responses to B prompts (lists of ids) by a Plan; no model reads a row's column twice.
 
     teacher: None to sample without scoring. for_teacher: the teacher's prompts, if they differ
     [OPSD]. options: vocab_size, stop_id, temperature, top_p of generate. Both models in eval mode.
@@ -1417,7 +1416,7 @@ def read_solution(value):
     line are removed.
     """
     if isinstance(value, list):
-        value = "\n".join(filter(lambda item: isinstance(item, str), value))
+        value = "\n".join([item for item in value if isinstance(item, str)])
     text = value.strip() if isinstance(value, str) else ""
     before, mark, last = text.rpartition("####")
     if mark and "\n" not in last:
@@ -2185,6 +2184,16 @@ def check_values(config):
             raise ValueError(f"--{name} {value} must be {least}, and at most {most:g}")
 
 
+def check_template(name, template, known):
+    """ValueError if a template lacks the problem, or names a field that is not known."""
+    if "{problem}" not in template:
+        raise ValueError(f"--{name} must say {{problem}} where the problem goes")
+    # Not what is in a LaTeX command, as in \frac{a}{b}
+    for field_name in re.findall(r"(?<![\w\\}])\{(\w+)\}", template):
+        if field_name not in known:
+            raise ValueError(f"--{name}: {{{field_name}}} is none of {', '.join(known)}")
+
+
 def check_config(config):
     """ValueError for flags that cannot work, alone or together, before anything is loaded."""
     check_values(config)
@@ -2211,17 +2220,9 @@ def check_config(config):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if config.gradient_checkpointing and config.no_gradient_checkpointing:
         raise ValueError("--gradient_checkpointing and --no_gradient_checkpointing: give one")
-    if "{problem}" not in config.prompt_template:
-        raise ValueError("--prompt_template must say {problem} where the problem goes")
-    own_template = config.teacher_prompt_template
-    if own_template and "{problem}" not in own_template:
-        raise ValueError("--teacher_prompt_template must say {problem} where the problem goes")
-    fields = [("prompt_template", ["problem"]), ("teacher_prompt_template", list(FIELDS))]
-    for name, known in fields:
-        # Not what is in a LaTeX command, as in \frac{a}{b}
-        for field_name in re.findall(r"(?<![\w\\}])\{(\w+)\}", getattr(config, name)):
-            if field_name not in known:
-                raise ValueError(f"--{name}: {{{field_name}}} is none of {', '.join(known)}")
+    check_template("prompt_template", config.prompt_template, ["problem"])
+    if config.teacher_prompt_template:
+        check_template("teacher_prompt_template", config.teacher_prompt_template, FIELDS)
     # A checkpoint in --output_dir would be renamed, or removed as the oldest
     for model in filter(None, (config.student, config.teacher)):
         folder, name = os.path.split(os.path.abspath(model))
@@ -2249,6 +2250,7 @@ def check_config(config):
         if not matches or round(sum(config.mix), 3) != 1 or prompts < 1:
             needs = "a share for each --train_file, each worth a prompt per step, summing to 1"
             raise ValueError(f"--mix needs {needs}")
+    own_template = config.teacher_prompt_template
     needed = [config.student, config.teacher or own_template, config.train_file]
     given = [config.student, config.teacher, own_template, config.train_file, config.eval_file]
     if config.eval_only:
@@ -3192,6 +3194,10 @@ def interrupt(number, _):
         raise KeyboardInterrupt(number)
 
 
+def ignore(number, _):
+    """A signal handler. Not SIG_IGN: Python reports a signal as lost that comes just before it"""
+
+
 @contextlib.contextmanager
 def on_signals(act):
     """A block in which act handles SIGNALS; under nohup SIGHUP stays ignored."""
@@ -4111,8 +4117,8 @@ def main(argv=None):
             dist.destroy_process_group()
         return result
     except (Exception, KeyboardInterrupt) as error:
-        # A second signal must not interrupt the saving. Not SIG_IGN, which Python reports as lost
-        held.enter_context(on_signals(lambda *_: None))
+        # A second signal must not interrupt the saving
+        held.enter_context(on_signals(ignore))
         traceback.clear_frames(error.__traceback__)  # they keep the caches alive on a full GPU
         flags = {**run.flags, **run.rows_at_once}  # empty in set-up
         told, status = explain(error, run.phase, flags)
