@@ -3195,7 +3195,7 @@ def interrupt(number, _):
 
 
 def ignore(number, _):
-    """A signal handler. Not SIG_IGN: Python reports a signal as lost that comes just before it"""
+    """A signal handler that does nothing. After SIG_IGN Python may report a signal as lost"""
 
 
 @contextlib.contextmanager
