@@ -1764,7 +1764,8 @@ def ask_math_verify(gold, answer, seconds=3.0):
             stdin=pipe,
             stdout=pipe,
             stderr=subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},  # whatever that of a terminal is
             process_group=0,  # Ctrl-C must not reach it
         )
         if process.stdout.readline() != "ready\n":  # start-up does not count towards seconds
@@ -3963,6 +3964,8 @@ def draw_report(runs):
 
 def report(folder):
     """Print the table of all runs below a folder, and draw its report.png -> {name: results}"""
+    if not os.path.isdir(folder):
+        raise ValueError(f"--report {folder}: there is no such folder")
     runs = []
     for path in sorted(glob.glob("**/metrics.jsonl", root_dir=folder, recursive=True)):
         # Not the copies in checkpoints, whole, half or old

@@ -1746,6 +1746,14 @@ def test_the_grading_process_has_its_own_process_group_so_control_c_does_not_rea
     assert os.getpgid(opd.OF_THREAD.process.pid) != os.getpgid(os.getpid())
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-16"])
+def test_math_verify_starts_whatever_the_encoding_of_the_terminal(encoding, monkeypatch):
+    monkeypatch.setattr(opd, "OF_THREAD", threading.local())  # so that it starts another process
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    assert opd.ask_math_verify("½", "½") and not opd.ask_math_verify("1", "2")
+    opd.OF_THREAD.process.kill()
+
+
 @pytest.mark.parametrize(
     "gold, readable",
     [("1/2", True), ("x^2+1", True), ("", False), ("}{", False), ("\\frac{}", False)],
@@ -6448,6 +6456,8 @@ def test_a_report_of_no_run_with_steps_is_refused(tmp_path, capfd):
     write(tmp_path / "x" / "metrics.jsonl", graded(0, "eval_only", 0.5))
     status, line = stopped(["--report", str(tmp_path)], capfd)
     assert status == 2 and "no run below it has a metrics.jsonl with steps" in line
+    status, line = stopped(["--report", str(tmp_path / "nowhere")], capfd)
+    assert status == 2 and line.endswith("nowhere: there is no such folder")
 
 
 def test_a_run_ends_with_its_own_report_and_the_path_of_its_checkpoint(world, tmp_path, capsys):
