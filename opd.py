@@ -19,7 +19,7 @@ Data flow of one step, from the problems to the sampler of the next step:
                                    choose   which rows go on? the method's rule  kept
                                    leave    the other rows leave both caches
 
-Papers, by the tags used below, with the --method that each is, or its flag
+Papers, by the tags used below, with their --method, flag or function
     [GKD]             2306.13649   opd: distillation on the student's own samples
     [Rethinking-OPD]  2604.13016   overlap and the other alignment metrics; the student's top-k loss
     [FastOPD]         2602.15260   prefix: train on prefixes only; progressive: let them grow
@@ -346,10 +346,11 @@ def select_prefixes(score, num_keep):
     Example: [[.9, .8], [.2, .1]] with num_keep 3 -> .9, .8 and .2.
     """
     P, G = score.shape
+    score = score.to(torch.promote_types(score.dtype, torch.float32))  # counts have no infinity
     if not P <= num_keep <= P * G or not score.isfinite().all():
         raise ValueError(f"needs {P} <= num_keep {num_keep} <= {P * G}, and finite scores")
     best = score.argmax(dim=1, keepdim=True)  # (P, 1)
-    best_first = score.float().scatter(1, best, torch.inf).flatten()  # (P * G,)
+    best_first = score.scatter(1, best, torch.inf).flatten()  # (P * G,)
     order = best_first.argsort(descending=True, stable=True)  # stable: the first wins a tie
     keep = torch.zeros_like(best_first, dtype=torch.bool)
     keep[order[:num_keep]] = True
@@ -1636,8 +1637,8 @@ SPELLINGS = {
     # a word, or letters in order: north, ABC
     r'^[" ]*(?![a-dw-z]+\b)([a-zA-Z]{3,}|[A-Z]{2}|[Nn]o)\.?(?![^ "])(?!.*[-=+^(])': r'\\text "\1"',
     # letters in order in a list or a name, as one variable: \angle ABC is \angle x_{ABC}; but they
-    # commute in a product or a sum (t is of \cdot)
-    r'(?<![-+=/\w}])(?<![a-z}]\{|[-+=/t] )"*+ *+([A-Z](?: ?[A-Z])++)(?![a-zA-Z])'
+    # commute in a product, a sum or a fraction
+    r'(?<![-+=/\w}])(?<![-+=/] )(?<!\\cdot )(?<![a-z}]\{)"*+ *+([A-Z](?: ?[A-Z])++)(?![a-zA-Z])'
     r'(?![^,]*([-+=^/_"]|\\[a-z]))': r" x_{\1}",
     # a fraction, a mixed number: 1⁄2, 1 2/3
     r"(\d+)⁄(\d+)": r"\\frac{\1}{\2}",
@@ -2853,7 +2854,7 @@ def plan_lines(config, run, out):
         free, total = map(tqdm.format_sizeof, torch.cuda.mem_get_info(run.device))
         device += f", {free}B of {total}B free"
     lines = [f"plan for {device}"]
-    what = {
+    titles = {
         "rollout_batch_size": "rollout",
         "micro_batch_size": "update",
         "eval_batch_size": "evaluation",
@@ -2864,7 +2865,7 @@ def plan_lines(config, run, out):
         plan = memory_plan(**sizes, rows=rows)[phase]
         plan["total"] = sum(plan.values())
         parts = [f"{part} {tqdm.format_sizeof(size)}B" for part, size in plan.items() if size]
-        told = f"{what[flag]}, {rows} rows at once of {sizes['columns']} tokens"
+        told = f"{titles[flag]}, {rows} rows at once of {sizes['columns']} tokens"
         lines.append(f"{told}: {', '.join(parts)}")
     seconds = seconds_at_most(config, run, out)
     times = [f"{what} {tqdm.format_interval(took)}" for what, took in seconds.items()]
@@ -4099,7 +4100,7 @@ def main(argv=None):
         held.callback(setattr, warnings, "formatwarning", warnings.formatwarning)
         held.callback(STOPPED.clear)
         warnings.formatwarning = lambda message, *_: f"note: {message}\n"
-        warnings.simplefilter("default" if is_main() else "ignore", Note)
+        warnings.simplefilter("default", Note)
         held.enter_context(on_signals(interrupt))
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the tiny world takes one
         # Not isinstance(argv, Config): after a reload of the module there are two such classes

@@ -2215,6 +2215,11 @@ def test_warnings_after_a_run_look_as_before_it(world, tmp_path):
     assert warnings.formatwarning is before
 
 
+@pytest.mark.parametrize("text", [r"\frac{a}{b}", r"\boxed{}", r"\boxed{answer}", r"\{x\}", "{}"])
+def test_braces_of_latex_in_a_template_are_no_fields(text):
+    opd.check_template("prompt_template", "{problem} " + text, ["problem"])
+
+
 def test_a_config_without_models_must_be_that_of_the_tiny_world():
     opd.check_config(dataclasses.replace(opd.TINY, max_steps=1))
     with pytest.raises(ValueError, match="for the tiny world use replace"):
