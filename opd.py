@@ -2861,6 +2861,8 @@ def plan_lines(config, run, out):
         "teacher_eval_batch_size": "evaluation of the teacher",
     }
     for flag, (phase, _, sizes) in plan_phases(config, run).items():
+        if not sizes["columns"]:  # there is no file to evaluate on
+            continue
         rows = run.rows_at_once[flag]
         plan = memory_plan(**sizes, rows=rows)[phase]
         plan["total"] = sum(plan.values())

@@ -3356,7 +3356,9 @@ def test_without_an_evaluation_file_nothing_is_evaluated_and_the_preflight_says_
 ):
     train(world, tmp_path, eval_file=None, cold_start_steps=1, max_steps=1)
     assert all("eval" not in line for line in test_opd.read(tmp_path / "metrics.jsonl"))
-    assert "evaluated before step 1, see --eval_first: nobody" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "evaluated before step 1, see --eval_first: nobody" in told
+    assert "update, 4 rows at once" in told and "evaluation, " not in told
 
 
 def test_a_run_without_an_initial_evaluation_has_no_accuracy_before(world, tmp_path):
