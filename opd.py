@@ -1331,7 +1331,8 @@ def read_records(path):
         except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
             number += getattr(error, "lineno", 1) - 1
             why = getattr(error, "msg", error)  # its str has another line number
-            raise ValueError(f"{path}, line {number}: not JSON in UTF-8 ({why})") from None
+            told = f"{path}, line {number}: not JSON in UTF-8, one record per line or one list"
+            raise ValueError(f"{told} ({why}): {line.strip()!r:.60}") from None
     return records[0] if is_list else records
 
 
@@ -1461,7 +1462,7 @@ def load_problems(path, needs_answers=False):
             wrong = "has half a character, a lone surrogate"
         elif needs_answers and not answer:
             wrong = f"evaluation needs an answer, in {', '.join(ANSWERS + LABELS)} or solution"
-        fields = ", ".join(record)
+        fields = ", ".join(f"{name} {value!r:.20}" for name, value in record.items()) or "none"
         if wrong:
             raise ValueError(f"{path}, record {number}: {wrong}; its fields are {fields}")
 
@@ -2239,12 +2240,12 @@ def check_config(config):
     # Flags in combination
     if config.method == "prefix-guided":
         if not config.probe_window <= config.prefix < config.max_new_tokens:
-            holds = f"--probe_window <= --prefix_length {config.prefix} < --max_new_tokens"
-            raise ValueError(f"{holds} must hold")
+            lengths = f"{config.probe_window}, {config.prefix} and {config.max_new_tokens}"
+            must = "--probe_window <= --prefix_length < --max_new_tokens must hold"
+            raise ValueError(f"{must}; they are {lengths}")
         if config.keep_ratio * config.num_generations < 0.999:  # .333 passes for 1/3
-            raise ValueError(
-                f"--keep_ratio {config.keep_ratio} is under one candidate per prompt: raise it"
-            )
+            told = f"--keep_ratio {config.keep_ratio} is under one candidate per prompt"
+            raise ValueError(f"{told}: raise it to 1/{config.num_generations}")
     if config.mix:
         # Rounded, so that .3333 passes for 1/3
         prompts = round(min(config.mix) * config.batch_size, 2)  # of the smallest share
@@ -2369,8 +2370,8 @@ def stop_ids(model, tokenizer):
 def load(auto_class, path, **options):
     """from_pretrained, or a ValueError of one line. Code that comes with a model is never run."""
     of_a_run = "/checkpoint-" in path and os.path.isdir(os.path.dirname(path))
-    no_hub_name = path[0] in "./~" or path.count("/") > 1 or of_a_run
-    if no_hub_name and not os.path.exists(path):
+    no_hub_name = path[0] in "./~" or path.count("/") > 1 or of_a_run or os.path.isfile(path)
+    if no_hub_name and not os.path.isdir(path):
         raise ValueError(f"{path} does not load: there is no such folder")
     adapter = os.path.exists(f"{path}/adapter_config.json")
     missing = []  # weights that the files lack: transformers fills them with random numbers

@@ -854,7 +854,7 @@ MISTAKES = {
     "a line that is not JSON": ({"train_file": "{world}/bad.jsonl"}, "line 2"),
     "a record without a problem": (
         {"train_file": "{world}/keys.jsonl"},
-        "fields are text, label",
+        "fields are text '1', label 2",
     ),
     "a model that is nowhere": ({"student": "{world}/nowhere"}, "nowhere"),
     "a model folder that does not load": ({"teacher": "{world}/broken"}, "broken does not load"),
@@ -913,7 +913,7 @@ MISTAKES = {
     ),
     "evaluation answers in an unknown field": (
         {"eval_file": "{world}/value.jsonl"},
-        "solution; its fields are problem, value",
+        "solution; its fields are problem '1', value 2",
     ),
     "prompts that are all too long": ({"max_prompt_length": 2}, "--max_prompt_length 2"),
     "a share of a mixture that is no number": ({"mix": ["nan"]}, "--mix"),
@@ -928,15 +928,15 @@ MISTAKES = {
     "a nucleus above all": ({"eval_top_p": 1.1}, "--eval_top_p"),
     "a prefix of all tokens": (
         {"method": "prefix-guided", "prefix_length": 12},
-        "--prefix_length 12 < --max_new_tokens must hold",
+        "--prefix_length < --max_new_tokens must hold; they are 4, 12 and 12",
     ),
     "a probe window over the prefix": (
         {"method": "prefix-guided", "probe_window": 7},
-        "--probe_window <= --prefix_length 6",
+        "--probe_window <= --prefix_length < --max_new_tokens must hold; they are 7, 6 and",
     ),
     "a keep ratio under one per prompt": (
         {"method": "prefix-guided", "keep_ratio": 0.4},
-        "--keep_ratio 0.4 is under one candidate per prompt",
+        "--keep_ratio 0.4 is under one candidate per prompt: raise it to 1/2",
     ),
     "a cap below its least": ({"cap_init": 3}, "--cap_init"),
     "a cap above its largest": ({"cap_init": 13}, "--cap_init"),
@@ -1462,7 +1462,24 @@ def test_half_a_line_of_json_is_refused_with_one_line_number(tmp_path):
     path = write(tmp_path / "half.jsonl", text='{"problem": "1"}\n{"problem": ')
     with pytest.raises(ValueError, match="half.jsonl, line 2: not JSON in UTF-8") as error:
         opd.load_problems(path)
-    assert str(error.value).split("half.jsonl")[1].count("line") == 1
+    assert str(error.value).split("half.jsonl")[1].count("line 2") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["version https://git-lfs", "problem,answer\n1,2\n", '{\n"problem"']
+)
+def test_what_is_not_json_is_shown_with_what_is_asked_for(text, tmp_path):
+    """A pointer to a large file, a table, JSON that is indented."""
+    path = write(tmp_path / "other.jsonl", text=text)
+    with pytest.raises(ValueError, match="one record per line or one list") as error:
+        opd.load_problems(path)
+    assert str(error.value).endswith(repr(text.splitlines()[0].encode()))
+
+
+def test_a_record_that_is_refused_is_shown(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"problem": ["2+3?"], "answer": 5})
+    with pytest.raises(ValueError, match=r"its fields are problem \['2\+3\?'\], answer 5"):
+        opd.load_problems(path)
 
 
 def test_a_problem_whose_prompt_has_no_token_is_refused(world, tmp_path, capfd, monkeypatch):
@@ -4130,11 +4147,13 @@ def test_a_second_run_in_a_folder_says_what_became_of_the_files_of_the_first(wor
         ("./nope", "there is no such folder"),
         ("out/r1/checkpoint-300", "there is no such folder"),
         ("out/checkpoint-300", "there is no such folder"),
+        ("model.safetensors", "there is no such folder"),  # a file
         (".", "it has no config.json; a run's models are in its checkpoint-<step> folders"),
     ],
 )
 def test_a_folder_without_a_model_is_told_so(path, why, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
         opd.load(transformers.AutoTokenizer, path)
