@@ -13,7 +13,6 @@ torch.set_num_threads(1)  # tiny tensors gain next to nothing from more
 
 import copy
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -332,15 +331,16 @@ def flags(**changes):
     return opd.Config(**{**SMALL, **changes})
 
 
-def chosen(score, ended=(0, 0, 0, 0, 0, 0), at=6, **changes):
+def chosen(score, ended=(0, 0, 0, 0, 0, 0), border=6, **changes):
     """Which candidates prefix-guided continues: scores (P, G), ended (B,) -> (P, G) bool"""
     P, G = len(score), len(score[0])
-    overlap = torch.tensor(score).view(-1, 1).expand(P * G, at).clone()
-    overlap[:, 4:] = 1 - overlap[:, 4:]  # past the probe window of 4 the opposite
+    overlap = torch.tensor(score).view(-1, 1).expand(P * G, border).clone()
+    # Past the probe window of 4 the opposite: a rule that read on would choose others
+    overlap[:, 4:] = 1 - overlap[:, 4:]
     changes = {"method": "prefix-guided", "num_generations": G, **changes}
     rule = opd.plan_rollout(flags(**changes), 1, cap=8).goes_on
-    mask, ended = torch.ones(P * G, at).bool(), torch.tensor(ended).bool()
-    return rule(at, overlap, mask, ended).view(P, G)
+    mask, ended = torch.ones(P * G, border).bool(), torch.tensor(ended).bool()
+    return rule(border, overlap, mask, ended).view(P, G)
 
 
 def command(world, out, **changes):
@@ -477,14 +477,31 @@ def test_reverse_kl_is_torchs_kl_divergence_of_student_and_teacher_in_that_order
     close(opd.reverse_kl(z, t), expected)
 
 
+def test_forward_kl_is_torchs_kl_divergence_of_teacher_and_student_in_that_order():
+    z, t = logits(2, 5, seed=1), logits(2, 5, seed=2)
+    expected = kl_divergence(Categorical(logits=t), Categorical(logits=z))
+    close(opd.forward_kl(z, t), expected)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_is_what_the_entropy_of_the_mixture_exceeds_the_mean_entropy_by(beta):
+    """beta is the teacher's share in the mixture, and in the mean."""
+    z, t = logits(2, 5, seed=1), logits(2, 5, seed=2)
+    mixture = Categorical(beta * t.softmax(-1) + (1 - beta) * z.softmax(-1))
+    mean = beta * Categorical(logits=t).entropy() + (1 - beta) * Categorical(logits=z).entropy()
+    close(opd.jsd(z, t, beta), mixture.entropy() - mean)
+
+
 def test_reverse_kl_charges_little_for_one_of_two_modes_and_much_for_an_invented_one():
-    """Covering one of the teacher's two modes costs log 2; a third, which it lacks, over 10."""
+    """Covering one of the teacher's two modes costs log 2; a third, which it lacks, over 16."""
     never = -50.0
     teacher = torch.tensor([[[0.0, 0.0, never]]])
     one_mode = torch.tensor([[[0.0, never, never]]])
     third_mode = torch.tensor([[[0.0, 0.0, 0.0]]])
     assert opd.reverse_kl(one_mode, teacher).item() == pytest.approx(math.log(2), abs=1e-4)
-    assert opd.reverse_kl(third_mode, teacher).item() > 10
+    # A third of the mass is where log q is -50 - log 2
+    invented = 50 / 3 + math.log(2 / 3)
+    assert opd.reverse_kl(third_mode, teacher).item() == pytest.approx(invented, abs=1e-3)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -498,10 +515,11 @@ def test_losses_of_bfloat16_logits_are_computed_in_float32_and_those_of_float64_
     assert LOSSES[loss](z.double(), t.double(), y).dtype == torch.float64
 
 
-def test_reverse_kl_passes_gradcheck_in_float64():
+@pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "jsd"])
+def test_divergences_pass_gradcheck_in_float64(loss):
     z = logits(2, seed=1).double().requires_grad_()
     t = logits(2, seed=2).double().requires_grad_()
-    assert torch.autograd.gradcheck(opd.reverse_kl, (z, t))
+    assert torch.autograd.gradcheck(lambda z, t: LOSSES[loss](z, t, None), (z, t))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -538,7 +556,8 @@ def test_the_advantage_of_a_sampled_token_is_log_q_minus_log_p():
 
 
 def test_the_baseline_centres_the_advantage_and_lowers_its_mean_square_by_kl_squared():
-    """The variance of the advantage stays the same; that of the gradient need not fall."""
+    """Mean square is variance + mean squared: the mean goes, and the variance stays. That of the
+    gradient need not fall."""
     z, t = logits(1, 1, seed=1), logits(1, 1, seed=2)
     p = z.softmax(-1).flatten()
     plain, centred = advantages(z, t, False), advantages(z, t, True)
@@ -654,7 +673,7 @@ def test_reverse_kl_tail_passes_gradcheck_and_has_no_gradient_where_the_models_a
 
 
 def test_reverse_kl_tail_moves_mass_out_of_the_support_if_the_teacher_has_more_outside():
-    """The teacher, like the student, prefers neither of the top 2, but gives the rest far more."""
+    """Both models rank tokens 0 and 1 equally; the teacher gives the other 22 far more."""
     z, t = torch.zeros(V), torch.zeros(V)
     z[:2] = 6.0
     t[:2] = 1.0
@@ -734,19 +753,20 @@ def test_a_position_without_shared_tokens_counts_in_the_overlap_but_not_in_the_a
 def test_a_token_of_probability_zero_under_both_models_changes_no_alignment_metric():
     z, t = logits(1, 4, seed=1), logits(1, 4, seed=2)
     mask = torch.ones(1, 4)
-    expected = opd.alignment(z[..., :-1], t[..., :-1], mask, 4)
+    expected = opd.alignment(z[..., :-1], t[..., :-1], mask, 12)
     z[..., -1] = t[..., -1] = -torch.inf
-    assert opd.alignment(z, t, mask, 4) == pytest.approx(expected, abs=1e-6)
+    assert opd.alignment(z, t, mask, 12) == pytest.approx(expected, abs=1e-6)
 
 
 def test_alignment_of_bfloat16_logits_is_computed_in_float32():
     z, t = logits(1, 4, seed=1).bfloat16(), logits(1, 4, seed=2).bfloat16()
-    expected = opd.alignment(z.float(), t.float(), None, 4)
-    close(opd.alignment(z, t, None, 4), expected, equal_nan=True)
+    expected = opd.alignment(z.float(), t.float(), None, 12)
+    close(opd.alignment(z, t, None, 12), expected)
 
 
 def test_overlap_by_position_averages_over_the_tokens_in_each_of_8_equal_parts_of_the_columns():
     """16 columns in 8 parts; the rows have 14 and 7 tokens, so the last part is empty: NaN."""
+    # The mean of columns 2i and 2i + 1 is (2i + .5) / 16 in the first row, and 1 in the second
     overlap = torch.stack([torch.arange(16) / 16, torch.full((16,), 1.0)])
     mask = torch.arange(16) < torch.tensor([[14], [7]])
     parts = opd.overlap_by_position(overlap, mask)
@@ -827,8 +847,8 @@ def test_padding_has_no_reliability_is_no_bad_token_and_adds_no_reliable_length(
     assert opd.reliable_length(torch.ones(1, 4), mask).tolist() == [2]
 
 
-def test_a_reliability_within_rounding_of_zero_counts_as_zero():
-    """In floating point, 1 minus ten times .1 may miss 0: up to 1e-8 counts as 0."""
+def test_a_reliability_of_up_to_1e_8_counts_as_zero():
+    """As released. In float32 the reliability is 0 or at least 6e-8."""
     w = torch.tensor([[1, 1e-7, 1e-9]])
     assert opd.reliable_length(w, torch.ones(1, 3)).tolist() == [2]
 
@@ -1123,61 +1143,19 @@ def test_with_merged_stops_the_sampled_loss_has_the_gradient_of_reverse_kl_in_ex
 
 
 def test_a_teacher_with_another_stop_token_unteaches_stopping_unless_stops_are_merged():
-    """Both stop with probability .54, the student mostly by token 3, the teacher by token 7."""
+    """One logit of log 23 among 23 of 0 has probability 1/2: the student stops by token 3, the
+    teacher by 7."""
     z, t = torch.zeros(V), torch.zeros(V)
     z[3] = t[7] = math.log(V - 1)
 
     def stop_probability(z):
-        return z.softmax(-1)[[3, 7, 9]].sum()
+        return z.softmax(-1)[sorted(STOPS)].sum()
 
     merged_t = opd.merge_stops(t, STOPS, 7)
     apart = gradient(lambda z: opd.reverse_kl(z, t), z)
     merged = gradient(lambda z: opd.reverse_kl(opd.merge_stops(z, STOPS, 7), merged_t), z)
     assert stop_probability(z - 0.1 * apart) < stop_probability(z) - 0.01
     close(stop_probability(z - 0.1 * merged), stop_probability(z), atol=1e-3, rtol=0)
-
-
-Z, T = logits(2, 3, seed=1), logits(2, 3, seed=2)
-OVERLAP = torch.tensor([[0.75, 0.25, 0.5], [0.25, 0.5, 0]])
-MASK = torch.tensor([[True, True, True], [True, False, False]])
-IDS, ENDED = MASK.long(), MASK[:, 1]
-GUIDED = {"at": 3, "num_generations": 2, "keep_ratio": 0.5, "probe_window": 2}
-CALLS = [
-    partial(opd.reverse_kl, Z, T),
-    partial(opd.forward_kl, Z, T),
-    partial(opd.jsd, Z, T, 0.5),
-    partial(opd.reverse_kl_sampled, Z, T, IDS, True),
-    partial(opd.is_among, IDS, IDS),
-    partial(opd.topk_support, Z, T, 4, "union"),
-    partial(opd.reverse_kl_topk, Z, T, 4, "union"),
-    partial(opd.reverse_kl_tail, Z, T, 4, "union"),
-    partial(opd.overlap_ratio, IDS, IDS),
-    partial(opd.topk_overlap, Z, T, 4),
-    partial(opd.alignment, Z, T, MASK, 4),
-    partial(opd.overlap_by_position, OVERLAP, MASK, 4),
-    partial(opd.select_prefixes, OVERLAP, 3),
-    partial(opd.best_prefixes, 3, OVERLAP, MASK, ENDED, **GUIDED),
-    partial(opd.drift_weights, OVERLAP, MASK, 0.5, 0.1),
-    partial(opd.reliable_rows, 3, OVERLAP, MASK, ENDED, threshold=0.5, w_drop=0.1),
-    partial(opd.reliable_length, OVERLAP, MASK),
-    partial(opd.next_max_length, IDS.sum(1), 2048, 0, **CAP),
-    partial(opd.extrapolate, {"w": Z}, {"w": T}, lambda weights: weights["w"].sum()),
-    partial(opd.mask_through_eos, IDS, {1}),
-    partial(opd.merge_stops, Z, {1, 2}, 1),
-]
-
-
-def test_functions_up_to_merge_stops_do_not_change_their_arguments():
-    """All that get a tensor, so not horizon; movable_weights gets a model. Copy what you like."""
-    functions = {value for value in vars(opd).values() if inspect.isfunction(value)}
-    last = inspect.getsourcelines(opd.merge_stops)[1]
-    early = {f for f in functions if f.__module__ == "opd" and inspect.getsourcelines(f)[1] <= last}
-    assert early - {call.func for call in CALLS} == {opd.horizon, opd.movable_weights}
-    for call in CALLS:
-        before = copy.deepcopy(call.args)
-        call()
-        for value, copied in zip(tree_leaves(call.args), tree_leaves(before), strict=True):
-            assert torch.as_tensor(value == copied).all(), call.func
 
 
 def test_with_a_stop_id_generate_samples_from_and_records_the_merged_distribution():
@@ -1189,8 +1167,7 @@ def test_with_a_stop_id_generate_samples_from_and_records_the_merged_distributio
         STUDENT, ids, mask, max_new_tokens=1, record_k=4, **settings
     )
     law = opd.merge_stops(STUDENT(ids[:1]).logits[0, -1] / 2, STOPS, 7).log_softmax(-1)
-    counts = torch.bincount(new[:, 0], minlength=V) / 4000
-    close(counts, law.exp(), atol=0.03, rtol=0)
+    assert chi_square(torch.bincount(new[:, 0], minlength=V), law.exp()) < 50
     close(log_probs, law[new[:, 0]])
     assert topk[0, 0].tolist() == law.topk(4).indices.tolist()
 
@@ -1198,9 +1175,8 @@ def test_with_a_stop_id_generate_samples_from_and_records_the_merged_distributio
 def test_with_a_stop_id_rows_end_with_it_alone_and_overlap_is_that_of_merged_logits():
     told = {"eos_ids": STOPS, "stop_id": 7, "temperature": 1.5, "max_length": 24}
     out = roll(STUDENT, TEACHER, lengths=LENGTHS * 4, **told)
-    ends = out["response_ids"][
-        out["response_mask"] & torch.isin(out["response_ids"], torch.tensor([3, 7, 9]))
-    ]
+    is_stop = torch.isin(out["response_ids"], torch.tensor(sorted(STOPS)))
+    ends = out["response_ids"][out["response_mask"] & is_stop]
     assert len(ends) == out["ended"].sum() > 4 and (ends == 7).all()
     for row, (ids, prompt) in enumerate(rows_of(out)):
         z, t = (opd.merge_stops(m(ids).logits / 1.5, STOPS, 7) for m in (STUDENT, TEACHER))
@@ -1367,7 +1343,7 @@ def test_the_update_trains_on_the_tokens_of_the_loss_mask_with_others_as_context
     batch = make_batch(student, TEACHER)
     columns = torch.isin(torch.arange(12), torch.tensor(MASKS[where]))
     batch["loss_mask"] = columns & batch["response_mask"]
-    batch["loss_mask"][2] = False
+    batch["loss_mask"][2] = False  # a row with nothing to learn
     metrics, grads = update(student, TEACHER, batch)
     expected, plain = plain_gradients(student, TEACHER, batch)
     assert metrics["num_tokens"] == batch["loss_mask"].sum() > 0
@@ -1384,7 +1360,7 @@ def test_a_loss_mask_that_covers_padding_does_not_train_on_it():
     assert_same(update(student, TEACHER, batch)[1], expected[1])
 
 
-def test_a_step_without_a_token_to_train_on_changes_nothing():
+def test_train_step_without_a_token_to_train_on_changes_nothing():
     student = tiny_llama(1)
     batch = make_batch(student, TEACHER)
     batch["loss_mask"] = torch.zeros_like(batch["response_mask"])
@@ -1533,7 +1509,8 @@ def test_an_sgd_step_is_the_rate_times_the_clipped_norm_long_and_lowers_the_loss
     ids=str,
 )
 def test_in_steps_1_to_4_each_method_samples_up_to_the_length_that_its_flags_give(changes, lengths):
-    """For prune that is the cap, here 8, but at most --max_new_tokens."""
+    """Of small runs: 12 tokens, a prefix of 6, a horizon of 4 and 4 more each step. For prune it is
+    the cap, here 8, but at most --max_new_tokens."""
     plans = [opd.plan_rollout(flags(**changes), step, cap=8) for step in (1, 2, 3, 4)]
     assert [plan.max_length for plan in plans] == lengths
 
@@ -1561,15 +1538,16 @@ def test_prefix_guided_keeps_a_candidate_of_every_prompt_however_low_keep_ratio_
 
 @pytest.mark.parametrize("probe_window, first_is_better", [(4, True), (5, True), (12, False)])
 def test_prefix_guided_selects_by_mean_overlap_in_the_probe_window(probe_window, first_is_better):
-    """The first four tokens favour the first candidate, the eight after them the second."""
-    flags_of_it = {"at": 12, "prefix_length": 12, "probe_window": probe_window}
+    """The first four tokens favour the first candidate, the eight after them the second: in a
+    window of 5 the means are .56 and .50, in one of 12 they are .47 and .50."""
+    flags_of_it = {"border": 12, "prefix_length": 12, "probe_window": probe_window}
     keep = chosen([[0.6, 0.5]], ended=(0, 0), keep_ratio=0.5, **flags_of_it)
     assert keep.tolist() == [[first_is_better, not first_is_better]]
 
 
 def test_prefix_guided_selects_at_the_end_of_the_prefix_and_at_no_other_border():
     for border, kept in ((4, 6), (6, 3), (8, 6), (12, 6)):
-        assert chosen(SCORES, at=border).sum() == kept
+        assert chosen(SCORES, border=border).sum() == kept
 
 
 def test_rows_that_ended_within_the_prefix_take_no_slot_from_running_rows():
@@ -1580,6 +1558,7 @@ def test_rows_that_ended_within_the_prefix_take_no_slot_from_running_rows():
 
 
 def test_a_prompt_whose_candidates_have_all_ended_takes_no_slot_from_the_others():
+    """Half of six rows is three slots: the best of both other prompts, and .6."""
     keep = chosen(SCORES, ended=[1, 1, 0, 0, 0, 0], keep_ratio=0.5)
     assert keep[1:].tolist() == [[True, False], [True, True]]
 
@@ -1652,6 +1631,7 @@ def test_the_readmes_rule_keeps_rows_while_16_tokens_agree(world, tmp_path, monk
     exec(code, {})
     out = updates[0][1]
     lengths = out["response_mask"].sum(-1)
+    # At each border some rows were stopped, and of all rows those that the rule names
     assert {8, 16, 24} <= {*lengths[~out["kept"]].tolist()} <= {8, 16, 24, 32}
     for border in (8, 16, 24, 32):
         agree = out["overlap"][:, max(0, border - 16) : border].mean(-1) > 0.5
@@ -1690,6 +1670,7 @@ def test_method_and_flags_decide_what_is_trained_on_and_with_what_weights(change
 
 
 def test_the_misses_of_the_cap_are_counted_across_steps(world, tmp_path):
+    """Every token is bad, so all steps miss: after every second the cap, at first 8, falls by 2."""
     changes = {"method": "prune", "cap_patience": 2, "max_steps": 5, "eval_file": None}
     steps = train(world, tmp_path, **changes, drift_threshold=1.1, w_drop=1)[1]
     assert [step["max_length"] for step in steps] == [8, 8, 6, 6, 4]
@@ -1717,16 +1698,20 @@ def test_each_step_samples_from_the_weights_the_last_one_left(world, tmp_path, m
     train(world, tmp_path, dtype="bfloat16", extrapolate=True, max_steps=4, eval_file=None)
     # After step 2 the weights are extrapolated (by .1), after step 3 they are not
     weights = [state["model.layers.0.mlp.up_proj.weight"] for state in sampled_with]
-    assert [len(weights), (weights[2] - weights[1]).mean() > 0.09] == [4, True]
+    assert len(weights) == 4
+    assert (weights[2] - weights[1]).mean() > 0.09
     assert not torch.equal(weights[2], weights[3])
 
 
-@pytest.mark.parametrize("max_steps, rates", [(1, [0.004]), (3, [0.004, 0.008, 0.008])])
-def test_the_rate_warms_up_and_the_one_logged_is_used(world, tmp_path, runs, max_steps, rates):
-    changes = {"warmup_steps": 2, "learning_rate": 0.008, "max_steps": max_steps}
+def test_the_rate_warms_up_and_the_one_logged_is_used(world, tmp_path):
+    used = []
+    hook = register_optimizer_step_pre_hook(
+        lambda adam, *_: used.append(adam.param_groups[0]["lr"])
+    )
+    changes = {"warmup_steps": 2, "learning_rate": 0.008, "max_steps": 3}
     steps = train(world, tmp_path, eval_file=None, **changes)[1]
-    assert [line["learning_rate"] for line in steps] == rates
-    assert runs[0].optimizer.param_groups[0]["lr"] == rates[-1]
+    hook.remove()
+    assert [line["learning_rate"] for line in steps] == used == [0.004, 0.008, 0.008]
 
 
 def test_each_step_of_a_run_clips_at_max_grad_norm_and_no_weight_decays(world, tmp_path):
@@ -1747,6 +1732,7 @@ def test_extrapolation_runs_at_powers_of_two_and_its_samples_count_as_generated(
     _, steps, _ = train(world, tmp_path, extrapolate=True, max_steps=5, eval_file=None)
     assert [line["step"] for line in steps if "extrapolation_k" in line] == [1, 2, 4]
     first = steps[0]
+    # The teacher reads all that is sampled to train on, and none of what is sampled to validate
     assert first["generated_tokens"] == first["teacher_tokens"] + first["validation_tokens"]
     assert first["validation_tokens"] > 0 and first["time_validation"] > 0
 
@@ -1808,15 +1794,24 @@ def test_last_boxed_is_the_content_of_the_last_box_that_closes(text, content):
         (r"\boxed{34} no, \boxed{33}", "33", True),
         (r"<think>\boxed{33}</think> 34", "33", False),
         (r"<think>\boxed{34}</think> \boxed{33}", "33", True),
-        (r"\boxed{ $3 3$ }", r"\boxed{33}", True),
-        (r"\boxed{0.5}", r"\frac{1}{2}", True),
-        (r"\boxed{(1,2)}", "1<x<2", True),
-        (r"\boxed{1<x<2}", "(1,2)", False),  # math-verify is not symmetric
     ],
 )
 def test_only_the_last_box_after_any_thoughts_is_graded(response, gold, right):
-    opd.ask_math_verify("1", "2", seconds=60)  # the first call takes longer than others
     assert opd.is_correct(response, gold) is right
+
+
+@pytest.mark.parametrize(
+    "boxed, gold, right",
+    [
+        (" $3 3$ ", r"\boxed{33}", True),
+        ("0.5", r"\frac{1}{2}", True),
+        ("(1,2)", "1<x<2", True),
+        ("1<x<2", "(1,2)", False),  # math-verify is not symmetric: a point is no interval
+    ],
+)
+def test_another_spelling_of_the_gold_answer_is_right(boxed, gold, right):
+    opd.ask_math_verify("1", "2", seconds=60)  # the first call takes longer than others
+    assert opd.is_correct(rf"\boxed{{{boxed}}}", gold) is right
 
 
 def test_pass_at_k_is_the_share_of_all_draws_of_k_that_contain_a_right_answer():
@@ -1846,9 +1841,10 @@ def test_auroc_is_nan_if_all_are_right_or_all_are_wrong_or_a_score_is_missing():
 
 
 def test_auroc_of_100_000_answers_needs_less_than_100_mb():
-    """All pairs at once would take 20 GB. Right ones (1, 3, 5, ...) win a little over half."""
+    """All pairs at once would take 20 GB. Of n right answers the i-th beats i of n wrong ones."""
     tracemalloc.start()
-    assert opd.auroc(range(100_000), [0, 1] * 50_000) == pytest.approx(0.50001)
+    n = 50_000
+    assert opd.auroc(range(2 * n), [0, 1] * n) == pytest.approx((n + 1) / (2 * n))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6
@@ -1953,6 +1949,7 @@ def test_a_run_logs_all_its_steps_evaluations_and_answers(whole_run):
 
 
 def test_in_a_run_the_log_probs_of_the_update_are_those_of_sampling(whole_run):
+    """sampling_mismatch: |log p in the update - log p as sampled|, a mean."""
     steps = [line for line in read(whole_run[1] / "metrics.jsonl") if "loss" in line]
     assert all(line["sampling_mismatch"] < 1e-4 for line in steps)
 

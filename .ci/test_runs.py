@@ -41,6 +41,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import plans
@@ -2474,30 +2475,61 @@ def test_cap_init_is_the_first_cap_and_no_more_than_max_new_tokens(world, tmp_pa
     assert opened(world, tmp_path, cap_init=11, max_new_tokens=10)[1].cap == 10
 
 
-def test_forward_kl_is_kl_teacher_student_as_torch_distributions_has_it():
-    z, t = test_opd.logits(2, 5, seed=1), test_opd.logits(2, 5, seed=2)
-    student, teacher = (torch.distributions.Categorical(logits=x) for x in (z, t))
-    close(opd.forward_kl(z, t), torch.distributions.kl_divergence(teacher, student))
+def calls():
+    """One call of every function up to merge_stops, but horizon (numbers) and movable_weights (a
+    model). Positional arguments are compared; the others are numbers.
+    """
+    z, t = test_opd.logits(2, 3, seed=1), test_opd.logits(2, 3, seed=2)
+    overlap = torch.tensor([[0.75, 0.25, 0.5], [0.25, 0.5, 0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    ids, ended = mask.long(), mask[:, 1]
+    guided = {"at": 3, "num_generations": 2, "keep_ratio": 0.5, "probe_window": 2}
+    partial = functools.partial
+    return [
+        partial(opd.reverse_kl, z, t),
+        partial(opd.forward_kl, z, t),
+        partial(opd.jsd, z, t, 0.5),
+        partial(opd.reverse_kl_sampled, z, t, ids, True),
+        partial(opd.is_among, ids, ids),
+        partial(opd.topk_support, z, t, 4, "union"),
+        partial(opd.reverse_kl_topk, z, t, 4, "union"),
+        partial(opd.reverse_kl_tail, z, t, 4, "union"),
+        partial(opd.overlap_ratio, ids, ids),
+        partial(opd.topk_overlap, z, t, 4),
+        partial(opd.alignment, z, t, mask, 4),
+        partial(opd.overlap_by_position, overlap, mask, 4),
+        partial(opd.select_prefixes, overlap, 3),
+        partial(opd.best_prefixes, 3, overlap, mask, ended, **guided),
+        partial(opd.drift_weights, overlap, mask, 0.5, 0.1),
+        partial(opd.reliable_rows, 3, overlap, mask, ended, threshold=0.5, w_drop=0.1),
+        partial(opd.reliable_length, overlap, mask),
+        partial(opd.next_max_length, ids.sum(1), 2048, 0, **test_opd.CAP),
+        partial(opd.extrapolate, {"w": z}, {"w": t}, lambda weights: weights["w"].sum()),
+        partial(opd.mask_through_eos, ids, {1}),
+        partial(opd.merge_stops, z, {1, 2}, 1),
+    ]
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
-def test_jsd_mixes_the_kls_to_the_mixture(beta):
-    z, t = test_opd.logits(2, 5, seed=1), test_opd.logits(2, 5, seed=2)
-    student, teacher = (torch.distributions.Categorical(logits=x) for x in (z, t))
-    mixed = torch.distributions.Categorical(beta * teacher.probs + (1 - beta) * student.probs)
-    expected = beta * torch.distributions.kl_divergence(teacher, mixed)
-    expected = expected + (1 - beta) * torch.distributions.kl_divergence(student, mixed)
-    close(opd.jsd(z, t, beta), expected)
+def test_functions_up_to_merge_stops_do_not_change_their_arguments():
+    """Copy what you like."""
+    functions = {value for value in vars(opd).values() if inspect.isfunction(value)}
+    last = inspect.getsourcelines(opd.merge_stops)[1]
+    early = {f for f in functions if f.__module__ == "opd" and inspect.getsourcelines(f)[1] <= last}
+    assert early - {call.func for call in calls()} == {opd.horizon, opd.movable_weights}
+    for call in calls():
+        before = copy.deepcopy(call.args)
+        call()
+        for value, copied in zip(tree_leaves(call.args), tree_leaves(before), strict=True):
+            assert torch.as_tensor(value == copied).all(), call.func
 
 
 @pytest.mark.parametrize("loss", [opd.forward_kl, functools.partial(opd.jsd, beta=0.3)])
-def test_the_other_divergences_pass_gradcheck_are_zero_at_the_teacher_and_never_nan(loss):
+def test_the_other_divergences_are_zero_at_the_teacher_and_never_nan(loss):
     z, t = test_opd.logits(3, seed=1).double(), test_opd.logits(3, seed=2).double()
-    assert torch.autograd.gradcheck(lambda z: loss(z, t), z.requires_grad_())
     assert loss(t, t).abs().max() < 1e-12
     nobody = torch.tensor([[[0.0, 1.0, -math.inf]]])
     assert loss(nobody, nobody).item() == pytest.approx(0, abs=1e-6)
-    low = loss(z.detach().bfloat16(), t.bfloat16())
+    low = loss(z.bfloat16(), t.bfloat16())
     assert low.dtype == torch.float32 and low.isfinite().all()
 
 
