@@ -1408,7 +1408,7 @@ def read_fields(record):
 
 def read_turn(turn):
     """A turn of a chat -> its role and its text. Some say human and gpt, and value for content"""
-    role = turn.get("role") or turn.get("from")
+    role = str(turn.get("role") or turn.get("from"))
     role = {"human": "user", "gpt": "assistant"}.get(role, role)
     return role, turn.get("content") or turn.get("value")
 
@@ -1440,7 +1440,7 @@ FORMAT = (
     r"|\[\[(your |final )?answer|(as|return) json|only (a|the) letter|[\"'*`]the (final )?answer is"
     r"|double brackets|\bbox (your|the) (final )?answer|<final>|最终答案"
 )
-HALF = "[\ud800-\udfff]"
+LONE_SURROGATE = "[\ud800-\udfff]"
 
 
 def load_problems(path, needs_answers=False):
@@ -1458,13 +1458,13 @@ def load_problems(path, needs_answers=False):
         wrong = ""
         if not isinstance(problem, str) or not problem.strip():
             wrong = "needs a text in problem, question, prompt or a turn of the role user"
-        elif re.search(HALF, f"{problem}{answer}{solution}"):
+        elif re.search(LONE_SURROGATE, f"{problem}{answer}{solution}"):
             wrong = "has half a character, a lone surrogate"
         elif needs_answers and not answer:
             wrong = f"evaluation needs an answer, in {', '.join(ANSWERS + LABELS)} or solution"
-        fields = ", ".join(f"{name} {value!r:.20}" for name, value in record.items()) or "none"
         if wrong:
-            raise ValueError(f"{path}, record {number}: {wrong}; its fields are {fields}")
+            fields = ", ".join(f"{name} {value!r:.20}" for name, value in record.items())
+            raise ValueError(f"{path}, record {number}: {wrong}; its fields are {fields or 'none'}")
 
         # Note what the user should know of the rest
         problem = re.sub(INSTRUCTIONS, "", problem).strip() or problem
@@ -1477,7 +1477,7 @@ def load_problems(path, needs_answers=False):
         if left_out:
             notes["records lose what stands before their question"].append(left_out[0])
         if not answer and len(record) > 1:
-            notes["records have no answer"].append(f"one with the fields {fields}")
+            notes["records have no answer"].append(f"one with the fields {', '.join(record)}")
         if problem in problems:
             other = answer and problems[problem]["answer"] not in (None, answer)
             what = "duplicates with another answer" if other else "duplicates"
@@ -1499,7 +1499,7 @@ def fill_template(template, problem):
     """Fill {problem}, {answer} and {solution} in a template from a problem, a dict -> text, or None
     if the problem lacks one of them. Braces in the inserted texts are not filled in turn.
     """
-    names = rf"\{{({'|'.join(FIELDS)})\}}"
+    names = rf"(?<![\w\\}}])\{{({'|'.join(FIELDS)})\}}"  # not \boxed{{answer}}
     if None in [problem[name] for name in re.findall(names, template)]:
         return None
     return re.sub(names, lambda name: problem[name[1]], template)
@@ -1573,10 +1573,10 @@ def draw_prompts(config, run, step):
     pools, shares = [sum(run.pools, [])], [1]  # all files are one pool; with --mix, one each
     if config.mix:
         pools, shares = run.pools, config.mix
-    # Borders are rounded to whole prompts, so that the counts add up; the 1e-6 is for 6.4999999: a
+    # The ends are rounded to whole prompts, so that the counts add up; the 1e-6 is for 6.4999999: a
     # share worth one prompt must not get none
-    borders = np.cumsum([0, *shares]) * config.batch_size + 0.500001
-    counts = np.diff(borders.astype(int)).tolist()
+    ends = np.cumsum([0, *shares]) / sum(shares) * config.batch_size + 0.500001
+    counts = np.diff(ends.astype(int)).tolist()
     drawn = []
     for pool, count in zip(pools, counts):
         drawn += [pool[index] for index in batch_indices(step, count, len(pool), config.seed)]
@@ -1696,8 +1696,8 @@ def is_same(answer, gold, text):
         return answer.strip() == gold.strip()
     gold = read_gold(gold)
     # The same words are the same answer, whether in \text{} or not
-    plain = [re.sub(r"\\text\w*\{([^{}]*)\}", r"\1", value).split() for value in (gold, answer)]
-    if plain[0] == plain[1]:
+    words = [re.sub(r"\\text\w*\{([^{}]*)\}", r"\1", value).split() for value in (gold, answer)]
+    if words[0] == words[1]:
         return True
     gold, unit = spell(gold)
     # If the gold answer is a list, as many boxes count as one answer
@@ -1711,6 +1711,7 @@ def is_same(answer, gold, text):
     same = gold.replace(" ", "") == answer.replace(" ", "")
     if re.search(NOT_FOR_MATH_VERIFY, f"{gold};{unit}"):
         return same and unit == other
+    # Each of these lines forbids one kind of wrong abbreviation
     short, long = sorted([unit, other], key=len)
     rest = iter(long)
     short_for = long.startswith(short[:1]) and all(letter in rest for letter in short)
@@ -1894,8 +1895,8 @@ def imitate(model, draw, steps, title):
         # Right-padded, so that no attention mask is needed, with 0 (<pad>), which is not trained on
         rows = []
         while sum(map(len, rows)) < 3000:
-            rows.append(torch.tensor(draw()).T)
-        ids, learned = pad_sequence(rows).permute(2, 1, 0)  # (rows, L) each
+            rows.append(torch.tensor(draw()).T)  # (L, 2)
+        ids, learned = pad_sequence(rows, batch_first=True).unbind(-1)  # (rows, L) each
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids.where(learned > 0, -100)).loss.backward()
         # Linear warm-up, and cosine decay to a twentieth
@@ -2151,17 +2152,16 @@ def parse_args(argv=None):
     return replace(Config() if named else TINY, **given)
 
 
-def plain(value):
+def as_json(value):
     """What JSON does not know, such as a Path or a number of numpy -> a text or a number"""
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def check_values(config):
     """ValueError for a flag whose value is wrong by itself."""
-    may_be_zero = (
-        "seed cold_start_steps rollout_batch_size segment_length prefix_length horizon_growth "
-        "drift_threshold w_drop w_base cap_margin cap_hit_ratio warmup_steps save_every "
-        "micro_batch_size eval_every eval_temperature eval_batch_size beta"
+    may_be_zero = (  # and all whose default is 0
+        "horizon_growth drift_threshold w_drop w_base cap_margin cap_hit_ratio eval_every "
+        "eval_temperature beta"
     ).split()
     # argparse has seen nothing of a Config that was made in a notebook
     for name, kind in Config.__annotations__.items():
@@ -2178,13 +2178,13 @@ def check_values(config):
         if not is_list or not all(isinstance(item, as_good) for item in items):
             raise ValueError(f"--{name} {value!r} must be of type {inspect.formatannotation(kind)}")
 
-        zero_ok = name in may_be_zero
-        most = 1 if name in ("keep_ratio", "eval_top_p") else 1e12
+        zero_ok = name in may_be_zero or getattr(Config, name) == 0
+        limit = 1 if name in ("keep_ratio", "eval_top_p") else 1e12
         if of_type is int and name != "seed":  # counts, of which lists are made
-            most = 1e8
-        if type(value) in (int, float) and not (0 <= value <= most and (value or zero_ok)):
+            limit = 1e8
+        if type(value) in (int, float) and not (0 <= value <= limit and (value or zero_ok)):
             least = "at least 0" if zero_ok else "above 0"
-            raise ValueError(f"--{name} {value} must be {least}, and at most {most:g}")
+            raise ValueError(f"--{name} {value} must be {least}, and at most {limit:g}")
 
 
 def check_template(name, template, known):
@@ -2219,7 +2219,7 @@ def check_config(config):
         raise ValueError(f"--device {config.device}: each process takes a GPU of its own; use cuda")
     if config.output_dir.startswith("~"):
         raise ValueError(f"--output_dir {config.output_dir}: no shell expands this ~; write $HOME")
-    if re.search(HALF, config.output_dir):
+    if re.search(LONE_SURROGATE, config.output_dir):
         raise ValueError(f"--output_dir {config.output_dir!r}: its name must be UTF-8")
     if config.gradient_checkpointing and config.no_gradient_checkpointing:
         raise ValueError("--gradient_checkpointing and --no_gradient_checkpointing: give one")
@@ -2654,55 +2654,58 @@ def memory_plan(
     segment: columns that the teacher scores at once. Bytes per token: cache, in the caches; judged,
     in a pass of the teacher; kept, for backward. states: bytes of the teacher's states of a step.
     """
-    copy = 2 * student if bf16 else 0  # the sampler's weights; in the update autocast's casts
+    low = 2 * student if bf16 else 0  # bfloat16: the sampler's weights; autocast's, in the update
     read = min(rows * segment, 2**15)  # tokens per pass of hidden_states
     judged_logits = min(read * vocab, LOGITS_AT_ONCE)
     learned_logits = min(rows * columns * vocab, LOGITS_AT_ONCE)
     always = {
-        "weights": 4 * student + copy + (2 if bf16 else 4) * teacher,
+        "weights": 4 * student + low + (2 if bf16 else 4) * teacher,
         "Adam's moments": 8 * student,
         "hidden states": states,
     }
     rollout = {"caches": rows * columns * cache, "judging": read * judged + 10 * judged_logits}
     update = {
         "gradient": 4 * student,
-        "activations": rows * columns * kept + copy,
+        "activations": rows * columns * kept + low,
         "logits": 32 * learned_logits,  # both models', with losses, measures, gradient
     }
     return {"rollout": {**always, **rollout}, "update": {**always, **update}}
 
 
 def plan_phases(config, run):
-    """What memory_plan is to be called with -> {batch-size flag: (phase, most rows, arguments)}"""
+    """What memory_plan is to be called with -> {flag: (phase, most rows, arguments, title)}. The
+    last is no flag: --eval_batch_size, where the teacher answers
+    """
     most, bf16 = run.most, run.sampler is not run.student
-    step = {"student": 0, "teacher": 0, "bf16": bf16, "vocab": run.vocab_size}
-    evaluation = {**step, "segment": most["answer"]}
+    states = 0  # bytes of the teacher's hidden states of a step
+    models = {"student": 0, "teacher": 0, "bf16": bf16, "vocab": run.vocab_size}
     if run.teacher:
         shape = run.teacher.config.get_text_config()
         wide = getattr(shape, "intermediate_size", 4 * shape.hidden_size)
-        step["student"] = run.student.num_parameters()
-        step["teacher"] = run.teacher.num_parameters()
-        step["judged"] = 6 * wide + 14 * shape.hidden_size  # bytes per token
-        evaluation |= step
-        step["states"] = most["rows"] * most["response"] * shape.hidden_size * (2 if bf16 else 4)
+        models["student"] = run.student.num_parameters()
+        models["teacher"] = run.teacher.num_parameters()
+        models["judged"] = 6 * wide + 14 * shape.hidden_size  # bytes per token
+        states = most["rows"] * most["response"] * shape.hidden_size * (2 if bf16 else 4)
+    evaluation = {**models, "segment": most["answer"]}
+    step = {**models, "states": states}
 
     # A rollout keeps a cache of both models: counted as if both read the longer prompt
     longer = max(most["prompt"], most["teacher_prompt"])
     asked = max(most["question"], most["teacher_question"])
-    sampling = {**step, "columns": longer + most["response"], "cache": sum(run.cache_bytes)}
-    sampling["segment"] = Plan(max(most["response"], 1), config.segment_length).borders()[0]
+    rollout = {**step, "columns": longer + most["response"], "cache": sum(run.cache_bytes)}
+    rollout["segment"] = Plan(max(most["response"], 1), config.segment_length).borders()[0]
     update = {**step, "columns": most["prompt"] + most["response"], "kept": run.kept_bytes}
     columns = most["question"] + most["answer"]
     if config.extrapolate:  # its tries are evaluations on training prompts
         columns = max(columns, update["columns"])
-    student_eval = {**evaluation, "columns": columns, "cache": run.cache_bytes[0]}
-    teacher_eval = {**evaluation, "columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
+    student = {**evaluation, "columns": columns, "cache": run.cache_bytes[0]}
+    teacher = {**evaluation, "columns": asked + most["answer"], "cache": run.cache_bytes[-1]}
     update_rows, eval_rows = (most["rows"], 256) if run.device.type == "cuda" else (4, 32)
     return {
-        "rollout_batch_size": ("rollout", most["rows"], sampling),
-        "micro_batch_size": ("update", update_rows, update),
-        "eval_batch_size": ("rollout", eval_rows, student_eval),
-        "teacher_eval_batch_size": ("rollout", eval_rows, teacher_eval),
+        "rollout_batch_size": ("rollout", most["rows"], rollout, "rollout"),
+        "micro_batch_size": ("update", update_rows, update, "update"),
+        "eval_batch_size": ("rollout", eval_rows, student, "evaluation"),
+        "teacher_eval_batch_size": ("rollout", eval_rows, teacher, "evaluation of the teacher"),
     }
 
 
@@ -2731,7 +2734,7 @@ def rows_that_fit(config, run):
         torch.cuda.empty_cache()  # else what torch holds for later would not count as free
         free = torch.cuda.mem_get_info(run.device)[0]
     rows = {}
-    for flag, (phase, fits, sizes) in plan_phases(config, run).items():
+    for flag, (phase, fits, sizes, _) in plan_phases(config, run).items():
 
         def left(count, phase=phase, sizes=sizes):
             """Bytes left free by so many rows; the weights are loaded already"""
@@ -2741,9 +2744,9 @@ def rows_that_fit(config, run):
         # Keep a fifth of what is free in reserve for what is not planned
         while fits > 1 and left(fits) < 0.2 * left(0):
             fits -= 1
-        before = run.rows_at_once.get(flag, 0)  # of a run that is resumed
-        if before and left(before) >= 0:  # else this is a smaller GPU
-            fits = before
+        resumed = run.rows_at_once.get(flag, 0)  # of the checkpoint
+        if resumed and left(resumed) >= 0:  # else the GPU is smaller now
+            fits = resumed
         given = getattr(config, flag.removeprefix("teacher_"))
         least = config.num_generations if flag == "rollout_batch_size" else 1
         count = max(given or fits, least) // least * least  # a prompt's candidates stay together
@@ -2760,8 +2763,8 @@ def rows_that_fit(config, run):
                 f"{lacks}; {instead}"
             )
         rows[flag] = min(gather([count]))
-        if rows[flag] < before and not given:
-            told = f"--{flag.removeprefix('teacher_')} was {before} and is {rows[flag]}"
+        if rows[flag] < resumed and not given:
+            told = f"--{flag.removeprefix('teacher_')} was {resumed} and is {rows[flag]}"
             note(f"fewer rows fit on this GPU: {told}")
     return rows
 
@@ -2855,20 +2858,14 @@ def plan_lines(config, run, out):
         free, total = map(tqdm.format_sizeof, torch.cuda.mem_get_info(run.device))
         device += f", {free}B of {total}B free"
     lines = [f"plan for {device}"]
-    titles = {
-        "rollout_batch_size": "rollout",
-        "micro_batch_size": "update",
-        "eval_batch_size": "evaluation",
-        "teacher_eval_batch_size": "evaluation of the teacher",
-    }
-    for flag, (phase, _, sizes) in plan_phases(config, run).items():
+    for flag, (phase, _, sizes, title) in plan_phases(config, run).items():
         if not sizes["columns"]:  # there is no file to evaluate on
             continue
         rows = run.rows_at_once[flag]
         plan = memory_plan(**sizes, rows=rows)[phase]
         plan["total"] = sum(plan.values())
         parts = [f"{part} {tqdm.format_sizeof(size)}B" for part, size in plan.items() if size]
-        told = f"{titles[flag]}, {rows} rows at once of {sizes['columns']} tokens"
+        told = f"{title}, {rows} rows at once of {sizes['columns']} tokens"
         lines.append(f"{told}: {', '.join(parts)}")
     seconds = seconds_at_most(config, run, out)
     times = [f"{what} {tqdm.format_interval(took)}" for what, took in seconds.items()]
@@ -3163,16 +3160,16 @@ def prepare_files(config, run, checkpoint):
     """
     os.makedirs(config.output_dir, exist_ok=True)  # an --eval_only run removes it if empty
     # What to rename: everything of another run; of this run, what came after the checkpoint
-    page, checkpoints = [f"{config.output_dir}/rollouts.html"], list_checkpoints(config.output_dir)
+    pages, checkpoints = [f"{config.output_dir}/rollouts.html"], list_checkpoints(config.output_dir)
     # Not f"{checkpoint}/..": it may be a link
     around = os.path.dirname(os.path.abspath(checkpoint))
-    own = checkpoint and os.path.samefile(around, config.output_dir)
-    if own:
-        page, checkpoints = [], [path for path in checkpoints if step_of(path) > run.step]
-    files = list(filter(os.path.exists, run.files + page))
+    same_folder = checkpoint and os.path.samefile(around, config.output_dir)
+    if same_folder:
+        pages, checkpoints = [], [path for path in checkpoints if step_of(path) > run.step]
+    files = list(filter(os.path.exists, run.files + pages))
     if not any(map(os.path.getsize, files)):  # of a start that failed: what is put aside stays
         files = []
-    if files and not own:
+    if files and not same_folder:
         note(f"the files of the run that was in {config.output_dir} end in .old now")
     for path in files + checkpoints:
         remove(f"{path}.old")
@@ -3189,7 +3186,8 @@ def prepare_files(config, run, checkpoint):
 SIGNALS = [getattr(signal, f"SIG{name}") for name in "INT TERM HUP USR1 USR2 XCPU".split()]
 
 
-STOPPED = []  # the signals that came: an exception is lost where Python ignores it, as in __del__
+# The signals that came. Noted here, because Python loses an exception raised in a __del__
+STOPPED = []
 
 
 def interrupt(number, _):
@@ -3220,14 +3218,13 @@ def on_signals(act):
 
 @contextlib.contextmanager
 def whole_step(run):
-    """A block that is done whole or not at all: signals wait for its end, where one that was lost
-    before takes effect, too. If it fails, its lines are removed from the run's files, and
+    """A block that is done whole or not at all: signals wait for its end, and so does one that was
+    lost before (see STOPPED). If it fails, its lines are removed from the run's files, and
     run.halfway is True: the state must not be saved.
     """
-    waiting = []
     files = run.files if is_main() else []
     sizes = {path: os.path.getsize(path) for path in files if os.path.exists(path)}
-    with on_signals(lambda number, _: waiting.append(number)):
+    with on_signals(lambda number, _: STOPPED.append(number)):
         try:
             yield
         except BaseException:
@@ -3235,20 +3232,17 @@ def whole_step(run):
             for path in filter(os.path.exists, files):
                 os.truncate(path, sizes.get(path, 0))
             raise
-    came = STOPPED + waiting
-    if came:
-        raise KeyboardInterrupt(came[0])
+    if STOPPED:
+        raise KeyboardInterrupt(STOPPED[0])
 
 
 @torch.no_grad()
 def suspect(run):
     """Which model's logits are not finite, and on which problem, for the error message."""
     for problem in sum([*run.pools, *run.evals.values()], [])[:8]:
-        for role, asked in (
-            ("student", problem["prompt_ids"]),
-            ("teacher", teacher_prompt(problem)),
-        ):
-            ids, model = torch.tensor([asked], device=run.device), getattr(run, role)
+        asked = {"student": problem["prompt_ids"], "teacher": teacher_prompt(problem)}
+        for role, prompt in asked.items():
+            ids, model = torch.tensor([prompt], device=run.device), getattr(run, role)
             if model and model(input_ids=ids).logits[0, -1].softmax(-1).isnan().any():
                 return f"; the {role}'s logits are not, on the problem {problem['problem'][:60]!r}"
     return ""
@@ -3419,7 +3413,7 @@ def row_facts(config, batch):
         "response_length": mask.sum(-1),
         "trained_length": batch["loss_mask"].sum(-1),
         "reliable_length": reliable_length(reliability, mask),
-        # Of the rows that the method let go on: the others could not stop
+        # The others were stopped by the method before they could end
         "stopped_fraction": torch.where(batch["kept"], batch["ended"].float(), math.nan),
         "truncated_fraction": ~batch["ended"],
         "kept_fraction": batch["kept"],
@@ -3464,7 +3458,8 @@ def evaluate_and_save(config, run):
         return run.step >= config.max_steps or every and run.step % every == 0
 
     if run.step > run.graded and due(config.eval_every):
-        write_view(config, run)
+        if run.shown:
+            write_view(config, run)
         evaluate_files(config, run, "student")
     if run.step and due(config.save_every):
         save_checkpoint(config, run)
@@ -3638,7 +3633,7 @@ def cold_start_step(config, run, step):
     def cross_entropy(logits, _, ids):
         return F.cross_entropy(logits, ids, reduction="none")
 
-    # Learn the sampled ids. This loss ignores the teacher's states: any of that length will do
+    # Learn the sampled ids. This loss ignores the teacher's states: any tensor of that length
     out |= {"loss_mask": mask & right[:, None], "token_weight": mask.float()}
     out["teacher_hidden"] = [valid[valid] for valid in mask]
     settings = update_settings(config, run)
@@ -3668,21 +3663,15 @@ def why_stopped(config, out, row):
     if out["kept"][row]:
         return "cut"
     if config.method == "prune":
-        bad = out["overlap"][row][out["response_mask"][row]] < config.drift_threshold
+        bad = (out["overlap"][row] < config.drift_threshold) & out["response_mask"][row]
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
-    # With random selection, or a custom rule, there is no score to report
     if config.method != "prefix-guided" or config.select == "random":
-        return "not selected"
-    first = row - row % config.num_generations
-    of_prompt = slice(first, first + config.num_generations)
-    score = out["overlap"][of_prompt, : config.probe_window].mean(-1)  # (G,)
-    # Rows that ended within the prefix were kept without a score
-    went_on = out["response_mask"][of_prompt].sum(-1) > config.prefix
-    selected = score[out["kept"][of_prompt] & went_on]
-    if not len(selected):
-        return "not selected"
-    least = f"the least that was kept of this prompt {selected.min():.3f}"
-    return f"not selected: overlap {score[row - first]:.3f} at first, {least}"
+        return "not selected"  # there is no score to report
+    score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
+    # The selected rows of a prompt are longer than the prefix, and no others are
+    selected = score.where(out["response_mask"].sum(-1) > config.prefix, torch.inf)
+    least = selected.view(-1, config.num_generations)[row // config.num_generations].min()
+    return f"not selected: overlap {score[row]:.3f} at first, least kept of this prompt {least:.3f}"
 
 
 def first_rows(config, problems, plan, out, prompts=4):
@@ -3696,110 +3685,64 @@ def first_rows(config, problems, plan, out, prompts=4):
     return {**shown, "problems": problems[own], "borders": plan.borders()}
 
 
-def ask_both(run, k=5):
-    """What both models predict at each of the N response tokens of run.shown, row by row -> dict of
-    lists: sampled, kl, advantage (log q - log p); the k likeliest tokens, their probs (N, k, 2)
-    """
-    asked = response_logits(run.sampler, run.shown, "prompt", **run.sampling)
-    asked_teacher = response_logits(run.teacher, run.shown, "teacher_prompt", **run.sampling)
-    chunks = []
-    for (logits, sampled), (teacher_logits, _) in zip(asked, asked_teacher):
-        columns = {"sampled": sampled, "kl": reverse_kl(logits, teacher_logits)}
-        log_probs = torch.stack([logits, teacher_logits], dim=1).log_softmax(-1)  # (n, 2, V)
-        of_sampled = log_probs.take_along_dim(sampled[:, None, None], dim=-1)  # (n, 2, 1)
-        columns["advantage"] = of_sampled.diff(dim=1).flatten()
-        values, tokens = log_probs.topk(k)  # (n, 2, k)
-        chunks.append({**columns, "tokens": tokens.mT, "probs": values.exp().mT})
-    return {name: values.tolist() for name, values in concatenate(chunks).items()}
-
-
 def token_text(tokenizer, before, token):
-    """The text of a token. Decoded after another one, else many tokenizers drop its first space"""
-    start = len(tokenizer.decode([before]))
-    text = tokenizer.decode([before, token], clean_up_tokenization_spaces=False)[start:]
-    return text.replace("\n", "↵")
-
-
-SPAN = (
-    '<span tabindex="0" style="--overlap:{overlap:.3f};--advantage:{advantage:.3f};'
-    '--weight:{weight:.3f}" data-tip="{tip}">{text}</span>'
-)
-TIP = """KL {kl:.3f}, overlap {overlap:.3f}, log q − log p {advantage:.3f}, weight {weight:.3f}
-
-student               teacher"""
+    """The text of a token. Decoded after another one: some tokenizers drop a first space"""
+    both = tokenizer.decode([before, token], clean_up_tokenization_spaces=False)
+    return both[len(tokenizer.decode([before])) :].replace("\n", "↵")
 
 
 def token_spans(run):
-    """A span for each response token of run.shown, row by row -> list of HTML"""
+    """Yield a span for each response token of run.shown, with what both models predict there now"""
     shown, valid = run.shown, run.shown["response_mask"]
     before = shown["problems"][0]["prompt_ids"][0]
     text_of = functools.cache(functools.partial(token_text, run.tokenizer, before))
-    facts = ask_both(run)
-    facts["overlap"] = shown["overlap"][valid].tolist()
-    facts["weight"] = (shown["token_weight"] * shown["loss_mask"])[valid].tolist()
-    spans = []
-    for place in range(len(facts["sampled"])):
-        fact = {name: values[place] for name, values in facts.items()}
-        tip = TIP.format(**fact)
-        for (mine, its), (p, q) in zip(fact["tokens"], fact["probs"]):
-            tip += f"\n{text_of(mine):12} {p:6.1%}   {text_of(its):12} {q:6.1%}"
-        # The space in front of a word is not part of its box
-        text = text_of(fact["sampled"])
-        word = text.removeprefix(" ") or text
-        # Escaped: what a model writes is never markup
-        fact |= {"tip": html.escape(tip), "text": html.escape(word).replace("↵", "↵\n")}
-        spans.append(text.removesuffix(word) + SPAN.format(**fact))
-    return spans
-
-
-def row_html(config, run, row, spans):
-    """A row of run.shown, under its prompt if it is the prompt's first candidate -> HTML"""
-    shown, problem = run.shown, run.shown["problems"][row]
-    stopped = shown["stopped"][row]
-    prompt = verdict = ""
-    if row % config.num_generations == 0:
-        asked = f"{run.tokenizer.decode(problem['prompt_ids'])} (answer: {problem['answer']})"
-        prompt = f"<h2>{html.escape(asked)}</h2>"
-    # Others could not finish: not selected, drifted, or cut where the method stops all rows
-    finished = stopped == "ended" or len(spans) == config.max_new_tokens
-    if problem["answer"] is not None and finished:
-        ids = shown["response_ids"][row][shown["response_mask"][row]].tolist()
-        verdict = "right" if is_solved(run.tokenizer, problem, ids) else "wrong"
-    head = f'<h3><b class="{verdict}">{verdict}</b> {len(spans)} tokens, {stopped}</h3>'
-    return f'{prompt}{head}<div class="row">{"".join(spans)}</div>'
+    weights = shown["token_weight"] * shown["loss_mask"]
+    of_step = zip(shown["overlap"][valid].tolist(), weights[valid].tolist())
+    asked = response_logits(run.sampler, shown, "prompt", **run.sampling)
+    asked_teacher = response_logits(run.teacher, shown, "teacher_prompt", **run.sampling)
+    for (logits, sampled), (teacher_logits, _) in zip(asked, asked_teacher):
+        kls = reverse_kl(logits, teacher_logits)  # (n,)
+        log_probs = torch.stack([logits, teacher_logits], dim=1).log_softmax(-1)  # (n, 2, V)
+        advantages = log_probs.take_along_dim(sampled[:, None, None], dim=-1).diff(dim=1).flatten()
+        likeliest = log_probs.topk(5)  # (n, 2, 5)
+        columns = (sampled, advantages, kls, likeliest.indices, likeliest.values.exp())
+        for token, advantage, kl, tokens, probs in zip(*(column.tolist() for column in columns)):
+            overlap, weight = next(of_step)
+            numbers = f"overlap {overlap:.3f}, log q − log p {advantage:.3f}, weight {weight:.3f}"
+            tip = f"KL {kl:.3f}, {numbers}\n\nstudent               teacher"
+            for mine, its, p, q in zip(*tokens, *probs):
+                tip += f"\n{text_of(mine):12} {p:6.1%}   {text_of(its):12} {q:6.1%}"
+            style = f"--overlap:{overlap:.3f};--advantage:{advantage:.3f};--weight:{weight:.3f}"
+            box = f'<span tabindex="0" style="{style}" data-tip="{html.escape(tip)}">'
+            # The space in front of a word is not part of its box
+            text = text_of(token)
+            word = text.removeprefix(" ") or text
+            yield text.removesuffix(word) + box + html.escape(word).replace("↵", "↵\n") + "</span>"
 
 
 PAGE = """\
 <!doctype html><html lang="en"><meta charset="utf-8"><title>Rollouts of step %(step)s</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root { color-scheme: light dark; --paper: light-dark(#fbfbf9, #14161b);
-  --ink: light-dark(#1b1d22, #eceef2); --soft: light-dark(#5a6070, #a4abb8);
+:root { color-scheme: light dark; overflow-wrap: anywhere;
   --warm: light-dark(#f3a24d, #a3540c); --cool: light-dark(#84b8ec, #1f64a8); }
-body { max-width: 1060px; margin: auto; padding: 16px 16px 200px; overflow-wrap: anywhere;
-  background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-p, h3 { margin: 12px 0 0; color: var(--soft); font: 14px system-ui, sans-serif; }
-h2, .row { margin: 24px 0 0; font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; }
-h2 { font-weight: 700; } .row { margin: 0; }
-b { padding: 1px 8px; border-radius: 9px; color: var(--ink); } b:empty { display: none; }
+body { max-width: 1060px; margin: auto; padding: 16px 16px 200px; font: 15px/1.5 sans-serif; }
+h2, h3, div { margin: 6px 0 0; font: 14px/1.9 monospace; white-space: pre-wrap; }
+h2 { margin-top: 24px; font-weight: bold; }
 .right { background: var(--cool); } .wrong { background: var(--warm); }
-nav { position: sticky; top: 0; padding: 10px 0; background: var(--paper); }
-span { --at: var(--overlap); padding: 3px 2px; border-radius: 3px;
-  scroll-margin: 90px 0 200px;
+nav { position: sticky; top: 0; padding: 10px 0; background: Canvas; }
+span { --at: var(--overlap); padding: 3px 2px; scroll-margin: 90px 0 200px;
   background: linear-gradient(to right, var(--warm), transparent, var(--cool)) 0 / 9999%%;
   background-position-x: clamp(0%%, 100%% * var(--at), 100%%); }
 :has([value=advantage]:checked) span { --at: (.5 + var(--advantage) / 4); }
 :has([value=weight]:checked) span { --at: var(--weight) / %(top)s; }
-:is(%(borders)s) { border-left: 2px solid; }
-span:is(:focus, :hover) { outline: 2px solid; }
+:is(%(borders)s) { border-left: 2px solid; } span:is(:focus, :hover) { outline: 2px solid; }
 span:is(:focus, :hover)::after { content: attr(data-tip); position: fixed; inset: auto 0 0;
-  padding: 10px 16px; font: 13px/1.5 ui-monospace, monospace; background: var(--paper);
-  border-top: 1px solid; z-index: 1; }
-span:hover::after { z-index: 2; }
+  padding: 10px 16px; line-height: 1.5; border-top: 1px solid; background: Canvas; }
+span:hover::after { z-index: 1; }
 </style><h1>What the student wrote, and what both models say of it</h1>
-<p>Step %(step)s of %(run)s, method %(method)s, with %(flags)s</p>
-<p>Point at a token, or press Tab, to see what each model would have said there, the student after
-this step. Values are <b class="right">high</b> or <b class="wrong">low</b>; where overlap is high,
-they agree. │ is a segment border.</p>
+<p>Step %(step)s of %(output_dir)s, method %(method)s, with %(flags)s</p>
+<p>Point at a token, or press Tab, to see what both models predict there, the student after this
+step. <b class="right">High</b>, <b class="wrong">low</b>; │ is a segment border.</p>
 <nav>Colour by <label><input type="radio" name="by" value="overlap" checked> top-k overlap, 0 to 1
 </label><label><input type="radio" name="by" value="advantage"> log q − log p, −2 to 2</label>
 <label><input type="radio" name="by" value="weight"> loss weight, 0 to %(top)s</label></nav>
@@ -3808,24 +3751,28 @@ they agree. │ is a segment border.</p>
 
 def write_view(config, run):
     """Write rollouts.html of run.shown, with what both models predict now"""
-    if not run.shown:
-        return
-    run.phase, path = f"rollouts.html of step {run.step}", f"{config.output_dir}/rollouts.html"
+    shown, path = run.shown, f"{config.output_dir}/rollouts.html"
+    run.phase = f"rollouts.html of step {run.step}"
     usual = vars(Config() if config.student else TINY)
     flags = [f"--{name} {x}" for name, x in vars(config).items() if x not in (usual[name], [])]
-    head = {
-        "step": run.step,
-        "run": config.output_dir,
-        "method": config.method,
-        "flags": " ".join(flags),
-        "borders": ", ".join(f"span:nth-child({border + 1})" for border in run.shown["borders"]),
-        "top": 1 + config.w_base if config.method == "prune" else 1,
-    }
+    head = {**vars(config), "step": run.step, "flags": " ".join(flags)}
+    head["borders"] = ", ".join(f"span:nth-child({border + 1})" for border in shown["borders"])
+    head["top"] = 1 + config.w_base if config.method == "prune" else 1
     page = PAGE % {name: html.escape(str(x)) for name, x in head.items()}
     spans = token_spans(run)
-    for row, length in enumerate(run.shown["response_mask"].sum(-1).tolist()):
-        page += row_html(config, run, row, spans[:length])
-        spans = spans[length:]
+    for row, (problem, stopped) in enumerate(zip(shown["problems"], shown["stopped"])):
+        if row % config.num_generations == 0:
+            asked = run.tokenizer.decode(problem["prompt_ids"])
+            asked += f" (answer: {problem['answer'] or 'not known'})"
+            page += f"<h2>{html.escape(asked)}</h2>"
+        ids = shown["response_ids"][row][shown["response_mask"][row]].tolist()
+        verdict = ""
+        # Others could not finish: not selected, drifted, or cut where the method stops all rows
+        finished = stopped == "ended" or len(ids) == config.max_new_tokens
+        if problem["answer"] is not None and finished:
+            verdict = "right" if is_solved(run.tokenizer, problem, ids) else "wrong"
+        page += f'<h3><b class="{verdict}">{verdict}</b> {len(ids)} tokens, {stopped}</h3>'
+        page += f"<div>{''.join(next(spans) for _ in ids)}</div>"
     with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
         file.write(page)
     os.replace(f"{path}.partial", path)  # while it is written, a reader sees the previous one
@@ -4050,7 +3997,7 @@ def open_run(config):
         setattr(run, name, state[name])
     run.rows_at_once = rows_that_fit(config, run)  # before loading the moments: it plans for them
     if state:
-        # Only the moments: fused is a setting of this device
+        # Take only the moments from it: fused, in param_groups, depends on the device
         state["optimizer"]["param_groups"] = run.optimizer.state_dict()["param_groups"]
         run.optimizer.load_state_dict(state["optimizer"])
         run.saved = [run.step, run.graded, bool(run.untried)]
@@ -4109,7 +4056,7 @@ def main(argv=None):
         # Not isinstance(argv, Config): after a reload of the module there are two such classes
         config = argv if hasattr(argv, "method") else parse_args(argv)
         # Only what a checkpoint can hold: lists for tuples, texts for Paths
-        config = Config(**json.loads(json.dumps(vars(config), default=plain)))
+        config = Config(**json.loads(json.dumps(vars(config), default=as_json)))
         check_config(config)
         if config.report:
             return report(config.report) if is_main() else {}

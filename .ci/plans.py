@@ -100,7 +100,7 @@ def plan(student, teacher, gigabytes):
             lacks = str(error).split("by the plan ")[1].split(" of GPU")[0]
             return [student, teacher, gigabytes, f"does not fit: {lacks}"]
     plans = {}
-    for flag, (phase, _, told) in sizes.items():
+    for flag, (phase, _, told, _) in sizes.items():
         plans[flag] = opd.memory_plan(**told, rows=rows[flag])[phase]
     rollout, update = plans["rollout_batch_size"], plans["micro_batch_size"]
     parts = ("weights", "Adam's moments", "hidden states", "caches")

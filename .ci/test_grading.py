@@ -90,6 +90,9 @@ SPELLINGS = [
     (r"50\%", ["５０％"], ["６０％"]),
     (r"(-\infty,1)\cup(2,\infty)", ["(−∞,1)∪(2,∞)"], ["(−∞,1)∩(2,∞)"]),
     (r"[1,2] \cup [3,4]", ["[1,2] ∪ [3,4]"], ["[1,2] ∩ [3,4]"]),
+    (r"A \cup B", ["A∪B"], ["A∩B"]),
+    (r"A \cap B", ["A∩B"], ["A∪B"]),
+    (r"\{x \mid x>3\}", ["｛x | x > 3｝"], ["｛x | x > 4｝"]),
     # Fonts, braces, dots, pi
     ("14", [r"\boldsymbol{14}", r"\bf 14", r"\Large 14", "`14`", r"\underline{14}"], [r"\bf 15"]),
     (r"\mathbb{R}", [r"\mathbb R", r"\text{all real numbers}", "all reals"], [r"\mathbb Z"]),

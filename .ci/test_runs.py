@@ -812,8 +812,9 @@ FORMATS = [
 UNREADABLE = [
     ('{"problem": "a"}\n\n{"problem": "b",\n', "line 3: not JSON"),
     ('[{"problem": "a"},\n{"problem": \n', "line 3: not JSON"),
-    ('{"text": "a", "id": 1}\n', "fields are text, id"),
+    ('{"text": "a", "id": 1}\n', "fields are text 'a', id 1"),
     ('"just a string"\n', "record 1"),
+    ('{"messages": [{"role": ["user"], "content": "2+3?"}]}\n', "record 1"),
     ("", "empty"),
     ("\n\n", "empty"),
     ('{"problem": null}\n', "problem"),
@@ -1655,6 +1656,7 @@ def test_the_prompts_of_a_step_come_short_ones_first_with_their_candidates_toget
         ([0.333, 0.333, 0.334], 10, [3, 4, 3]),  # 3.33 each: edges at 3.33 and 6.66
         ([0.15, 0.15, 0.7], 10, [2, 1, 7]),  # edges at 1.5, up, and 3
         ([0.375, 0.25, 0.375], 4, [2, 1, 1]),  # edges at 1.5 and 2.5: none gets nothing
+        ([0.4998, 0.4998], 4000, [2000, 2000]),  # 1 in all, but for rounding
         ([0.35, 0.3, 0.35], 10, [4, 3, 3]),  # edges at 3.5 and what is added up to 6.4999999
     ],
 )
@@ -3176,7 +3178,7 @@ def fitting(monkeypatch, gigabytes, flag="rollout_batch_size", before=0, states=
     phase, kind = ("update", "kept") if flag == "micro_batch_size" else ("rollout", "cache")
     sizes = {"student": 10**9, "teacher": 0, "bf16": False, "columns": 1000, "vocab": 1}
     sizes["states"] = states
-    plan = {flag: (phase, 20, {**sizes, kind: 10**6})}
+    plan = {flag: (phase, 20, {**sizes, kind: 10**6}, "")}
     monkeypatch.setattr(opd, "plan_phases", lambda config, run: plan)
     run = types.SimpleNamespace(device=torch.device("cuda"))
     run.rows_at_once = {flag: before} if before else {}
@@ -3726,7 +3728,7 @@ def test_a_rollout_is_planned_with_both_caches_and_an_evaluation_with_one(world,
     config, run = opened(world, tmp_path)
     run.cache_bytes = [10, 300]
     phases = opd.plan_phases(config, run).values()
-    assert [sizes.get("cache") for _, _, sizes in phases] == [310, None, 10, 300]
+    assert [sizes.get("cache") for _, _, sizes, _ in phases] == [310, None, 10, 300]
 
 
 def test_in_bfloat16_the_teachers_states_are_planned_with_two_bytes_each(world, tmp_path):
@@ -4772,6 +4774,7 @@ def test_a_signal_inside_a_whole_step_waits_for_its_end_and_handlers_are_restore
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
             done.append(True)
+    opd.STOPPED.clear()  # as main does
     assert done == [True] and not run.halfway and stop.value.args == (signal.SIGTERM,)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -5136,6 +5139,7 @@ def test_the_first_of_two_signals_inside_a_step_sets_the_exit_status():
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
             time.sleep(0.01)
+    opd.STOPPED.clear()  # as main does
     assert stop.value.args == (signal.SIGTERM,)
 
 

@@ -193,9 +193,9 @@ def test_a_rollout_in_groups_keeps_the_teachers_prompt_of_each_row():
 
 def test_a_template_is_filled_in_one_pass_and_all_other_braces_stay_text():
     problem = {"problem": "{answer}?", "answer": "5", "solution": "{problem} \\boxed{5}"}
-    template = "{problem} {hint} \\boxed{} {solution} = {answer}"
+    template = "{problem} {hint} \\boxed{} {solution} = {answer}, \\boxed{answer}"
     filled = opd.fill_template(template, problem)
-    assert filled == "{answer}? {hint} \\boxed{} {problem} \\boxed{5} = 5"
+    assert filled == "{answer}? {hint} \\boxed{} {problem} \\boxed{5} = 5, \\boxed{answer}"
 
 
 @pytest.mark.parametrize("lacks", ["answer", "solution"])
@@ -370,7 +370,7 @@ def test_the_plan_counts_the_columns_of_the_teachers_own_prompts(world, tmp_path
     config, run = opened(world, tmp_path, **informed(eval_max_new_tokens=20))
     question = max(len(opd.teacher_prompt(problem)) for problem in run.evals["graded"])
     columns = {
-        flag: sizes["columns"] for flag, (_, _, sizes) in opd.plan_phases(config, run).items()
+        flag: sizes["columns"] for flag, (_, _, sizes, _) in opd.plan_phases(config, run).items()
     }
     assert columns == {
         "rollout_batch_size": 15 + 12,

@@ -313,7 +313,7 @@ def test_a_row_not_selected_names_its_score_and_the_least_that_was_kept_of_its_p
     """Rows 0 to 2 are of one prompt, 3 to 5 of another."""
     out = made_rollout([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [1, 1, 0, 1, 0, 0])
     for row, own, least in ((2, 0.7, 0.8), (4, 0.5, 0.6), (5, 0.4, 0.6)):
-        kept = f"the least that was kept of this prompt {least:.3f}"
+        kept = f"least kept of this prompt {least:.3f}"
         assert headline(out, row, **GUIDED) == f"not selected: overlap {own:.3f} at first, {kept}"
 
 
@@ -323,10 +323,9 @@ def test_a_row_that_ended_before_the_prefix_does_not_count_as_kept_for_its_score
     assert headline(out, 2, **GUIDED).endswith("kept of this prompt 0.900")
 
 
-def test_no_score_is_named_with_a_custom_rule_or_if_no_row_was_kept():
+def test_no_score_is_named_with_a_custom_rule():
     out = made_rollout([0.9, 0.8, 0.7], [0, 0, 0])
     assert headline(out, 1, method="opd") == "not selected"
-    assert headline(out, 1, **GUIDED) == "not selected"
 
 
 def test_random_selection_names_no_score():
@@ -504,10 +503,11 @@ def contrast(one, other):
 
 @pytest.mark.parametrize("scheme", [0, 1])
 def test_text_has_a_contrast_of_at_least_4_5_in_light_and_in_dark(scheme):
-    named = re.findall(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", opd.PAGE)
-    colours = {name: pair[scheme] for name, *pair in named}
-    for text, behind in (("ink", "paper"), ("soft", "paper"), ("ink", "warm"), ("ink", "cool")):
-        assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
+    text = ("#000000", "#ffffff")[scheme]  # as browsers have CanvasText
+    colours = re.findall(r"light-dark\((#\w{6}), (#\w{6})\)", opd.PAGE)
+    assert len(colours) == 2
+    for behind in colours:
+        assert contrast(text, behind[scheme]) >= 4.5, behind
 
 
 # --------------------------------------------------------------------------------------------------
