@@ -515,8 +515,8 @@ def generate(
 
     input_ids, attention_mask: (B, L), left-padded. cache: columns 0 to L - 2, as the last call left
     it, or None for a new one; it grows in place, and transformers computes only what it lacks.
-    temperature 0 is greedy. stop_id: the one id that stands for all eos_ids, see merge_stops; None:
-    each stays a token of its own. pad_id: fills rows that have ended, any id with an embedding.
+    temperature 0 is greedy. stop_id: the one id that stands for all eos_ids (needs merge_stops), or
+    None: no id does. pad_id: fills rows that have ended, any id with an embedding.
     eos_ids: a set. Sampling stops early once all rows have ended. The model must be in eval mode.
     -> new ids (B, n); the record_k likeliest tokens at each, best first (B, n, K), or None; the
        log-prob (B,) of each row's last new token, before top_p, meaningless if it ended before
@@ -592,8 +592,8 @@ def head_logits(model, hidden, vocab_size, temperature=1.0, eos_ids=(), stop_id=
     """Hidden states (..., H) -> logits (..., vocab_size), in float32 or better.
 
     Divided by the temperature (0 counts as 1). Rows of the head that are not tokens are cut off
-    before any softmax; with a stop_id, merge_stops merges all eos_ids. Set-up refuses models that
-    do more than this after the last hidden state (Gemma 2's softcap, Cohere's logit scale).
+    before any softmax; with a stop_id, all eos_ids are merged (needs merge_stops). Refused at
+    set-up: models with more after the last hidden state (Gemma 2's softcap, Cohere's logit scale).
     """
     # Call the module instead of multiplying by its weight, so that adapters on it count
     logits = model.get_output_embeddings()(hidden)[..., :vocab_size]
@@ -630,8 +630,8 @@ def rollout(
     """Sample responses to B prompts (lists of ids) by a Plan; no model reads a row's column twice.
 
     teacher: None to sample without scoring. for_teacher: the teacher's prompts, if they differ
-    [OPSD]. options: vocab_size, stop_id, temperature, top_p of generate. Both models in eval mode.
-    Needs sections 1, 2, 3, 5, 6, 10. -> dict, T the longest response:
+    [OPSD]. options: vocab_size (must), stop_id, temperature, top_p of generate. Both models in eval
+    mode. Needs is_among, Plan, sections 2, 5, 6, 10. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
         log_probs   (B, T), before top_p, at tokens in the last column of a segment; NaN elsewhere
@@ -945,8 +945,8 @@ def last_boxed(text):
 
 def is_correct(response_text, gold):
     r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False. If
-    the prompt ends with <think>, the text must begin with it. Needs THOUGHTS, last_boxed, is_same
-    and what that names (spellings, math-verify's process).
+    the prompt ends with <think>, the text must begin with it. Needs THOUGHTS, last_boxed, and of
+    section 12 NO_ANSWER, read_gold, and all from BEFORE_NFKC to ask_math_verify.
     """
     rest = re.sub(THOUGHTS, "", response_text)
     answer = last_boxed(rest)
@@ -1588,10 +1588,17 @@ def draw_prompts(config, run, step):
 
 # Spellings of one answer. First signs, before NFKC, which would join 2½ or x⁻² to the digits that
 # stand before: x₁₂, ｛1｝ and 90º, too; NFKC makes full-width digits plain, and ℃ °C
-BEFORE_NFKC = {"[¹²³⁰-ⁿ]+": r"^{\g<0>}", "[₀-₎]+": r"_{\g<0>}", "[¼-¾⅐-⅞]": r" \g<0>"}
-BEFORE_NFKC |= {"[｛｝]": r"\\\g<0>", "[º˚]": "°"}
-SIGNS = r"–- —- −- ‐- ∞\infty °^\circ ·\cdot~ ∪\cup~ ∩\cap~ ∈\in~ 。."
-SIGNS = rf"{SIGNS} ≈\approx~ ≡\equiv~ ≤\le~ ≥\ge~".split()
+BEFORE_NFKC = {
+    "[¹²³⁰-ⁿ]+": r"^{\g<0>}",
+    "[₀-₎]+": r"_{\g<0>}",
+    "[¼-¾⅐-⅞]": r" \g<0>",
+    "[｛｝]": r"\\\g<0>",
+    "[º˚]": "°",
+}
+SIGNS = (
+    r"–- —- −- ‐- ∞\infty °^\circ ·\cdot~ ∪\cup~ ∩\cap~ ∈\in~ 。. "
+    r"≈\approx~ ≡\equiv~ ≤\le~ ≥\ge~"
+).split()
 BASES = "two three four five six seven eight nine ten eleven twelve 13 14 15 sixteen".split()
 # Then patterns in this order, each with an example. Quotes hold text: words, a unit, a base. *+
 # does not backtrack: on 5,000 spaces that would take minutes
