@@ -3778,7 +3778,7 @@ def write_view(config, run):
         finished = stopped == "ended" or len(ids) == config.max_new_tokens
         if problem["answer"] is not None and finished:
             verdict = "right" if is_solved(run.tokenizer, problem, ids) else "wrong"
-        page += f'<h3><b class="{verdict}">{verdict}</b> {len(ids)} tokens, {stopped}</h3>'
+        page += f'<h3>{len(ids)} tokens, {stopped} <b class="{verdict}">{verdict}</b></h3>'
         page += f"<div>{''.join(next(spans) for _ in ids)}</div>"
     with open(f"{path}.partial", "w", encoding="utf-8", errors="replace") as file:
         file.write(page)

@@ -347,7 +347,7 @@ def test_the_scores_named_are_those_by_which_the_run_selected(finished):
     lost = [row for row, line in enumerate(lines) if "not selected" in line]
     assert lost == [row for row in range(16) if not batch["kept"][row]] and len(lost) >= 2
     for row in lost:
-        own, least = re.search(r"overlap (\S+) at first, .* (\S+)$", lines[row]).groups()
+        own, least = re.search(r"overlap (\S+) at first, .* (\S+) $", lines[row]).groups()
         assert own == scores[row] <= least
         selected = batch["kept"] & (batch["response_mask"].sum(-1) > 6)  # others ended before
         of_prompt = range(row - row % 4, row - row % 4 + 4)
@@ -368,7 +368,7 @@ def test_right_or_wrong_is_shown_if_the_gold_is_known(answer, text, verdict, tmp
     config, run = run_of(tmp_path, [], None)
     run.shown = one_row(ids, {"prompt_ids": [5], "answer": answer})
     opd.write_view(config, run)
-    assert page_of(tmp_path).texts["h3"] == [f"{verdict} {len(ids)} tokens, ended"]
+    assert page_of(tmp_path).texts["h3"] == [f"{len(ids)} tokens, ended {verdict}"]
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_a_response_that_a_method_stopped_is_not_called_wrong(stopped, cap, verd
     config, run = run_of(tmp_path, [], None, max_new_tokens=cap)
     run.shown = one_row([5, 6], {"prompt_ids": [5], "answer": "3"}) | {"stopped": [stopped]}
     opd.write_view(config, run)
-    assert page_of(tmp_path).texts["h3"] == [f"{verdict} 2 tokens, {stopped}"]
+    assert page_of(tmp_path).texts["h3"] == [f"2 tokens, {stopped} {verdict}"]
 
 
 def test_the_first_four_prompts_have_all_their_candidates(finished):
