@@ -1166,7 +1166,7 @@ def rollout_in_groups(student, teacher, prompts, plan, rows_at_once, for_teacher
 
 
 @torch.no_grad()
-def response_logits(model, out, name, vocab_size, **head):
+def response_logits(model, out, vocab_size, name="prompt", **head):
     """A model's logits on the responses of a rollout, some tokens at a time -> yields logits (n, V)
     and the sampled tokens (n,); in equal chunks for both models, so that they can be zipped
 
@@ -1174,6 +1174,7 @@ def response_logits(model, out, name, vocab_size, **head):
     head_logits. Needs tokens_so_far, prefill, hidden_states, head_logits, tokens_at_once.
     """
     B, T = out["response_ids"].shape
+    # Of both models' prompts, so that both have equal chunks
     longest = max(out["prompt_ids"].shape[1], out["teacher_prompt_ids"].shape[1]) + T
     size = tokens_at_once(vocab_size)  # never (B, T, V)
     for rows in torch.arange(B).split(max(1, 2**15 // longest)):
@@ -1188,11 +1189,10 @@ def response_logits(model, out, name, vocab_size, **head):
 def response_log_probs(model, out, vocab_size, name="prompt", **head):
     """A model's log-probs of the tokens in a rollout's responses -> B tensors (length,)
 
-    name: of the prompts to read, prompt or teacher_prompt. head: for head_logits. Needs
-    response_logits.
+    name, head: see response_logits, which it needs.
     """
     log_probs = []
-    for logits, tokens in response_logits(model, out, name, vocab_size, **head):
+    for logits, tokens in response_logits(model, out, vocab_size, name, **head):
         log_probs.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
     return torch.cat(log_probs).split(out["response_mask"].sum(-1).tolist())
 
@@ -1420,10 +1420,8 @@ def read_solution(value):
     if isinstance(value, list):
         value = "\n".join([item for item in value if isinstance(item, str)])
     text = value.strip() if isinstance(value, str) else ""
-    before, mark, last = text.rpartition("####")
-    if mark and "\n" not in last:
-        text = before
-    return re.sub(r"<<[^<>\n]*>>", "", text).strip()
+    before, newline, last = re.sub(r"<<[^<>\n]*>>", "", text).rpartition("\n")
+    return (before + newline + last.partition("####")[0]).strip()
 
 
 # Instructions that data sets add to a problem. They conflict with the prompt template, and with
@@ -1931,7 +1929,6 @@ def make_world(folder, seed, teacher_habit=0, teacher_order=1, teacher_steps=100
 
         imitate(model, draw, batches, title)
 
-    # Each learn call has a random stream of its own
     student = tiny_model(tokenizer)
     learn(student, "base model, short problems", 200, (1, 2), mumble_rate=0.002)
     learn(student, "base model, full problems", 250, (4, 6), mumble_rate=0.002)
@@ -3705,8 +3702,8 @@ def token_spans(run):
     text_of = functools.cache(functools.partial(token_text, run.tokenizer, before))
     weights = shown["token_weight"] * shown["loss_mask"]
     of_step = zip(shown["overlap"][valid].tolist(), weights[valid].tolist())
-    asked = response_logits(run.sampler, shown, "prompt", **run.sampling)
-    asked_teacher = response_logits(run.teacher, shown, "teacher_prompt", **run.sampling)
+    asked = response_logits(run.sampler, shown, **run.sampling)
+    asked_teacher = response_logits(run.teacher, shown, name="teacher_prompt", **run.sampling)
     for (logits, sampled), (teacher_logits, _) in zip(asked, asked_teacher):
         kls = reverse_kl(logits, teacher_logits)  # (n,)
         log_probs = torch.stack([logits, teacher_logits], dim=1).log_softmax(-1)  # (n, 2, V)

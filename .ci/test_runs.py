@@ -6183,7 +6183,7 @@ def test_response_logits_come_in_the_same_chunks_of_rows_for_both_kinds_of_promp
     out = opd.empty_rollout([[5, 6]] * 17, [[5] * 2000] * 17, 2, PAD, "cpu")
     out["response_mask"][:] = True
     for name in ("prompt", "teacher_prompt"):
-        sizes = [len(tokens) for _, tokens in opd.response_logits(None, out, name, V)]
+        sizes = [len(tokens) for _, tokens in opd.response_logits(None, out, V, name)]
         assert sizes == [16 * 2, 2]
 
 
