@@ -371,6 +371,11 @@ def test_right_or_wrong_is_shown_if_the_gold_is_known(answer, text, verdict, tmp
     assert page_of(tmp_path).texts["h3"] == [f"{len(ids)} tokens, ended {verdict}"]
 
 
+def test_an_answer_that_is_not_known_is_said_to_be_so(tmp_path):
+    shown(tmp_path)
+    assert (tmp_path / "rollouts.html").read_text().count("(answer: not known)</h2>") == 4
+
+
 @pytest.mark.parametrize(
     "stopped, cap, verdict",
     [("ended", 9, "wrong"), ("cut", 2, "wrong"), ("cut", 9, ""), ("not selected", 9, "")],
@@ -397,6 +402,11 @@ def test_the_header_has_the_step_the_method_and_the_flags_that_differ(tmp_path):
 def test_a_flag_is_never_markup(tmp_path):
     page, _ = shown(tmp_path, prompt_template="<h1>{problem} &amp;")
     assert len(page.texts["h1"]) == 1 and "<h1>{problem} &amp;" in " ".join(page.texts["p"])
+
+
+def test_a_folder_of_a_model_whose_name_is_not_utf8_does_not_end_the_run(tmp_path):
+    page, _ = shown(tmp_path, student="caf\udce9")
+    assert "--student caf? " in page.texts["p"][0]
 
 
 def test_the_header_has_no_list_that_was_not_given(finished):
@@ -427,12 +437,12 @@ def test_a_token_that_looks_like_markup_is_text_in_the_row_and_in_the_table(tmp_
         "\"'><!--",
         "</span>",
     ]
-    filler = ["<pad>", "<end>", "<b>&", *[f"</script><b>w{index}" for index in range(248)]]
+    filler = ["<pad>", "<end>", "<b>&", *[f'"><script>w{index}' for index in range(248)]]
     plain = said("a", tmp_path)
     page = said(" ".join(words), tmp_path, tokenizer=opd.tiny_tokenizer(words + filler))
     assert {*page.tags} == {*plain.tags} and "script" not in page.tags
     assert page.rows == [words] and not any(name.startswith("on") for name in page.names)
-    assert any("</script><b>w" in line for tip in page.tips for line in tip)
+    assert any('"><script>w' in line for tip in page.tips for line in tip)
 
 
 def test_the_page_fetches_nothing_and_has_no_script(tmp_path):
@@ -455,6 +465,12 @@ def test_newlines_are_visible_and_spaces_are_kept(tmp_path):
     page = said("a  b\n c", tmp_path)
     assert page.texts["div"][0] == "a  b↵\n c" and page.rows[0].count("↵\n") == 1
     assert "white-space: pre-wrap" in (tmp_path / "rollouts.html").read_text()
+
+
+def test_the_space_before_a_word_is_no_part_of_its_box(finished):
+    source = (finished.folder / "rollouts.html").read_text()
+    boxes = re.findall("<span[^>]*>([^<]*)</span>", source)
+    assert boxes and not any(box.startswith(" ") for box in boxes) and "</span> <span" in source
 
 
 def test_byte_level_tokens_keep_the_space_before_a_word():
