@@ -631,7 +631,7 @@ def rollout(
 
     teacher: None to sample without scoring. for_teacher: the teacher's prompts, if they differ
     [OPSD]. options: vocab_size (must), stop_id, temperature, top_p of generate. Both models in eval
-    mode. Needs is_among, Plan, sections 2, 5, 6, 10. -> dict, T the longest response:
+    mode. Needs sections 1, 2, 3, 5, 6, 10. -> dict, T the longest response:
         prompt_ids, prompt_mask, teacher_prompt_ids, teacher_prompt_mask   (B, S)
         response_ids, response_mask, overlap   (B, T), off the mask pad_id, False, 0
         log_probs   (B, T), before top_p, at tokens in the last column of a segment; NaN elsewhere
@@ -945,8 +945,8 @@ def last_boxed(text):
 
 def is_correct(response_text, gold):
     r"""Whether the last \boxed{...} after any </think> equals the gold answer. No box: False. If
-    the prompt ends with <think>, the text must begin with it. Needs THOUGHTS, last_boxed, and of
-    section 12 NO_ANSWER, read_gold, and all from BEFORE_NFKC to ask_math_verify.
+    the prompt ends with <think>, the text must begin with it. Needs THOUGHTS, last_boxed, and for
+    is_same, of section 12, NO_ANSWER, read_gold and all from BEFORE_NFKC to ask_math_verify.
     """
     rest = re.sub(THOUGHTS, "", response_text)
     answer = last_boxed(rest)
