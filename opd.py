@@ -1497,10 +1497,11 @@ def fill_template(template, problem):
     """Fill {problem}, {answer} and {solution} in a template from a problem, a dict -> text, or None
     if the problem lacks one of them. Braces in the inserted texts are not filled in turn.
     """
-    names = rf"(?<![\w\\}}])\{{({'|'.join(FIELDS)})\}}"  # not \boxed{{answer}}
-    if None in [problem[name] for name in re.findall(names, template)]:
+    # Not those of a LaTeX command: \boxed{answer} stays as it is. \n is none, typed in a shell
+    names = rf"(\\(?!n)[a-zA-Z]{{2,}})?\{{({'|'.join(FIELDS)})\}}"
+    if None in [problem[name] for command, name in re.findall(names, template) if not command]:
         return None
-    return re.sub(names, lambda name: problem[name[1]], template)
+    return re.sub(names, lambda found: found[0] if found[1] else problem[found[2]], template)
 
 
 def encode_prompt(tokenizer, problem, template, chat_template=True, **template_flags):

@@ -198,6 +198,16 @@ def test_a_template_is_filled_in_one_pass_and_all_other_braces_stay_text():
     assert filled == "{answer}? {hint} \\boxed{} {problem} \\boxed{5} = 5, \\boxed{answer}"
 
 
+def test_a_field_is_filled_whatever_stands_directly_before_it():
+    """A letter, a field, a brace, a backslash and an n; only a LaTeX command keeps its braces."""
+    problem = {"problem": "1+1", "answer": "2", "solution": None}
+    filled = opd.fill_template(
+        "题目{problem}{answer}\\n{answer}\\nA{answer}\\boxed{{answer}}", problem
+    )
+    assert filled == "题目1+12\\n2\\nA2\\boxed{2}"
+    assert opd.fill_template("{problem} \\text{solution}", problem) == "1+1 \\text{solution}"
+
+
 @pytest.mark.parametrize("lacks", ["answer", "solution"])
 def test_a_template_that_names_a_missing_field_is_not_filled(lacks):
     problem = {"problem": "a", "answer": "5", "solution": "b", lacks: None}
