@@ -2679,7 +2679,7 @@ def memory_plan(
 
 def plan_phases(config, run):
     """What memory_plan is to be called with -> {flag: (phase, most rows, arguments, title)}. The
-    last is no flag: --eval_batch_size, where the teacher answers
+    last key is no flag: it is --eval_batch_size where the teacher answers
     """
     most, bf16 = run.most, run.sampler is not run.student
     states = 0  # bytes of the teacher's hidden states of a step
