@@ -27,7 +27,7 @@ premises: .venv/ready
 compare: .venv/ready
 	.ci/compare.sh
 
-# When does OPD work? Teachers, a cold start, learning rates, stops, its own teacher: 14 minutes.
+# When does OPD work? Teachers, a cold start, learning rates, stops, its own teacher: 12 minutes.
 conditions: .venv/ready
 	.ci/conditions.sh
 
