@@ -3670,12 +3670,12 @@ def why_stopped(config, out, row):
     if config.method == "prune":
         bad = (out["overlap"][row] < config.drift_threshold) & out["response_mask"][row]
         return f"drifted: bad events at tokens {(bad.nonzero()[:, 0] + 1).tolist()}"
-    if config.method != "prefix-guided" or config.select == "random":
-        return "not selected"  # there is no score to report
     score = out["overlap"][:, : config.probe_window].mean(-1)  # (B,)
     # The selected rows of a prompt are longer than the prefix, and no others are
     selected = score.where(out["response_mask"].sum(-1) > config.prefix, torch.inf)
     least = selected.view(-1, config.num_generations)[row // config.num_generations].min()
+    if config.method != "prefix-guided" or config.select == "random" or least.isinf():
+        return "not selected"  # by a rule without a score
     return f"not selected: overlap {score[row]:.3f} at first, least kept of this prompt {least:.3f}"
 
 
@@ -3713,8 +3713,8 @@ def token_spans(run):
         columns = (sampled, advantages, kls, likeliest.indices, likeliest.values.exp())
         for token, advantage, kl, tokens, probs in zip(*(column.tolist() for column in columns)):
             overlap, weight = next(of_step)
-            numbers = f"overlap {overlap:.3f}, log q − log p {advantage:.3f}, weight {weight:.3f}"
-            tip = f"KL {kl:.3f}, {numbers}\n\nstudent               teacher"
+            tip = f"KL {kl:.3f}, overlap {overlap:.3f}, log q − log p {advantage:.3f}, "
+            tip += f"weight {weight:.3f}\n\nstudent               teacher"
             for mine, its, p, q in zip(*tokens, *probs):
                 tip += f"\n{text_of(mine):12} {p:6.1%}   {text_of(its):12} {q:6.1%}"
             style = f"--overlap:{overlap:.3f};--advantage:{advantage:.3f};--weight:{weight:.3f}"
@@ -3755,7 +3755,7 @@ step. <b class="right">High</b>, <b class="wrong">low</b>; │ is a segment bord
 
 
 def write_view(config, run):
-    """Write rollouts.html of run.shown, with what both models predict now"""
+    """Write rollouts.html of run.shown, with what both models predict now. No text is markup"""
     shown, path = run.shown, f"{config.output_dir}/rollouts.html"
     run.phase = f"rollouts.html of step {run.step}"
     usual = vars(Config() if config.student else TINY)

@@ -848,7 +848,7 @@ def test_padding_has_no_reliability_is_no_bad_token_and_adds_no_reliable_length(
 
 
 def test_a_reliability_of_up_to_1e_8_counts_as_zero():
-    """As released. In float32 the reliability is 0 or at least 6e-8."""
+    """As in the released code."""
     w = torch.tensor([[1, 1e-7, 1e-9]])
     assert opd.reliable_length(w, torch.ones(1, 3)).tolist() == [2]
 
@@ -1809,7 +1809,7 @@ def test_only_the_last_box_after_any_thoughts_is_graded(response, gold, right):
         ("1<x<2", "(1,2)", False),  # math-verify is not symmetric: a point is no interval
     ],
 )
-def test_another_spelling_of_the_gold_answer_is_right(boxed, gold, right):
+def test_an_answer_is_compared_with_the_gold_one_as_mathematics(boxed, gold, right):
     opd.ask_math_verify("1", "2", seconds=60)  # the first call takes longer than others
     assert opd.is_correct(rf"\boxed{{{boxed}}}", gold) is right
 

@@ -35,7 +35,10 @@ END
 .venv/bin/python opd.py --report out/conditions | tee assets/conditions.txt
 
 # Plain OPD at other learning rates than the tiny world's, 2e-3; in worlds that make compare lacks
-printf 'seed-%s seed=%s\n' 8 8 9 9 | xargs -P 2 -L 1 .ci/world.sh
+xargs -P 2 -L 1 .ci/world.sh << 'END'
+seed-8  seed=8
+seed-9  seed=9
+END
 for rate in 1e-3 2e-3 4e-3; do
     for seed in 8 9; do
         echo "rates/$rate/seed-$seed seed-$seed --seed $seed --learning_rate $rate --no_view"

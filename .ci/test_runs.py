@@ -1464,7 +1464,7 @@ def test_half_a_line_of_json_is_refused_with_one_line_number(tmp_path):
     path = write(tmp_path / "half.jsonl", text='{"problem": "1"}\n{"problem": ')
     with pytest.raises(ValueError, match="half.jsonl, line 2: not JSON in UTF-8") as error:
         opd.load_problems(path)
-    assert str(error.value).split("half.jsonl")[1].count("line 2") == 1
+    assert re.findall(r"line \d+", str(error.value)) == ["line 2"]
 
 
 @pytest.mark.parametrize(

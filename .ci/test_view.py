@@ -323,9 +323,10 @@ def test_a_row_that_ended_before_the_prefix_does_not_count_as_kept_for_its_score
     assert headline(out, 2, **GUIDED).endswith("kept of this prompt 0.900")
 
 
-def test_no_score_is_named_with_a_custom_rule():
+def test_no_score_is_named_with_a_custom_rule_or_if_no_row_was_kept():
     out = made_rollout([0.9, 0.8, 0.7], [0, 0, 0])
     assert headline(out, 1, method="opd") == "not selected"
+    assert headline(out, 1, **GUIDED) == "not selected"
 
 
 def test_random_selection_names_no_score():
